@@ -1,0 +1,43 @@
+"""lowprec: low-precision training of language models.
+
+    plan = lowprec.convert(model, "fp8_blockwise")   # in place; says what runs where, and why not
+    print(plan)
+
+Names are imported on first use, so that `import lowprec` stays cheap.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# public name -> the module that holds it; an empty attribute is the module itself
+_EXPORTS = {
+    "quantize": ("lowprec.quant", "quantize"),
+    "QTensor": ("lowprec.quant", "QTensor"),
+    "OperandSpec": ("lowprec.quant", "OperandSpec"),
+    "recipes": ("lowprec.recipe.library", ""),
+    "Recipe": ("lowprec.recipe", "Recipe"),
+    "convert": ("lowprec.conversion", "convert"),
+    "revert": ("lowprec.conversion", "revert"),
+    "Plan": ("lowprec.plan", "Plan"),
+    "PrecisionConfig": ("lowprec.config", "PrecisionConfig"),
+    "UserError": ("lowprec.errors", "UserError"),
+    "attention": ("lowprec.attention", ""),
+}
+
+__all__ = [*_EXPORTS, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'lowprec' has no attribute {name!r}")
+    module_name, attribute = _EXPORTS[name]
+    module = importlib.import_module(module_name)
+    value = getattr(module, attribute) if attribute else module
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

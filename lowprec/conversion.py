@@ -1,0 +1,179 @@
+"""Turning the linear layers of a model to low precision, in place, and back.
+
+    plan = lowprec.convert(model, "fp8_blockwise")
+
+A linear layer is decided by the first rule that matches its whole name; without one it takes the configuration's recipe, except for the
+output head, which stays as it is: its gradient feeds everything and its error goes straight into the loss (arXiv 2412.19437, 3.3.1).
+Embeddings and norms are no linear layers and are never touched.
+
+Parameters keep their identity, names and state-dict keys; the modules stay the same objects. So convert before or after building the
+optimizer, loading a checkpoint or registering hooks; but before `fully_shard` or parametrizations, which give a module a class of
+their own.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowprec.config import PrecisionConfig, parse_precision
+from lowprec.errors import UserError
+from lowprec.gemm import select
+from lowprec.nn import LowPrecisionLinear
+from lowprec.plan import GemmPlan, LayerPlan, Plan
+from lowprec.recipe import GEMMS, Recipe
+from lowprec.recipe.rules import check_rules
+
+_HEADS = ("lm_head", "embed_out", "output_projection", "score", "classifier")
+"""Last parts of the names by which models call their output layer, for those that have no `get_output_embeddings`."""
+
+
+def convert(model: nn.Module, precision: Any, *, device: str | torch.device | None = None) -> Plan:
+    """Convert the linear layers of `model` in place.
+
+    Converting a converted model gives it the new precision; what the new one leaves alone is turned back.
+
+    Args:
+        precision: a recipe name, a mapping, a YAML path, a Recipe or a PrecisionConfig (see `lowprec.config`).
+        device: the device that will train it, if that is not where the parameters are now.
+    Returns:
+        The Plan: every linear layer, its recipe and backend, and the reason where it was left alone.
+    Raises:
+        UserError: the precision is wrong, a rule matches nothing, or `strict` forbids what would happen. The model is untouched then.
+    """
+    config = parse_precision(precision)
+    plan = make_plan(model, config, device=device)
+    for name, decision in _decisions(model, config).items():
+        module = model.get_submodule(name)
+        if decision.recipe is not None:
+            assert isinstance(module, nn.Linear)
+            LowPrecisionLinear.from_linear(module, decision.recipe, config.backend)
+        elif isinstance(module, LowPrecisionLinear):
+            module.to_linear()
+    return plan
+
+
+def revert(model: nn.Module) -> int:
+    """Turn every converted layer of `model` back into the nn.Linear it was, in place. Returns how many there were."""
+    layers = [module for module in model.modules() if isinstance(module, LowPrecisionLinear)]
+    for layer in layers:
+        layer.to_linear()
+    return len(layers)
+
+
+def make_plan(model: nn.Module, precision: Any, *, device: str | torch.device | None = None) -> Plan:
+    """What `convert` would do, without doing it. The model may be on the meta device. Errors are `convert`'s."""
+    config = parse_precision(precision)
+    device_type = _device_type(model, device)
+    layers = tuple(
+        _plan_layer(name, model.get_submodule(name), decision, config.backend, device_type)
+        for name, decision in _decisions(model, config).items()
+    )
+    plan = Plan(device=device_type, layers=layers)
+    if config.strict:
+        _check_strict(plan)
+    return plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Decision:
+    """What becomes of one linear layer."""
+
+    recipe: Recipe | None
+    rule: str
+    reason: str = ""
+    blocked: bool = False
+
+
+def _decisions(model: nn.Module, config: PrecisionConfig) -> dict[str, _Decision]:
+    """By the full name of each linear layer, in the model's order."""
+    linears = dict(_linear_layers(model))
+    rules = config.ordered_rules()
+    check_rules(rules, list(linears))
+    heads = _output_heads(model, linears)
+    decisions = {}
+    for name, module in linears.items():
+        rule = next((rule for rule in rules if rule.matches(name)), None)
+        recipe, by = (config.recipe, "default") if rule is None else (rule.recipe, rule.modules)
+        if recipe is None:
+            decision = _Decision(recipe=None, rule=by, reason="the recipe is 'none'")
+        elif rule is None and name in heads:
+            decision = _Decision(recipe=None, rule=by, reason="the output head stays in high precision unless a rule names it")
+        elif (obstacle := _obstacle(module)) is not None:
+            decision = _Decision(recipe=None, rule=by, reason=obstacle, blocked=True)
+        else:
+            decision = _Decision(recipe=recipe, rule=by)
+        decisions[name] = decision
+    return decisions
+
+
+def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module that multiplies by a weight matrix, nn.Linear or like it, once."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) or _is_conv1d(module):
+            yield name, module
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    if type(module) in (nn.Linear, LowPrecisionLinear):
+        return None
+    kind = type(module).__name__
+    if _is_conv1d(module):
+        return "transformers' Conv1D keeps its weight transposed and is no nn.Linear"
+    if kind.startswith("FSDP"):
+        return f"{kind}: already sharded; convert before fully_shard"
+    return f"{kind} is a subclass of nn.Linear with a forward of its own"
+
+
+def _output_heads(model: nn.Module, linears: dict[str, nn.Module]) -> set[str]:
+    """The layers whose output is the model's: by transformers' own account, by a weight tied to an embedding, or by name."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # pyright: ignore[reportCallIssue]
+    return {
+        name for name, module in linears.items() if module is head or id(module.weight) in embeddings or name.rpartition(".")[2] in _HEADS
+    }
+
+
+def _plan_layer(name: str, module: nn.Module, decision: _Decision, backend: str, device_type: str) -> LayerPlan:
+    weight: Any = module.weight
+    gemms, reason = (), decision.reason
+    if decision.recipe is not None:
+        gemms = tuple(_plan_gemm(decision.recipe, gemm, device_type, backend) for gemm in GEMMS)
+        reason = "; ".join(dict.fromkeys(gemm.reason for gemm in gemms if not gemm.native))
+    return LayerPlan(
+        name=name,
+        kind="Linear" if isinstance(module, LowPrecisionLinear) else type(module).__name__,
+        shape=tuple(weight.t().shape if _is_conv1d(module) else weight.shape),
+        recipe=None if decision.recipe is None else decision.recipe.name,
+        rule=decision.rule,
+        gemms=gemms,
+        reason=reason,
+        blocked=decision.blocked,
+    )
+
+
+def _plan_gemm(recipe: Recipe, gemm: str, device_type: str, backend: str) -> GemmPlan:
+    chosen, support = select(*recipe.operands(gemm), device_type, backend)
+    return GemmPlan(gemm=gemm, equation=recipe.equation(gemm), backend=chosen.name, native=support.native, reason=support.reason)
+
+
+def _check_strict(plan: Plan) -> None:
+    for layer in plan.layers:
+        if layer.blocked:
+            raise UserError(f"precision.strict: {layer.name} can't be converted: {layer.reason}")
+        if layer.converted and not layer.native:
+            raise UserError(f"precision.strict: {layer.name} would run {layer.recipe} emulated on {plan.device}: {layer.reason}")
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D, the linear layer of GPT-2, told by its name so that transformers need not be imported."""
+    return type(module).__name__ == "Conv1D"
+
+
+def _device_type(model: nn.Module, device: str | torch.device | None) -> str:
+    if device is not None:
+        return torch.device(device).type
+    found = next((parameter.device.type for parameter in model.parameters()), "cpu")
+    return found if found != "meta" else "cuda" if torch.cuda.is_available() else "cpu"

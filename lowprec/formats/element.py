@@ -1,0 +1,91 @@
+"""Element formats: which numbers one element of a quantised tensor can hold.
+
+A floating-point format with e exponent bits, m mantissa bits and bias b holds, for a sign s,
+
+    normal numbers      (-1)^s * 2^(E - b) * (1 + M / 2^m)    E >= 1
+    subnormal numbers   (-1)^s * 2^(1 - b) * (M / 2^m)
+
+An integer format (`exponent_bits == 0`) holds the integers from `min` to `max`.
+
+The eight-bit and narrower formats saturate: what lies beyond `max` becomes `max`. `fp32`, `bf16` and `fp16` overflow to infinity as
+IEEE 754 says, because dynamic loss scaling finds its overflows that way.
+
+Sources: OCP 8-bit Floating Point Specification 1.0 (e4m3, e5m2); OCP Microscaling Formats 1.0, section 5.3 (e3m2, e2m3, e2m1).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class ElementFormat:
+    """One element format. Two formats with equal fields hold the same numbers."""
+
+    name: str
+    exponent_bits: int
+    """0 means an integer format."""
+    mantissa_bits: int
+    bias: int
+    min: float
+    """The smallest (most negative) finite value."""
+    max: float
+    """The largest finite value."""
+    saturates: bool = True
+    """Whether values beyond the range become `min` or `max` (else infinity)."""
+    storage: torch.dtype
+    """A torch dtype that holds every value of the format exactly."""
+
+    @property
+    def is_integer(self) -> bool:
+        return self.exponent_bits == 0
+
+    @property
+    def bits(self) -> int:
+        return 1 + self.exponent_bits + self.mantissa_bits
+
+    @property
+    def emax(self) -> int:
+        """The exponent of the largest value: max = m * 2^emax with 1 <= m < 2."""
+        return math.frexp(self.max)[1] - 1
+
+    @property
+    def min_normal(self) -> float:
+        return 2.0 ** (1 - self.bias)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _float(name: str, e: int, m: int, *, largest: float, storage: torch.dtype, saturates: bool = True) -> ElementFormat:
+    bias = 2 ** (e - 1) - 1
+    return ElementFormat(
+        name=name, exponent_bits=e, mantissa_bits=m, bias=bias, min=-largest, max=largest, saturates=saturates, storage=storage
+    )
+
+
+def _ieee(name: str, e: int, m: int, dtype: torch.dtype) -> ElementFormat:
+    return _float(name, e, m, largest=torch.finfo(dtype).max, storage=dtype, saturates=False)
+
+
+def _integer(name: str, bits: int) -> ElementFormat:
+    low, high = -float(2 ** (bits - 1)), float(2 ** (bits - 1) - 1)
+    return ElementFormat(
+        name=name, exponent_bits=0, mantissa_bits=bits - 1, bias=0, min=low, max=high, storage=torch.int8
+    )  # fmt: skip
+
+
+FP32 = _ieee("fp32", 8, 23, torch.float32)
+BF16 = _ieee("bf16", 8, 7, torch.bfloat16)
+FP16 = _ieee("fp16", 5, 10, torch.float16)
+E4M3 = _float("e4m3", 4, 3, largest=448.0, storage=torch.float8_e4m3fn)
+E5M2 = _float("e5m2", 5, 2, largest=57344.0, storage=torch.float8_e5m2)
+# The six- and four-bit floats are subsets of e4m3, so one byte of it holds each value until they are packed for a file.
+E3M2 = _float("e3m2", 3, 2, largest=28.0, storage=torch.float8_e4m3fn)
+E2M3 = _float("e2m3", 2, 3, largest=7.5, storage=torch.float8_e4m3fn)
+E2M1 = _float("e2m1", 2, 1, largest=6.0, storage=torch.float8_e4m3fn)
+INT8 = _integer("int8", 8)
+INT4 = _integer("int4", 4)
+
+FORMATS = {fmt.name: fmt for fmt in (FP32, BF16, FP16, E4M3, E5M2, E3M2, E2M3, E2M1, INT8, INT4)}

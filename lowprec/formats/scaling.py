@@ -1,0 +1,103 @@
+"""Block scaling: one scale for a block of elements, from the block's largest magnitude (amax).
+
+    fp32 scale        s = amax / max                                      any positive fp32 number
+    e8m0 scale        s = 2^E,  E = e - emax + bump,  amax = m * 2^e      a power of two, -127 <= E <= 127
+
+with, per rule (m in [1, 2), t = max / 2^emax):
+
+    floor   bump = 0                        OCP MX 1.0, section 6.3; the block's largest values may saturate
+    ceil    bump = m > 1                    nothing saturates, up to one binade is wasted
+    even    bump = m >= 2 - 2^-(mbits + 1)  amax is rounded to the element's precision first
+    rceil   bump = m > t                    the smallest power of two under which amax / s <= max (arXiv 2506.08027)
+
+An asymmetric integer scale covers the range [low, high] that the block spans together with zero: s = (high - low) / (max - min) and
+zero_point = min - round(low / s).
+
+What the specifications leave open, and the choice made here:
+* a block of zeros (or smaller than the smallest scale) gets the smallest scale: 2^-126 in fp32, so that 1 / s is finite, 2^-127 in e8m0;
+* NaN or infinity in a block makes its scale NaN, so the whole block dequantises to NaN. Saturating an infinity instead would hide an
+  overflow from dynamic loss scaling.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lowprec.formats.element import ElementFormat
+
+ALL = -1
+"""As a block's extent: the whole axis."""
+
+SMALLEST_FP32_SCALE = 2.0**-126
+_E8M0_BIAS = 127
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockScaling:
+    """How the elements of a matrix [R, K] share scales, K being the contraction axis."""
+
+    block: tuple[int, int]
+    """Rows x columns under one scale; `ALL` (-1) is the whole axis. (1, 128) is a tile of a row, (-1, -1) the whole tensor."""
+    scale_format: Literal["fp32", "e8m0"] = "fp32"
+    rule: Literal["floor", "ceil", "even", "rceil"] = "rceil"
+    """Which power of two an e8m0 scale takes; fp32 scales have no use for it."""
+    symmetric: bool = True
+    """False: an integer zero point per block as well."""
+
+    def __post_init__(self) -> None:
+        if any(extent != ALL and extent < 1 for extent in self.block):
+            raise ValueError(f"block extents are positive, or -1 for the whole axis; got {self.block}")
+        if not self.symmetric and self.scale_format != "fp32":
+            raise ValueError("a zero point goes with an fp32 scale")
+
+    def __str__(self) -> str:
+        rows, cols = ("all" if extent == ALL else str(extent) for extent in self.block)
+        scale = self.scale_format if self.scale_format == "fp32" else f"{self.scale_format}:{self.rule}"
+        return f"{rows}x{cols} {scale}{'' if self.symmetric else ' asymmetric'}"
+
+
+def scale_from_amax(amax: Tensor, fmt: ElementFormat, scaling: BlockScaling) -> Tensor:
+    """The scale of each block, by which its codes are multiplied to dequantise.
+
+    Args:
+        amax: fp32 >= 0, any shape: the largest magnitude of each block.
+    Returns:
+        fp32, same shape. NaN where amax is NaN or infinite.
+    """
+    if scaling.scale_format == "e8m0":
+        return _power_of_two_scale(amax, fmt, scaling.rule)
+    # An integer format's range is one step longer below zero; the scale spans the whole of it (amax / 7.5 for int4).
+    largest = (fmt.max - fmt.min) / 2
+    return _finite_or_nan((amax / largest).clamp(min=SMALLEST_FP32_SCALE))
+
+
+def asymmetric_scale(low: Tensor, high: Tensor, fmt: ElementFormat) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of blocks that span [low, high], fp32 in and out; the zero point is integral, in [fmt.min, fmt.max]."""
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = _finite_or_nan(((high - low) / (fmt.max - fmt.min)).clamp(min=SMALLEST_FP32_SCALE))
+    zero_point = (fmt.min - (low / scale).round()).clamp(fmt.min, fmt.max)
+    return scale, zero_point
+
+
+def _power_of_two_scale(amax: Tensor, fmt: ElementFormat, rule: str) -> Tensor:
+    bits = amax.contiguous().view(torch.int32)
+    exponent, mantissa = (
+        (bits >> 23) - _E8M0_BIAS,
+        bits & 0x7FFFFF,
+    )  # a subnormal amax reads as 2^-127: below every scale anyway
+    if rule == "floor":
+        bump = torch.zeros_like(bits, dtype=torch.bool)
+    elif rule == "even":
+        bump = mantissa >= (0x7FFFFF + 1) - (1 << (22 - fmt.mantissa_bits))
+    else:
+        threshold = 0.0 if rule == "ceil" else fmt.max / 2.0**fmt.emax - 1.0
+        bump = mantissa > int(threshold * 2**23)
+    scale_exponent = (exponent - fmt.emax + bump).clamp(-_E8M0_BIAS, _E8M0_BIAS)
+    scale = torch.ldexp(torch.ones_like(amax), scale_exponent)
+    return scale.masked_fill(~amax.isfinite(), torch.nan)
+
+
+def _finite_or_nan(scale: Tensor) -> Tensor:
+    return scale.masked_fill(scale.isinf(), torch.nan)

@@ -1,0 +1,7 @@
+"""From tensors to quantised tensors."""
+
+from lowprec.quant.qtensor import QTensor
+from lowprec.quant.quantize import quantize
+from lowprec.quant.spec import OperandSpec
+
+__all__ = ["OperandSpec", "QTensor", "quantize"]

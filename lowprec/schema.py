@@ -1,0 +1,78 @@
+"""Strict configuration: every unknown key, missing value and wrong type is a UserError of one line.
+
+A configuration is a tree of frozen pydantic models derived from `StrictConfig`. `parse` turns plain data (from YAML, a dict or the
+command line) into one and rewrites pydantic's report into the sentence that a user needs: the dotted path, what is wrong, and the
+nearest key that exists.
+"""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from lowprec.errors import UserError, nearest
+
+
+class StrictConfig(BaseModel):
+    """A frozen section of the configuration that rejects unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, use_attribute_docstrings=True)
+
+
+C = TypeVar("C", bound=StrictConfig)
+
+
+def parse(schema: type[C], data: Any, where: str = "") -> C:
+    """`data` as a `schema`; `where` is put before the dotted path in an error ("precision" -> "precision.recipe")."""
+    if isinstance(data, schema):
+        return data
+    if not isinstance(data, Mapping):
+        raise UserError(f"{where or schema.__name__}: expected a mapping of settings, got {data!r}")
+    try:
+        return schema.model_validate(dict(data))
+    except ValidationError as error:
+        raise UserError(_one_line(error, schema, where)) from None
+
+
+def parse_value(hint: Any, value: Any, where: str) -> Any:
+    """One value as the type `hint`, or a UserError that names `where`."""
+    try:
+        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{where}: {_lower_first(first['msg'])}, got {value!r}") from None
+
+
+def _one_line(error: ValidationError, schema: type[BaseModel], where: str) -> str:
+    # A wrong key explains more than what follows from it (a missing value, say): report it first.
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    path = ".".join([where] * bool(where) + [str(part) for part in first["loc"]])
+    if first["type"] == "extra_forbidden":
+        return f"{path}: unknown key{nearest(str(first['loc'][-1]), _keys_at(schema, first['loc'][:-1]))}"
+    if first["type"] == "missing":
+        return f"{path}: a value is required"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{path}: {_lower_first(message)}, got {first['input']!r}"
+
+
+def _keys_at(schema: Any, location: tuple) -> list[str]:
+    """The keys known at `location` inside `schema`."""
+    for part in location:
+        if isinstance(part, int):
+            continue
+        model = _model_in(schema)
+        if model is None or part not in model.model_fields:
+            continue  # a union's branch label, not a key
+        schema = model.model_fields[part].annotation
+    model = _model_in(schema)
+    return list(model.model_fields) if model else []
+
+
+def _model_in(hint: Any) -> type[BaseModel] | None:
+    if isinstance(hint, type) and get_origin(hint) is None and issubclass(hint, BaseModel):
+        return hint
+    return next((model for arg in get_args(hint) if (model := _model_in(arg))), None)
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]
