@@ -13,13 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import field_validator
 
-from lowprec.errors import UserError
+from lowprec.errors import nearest
+from lowprec.gemm import BACKENDS
 from lowprec.recipe import Recipe, library
 from lowprec.recipe.rules import Rule
 from lowprec.schema import StrictConfig, parse
+from lowprec.yaml12 import load_mapping
 
 
 class RuleConfig(StrictConfig):
@@ -57,9 +58,6 @@ class PrecisionConfig(StrictConfig):
     @field_validator("backend")
     @classmethod
     def _known(cls, value: str) -> str:
-        from lowprec.errors import nearest
-        from lowprec.gemm import BACKENDS
-
         if value not in ("auto", *BACKENDS):
             raise ValueError(f"unknown backend '{value}'{nearest(value, ['auto', *BACKENDS])}")
         return value
@@ -77,25 +75,11 @@ def parse_precision(precision: Any, where: str = "precision") -> PrecisionConfig
     if isinstance(precision, PrecisionConfig):
         return precision
     if isinstance(precision, Path) or (isinstance(precision, str) and precision.endswith((".yaml", ".yml"))):
-        data = load_yaml(precision)
+        data = load_mapping(precision)
         return parse(PrecisionConfig, data.get("precision", data), f"{precision}: {where}")
     if isinstance(precision, Mapping):
         return parse(PrecisionConfig, precision, where)
     return parse(PrecisionConfig, {"recipe": precision}, where)
-
-
-def load_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file, read safely; UserError if it is missing or holds something else."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: expected a mapping of settings, got {type(data).__name__}")
-    return data
 
 
 def _recipe_or_none(value: Any) -> Recipe | None:

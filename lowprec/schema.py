@@ -51,8 +51,9 @@ def _one_line(error: ValidationError, schema: type[BaseModel], where: str) -> st
         return f"{path}: unknown key{nearest(str(first['loc'][-1]), _keys_at(schema, first['loc'][:-1]))}"
     if first["type"] == "missing":
         return f"{path}: a value is required"
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{path}: {_lower_first(message)}, got {first['input']!r}"
+    if first["type"] == "value_error":  # a validator of ours: its message says it all
+        return f"{path}: {first['msg'].removeprefix('Value error, ')}"
+    return f"{path}: {_lower_first(first['msg'])}, got {first['input']!r}"
 
 
 def _keys_at(schema: Any, location: tuple) -> list[str]:

@@ -281,7 +281,7 @@ def _atoms(mask: Mask) -> list[Mask]:
 def _name(mask: Mask) -> str:
     """A name without the words that transformers looks for in one ("flash", "flex_attention", "sdpa", "|")."""
     terms = _conjuncts(mask)
-    words = re.sub(r"\W+", "_", "_".join(map(str, terms))).strip("_")
+    words = re.sub(r"\W+", "_", " ".join(map(str, terms))).strip("_")
     if any(term.children for term in terms):
         words += "_" + hashlib.sha256(str(mask).encode()).hexdigest()[:8]
     return f"lowprec_{words}"

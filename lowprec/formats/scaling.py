@@ -53,9 +53,9 @@ class BlockScaling:
             raise ValueError("a zero point goes with an fp32 scale")
 
     def __str__(self) -> str:
-        rows, cols = ("all" if extent == ALL else str(extent) for extent in self.block)
+        block = {(ALL, ALL): "tensor", (1, ALL): "row"}.get(self.block, "x".join("all" if n == ALL else str(n) for n in self.block))
         scale = self.scale_format if self.scale_format == "fp32" else f"{self.scale_format}:{self.rule}"
-        return f"{rows}x{cols} {scale}{'' if self.symmetric else ' asymmetric'}"
+        return f"{block} {scale}{'' if self.symmetric else ' asymmetric'}"
 
 
 def scale_from_amax(amax: Tensor, fmt: ElementFormat, scaling: BlockScaling) -> Tensor:

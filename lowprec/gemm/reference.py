@@ -12,7 +12,7 @@ class ReferenceBackend(GemmBackend):
     decoded = True
 
     def supports(self, a: OperandSpec | None, b: OperandSpec | None, device_type: str) -> Support:
-        return Support(ok=True, native=False, reason="emulated: dequantised and multiplied in fp32")
+        return Support(ok=True, native=False, reason="dequantised and multiplied in fp32")
 
     def mm(self, a_MK: Operand, b_NK: Operand, out_dtype: torch.dtype) -> Tensor:
         return (_fp32(a_MK) @ _fp32(b_NK).t()).to(out_dtype)

@@ -65,7 +65,9 @@ class Recipe:
         """'y = e4m3[1x128 fp32](x) · e4m3[128x128 fp32](w)ᵀ'."""
         spec: GemmSpec = getattr(self, gemm)
         out, a, b = _OPERANDS[gemm]
-        return f"{out} = {_applied(spec.a, self, gemm, a)} · {_applied(spec.b, self, gemm, b)}ᵀ"
+        if spec.b == FROM_FPROP:  # fprop's operand, which lies transposed already
+            return f"{out} = {_applied(spec.a, a)} · {_applied(self.operands(gemm)[1], b[0])}"
+        return f"{out} = {_applied(spec.a, a)} · {_applied(spec.b, b)}ᵀ"
 
     def with_gemms(self, **parts: "Recipe") -> "Recipe":
         """This recipe with single GEMMs taken from others: `with_gemms(fprop=bf16)`."""
@@ -73,10 +75,5 @@ class Recipe:
         return replace(self, name=name, **{gemm: getattr(recipe, gemm) for gemm, recipe in parts.items()})
 
 
-def _applied(source: OperandSource, recipe: Recipe, gemm: str, symbol: str) -> str:
-    if source is None:
-        return symbol
-    if source == FROM_FPROP:
-        fprop = recipe.fprop.b if gemm == "dgrad" else recipe.fprop.a
-        return symbol if fprop is None else f"{fprop}({symbol[0]})ᵀ"
-    return f"{source}({symbol})"
+def _applied(source: OperandSource, symbol: str) -> str:
+    return symbol if source is None else f"{source}({symbol})"

@@ -62,7 +62,7 @@ class DataConfig(StrictConfig):
         # Before pydantic tries the two branches of the union: their two reports would not make one clear line.
         names = [value] if isinstance(value, str) else value
         if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) and name.strip() for name in names):
-            raise ValueError("expected a source's name or path, or a list of at least one")
+            raise ValueError(f"expected a source's name or path, or a list of at least one, got {value!r}")
         return value
 
     @property

@@ -84,10 +84,11 @@ class PackedBlocks(_TokenDataset):
     def __init__(self, file: TokenFile, *, seq_len: int, document_positions: bool = False) -> None:
         super().__init__(file, seq_len=seq_len, document_positions=document_positions)
         if file.token_count < seq_len:
-            more = " or raise data.validation_fraction" if file.split == "validation" else ""
+            ways = "lower seq_len to that or add text"
+            if file.split == "validation":
+                ways = "lower seq_len to that, raise data.validation_fraction or add text"
             raise UserError(
-                f"data.seq_len: the {file.split} split has {file.token_count} tokens, fewer than one block of {seq_len};"
-                f" lower seq_len to {file.token_count} or less, add text{more}"
+                f"data.seq_len: the {file.split} split has {file.token_count} tokens, fewer than one block of {seq_len}; {ways}"
             )
 
     def __len__(self) -> int:

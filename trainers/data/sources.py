@@ -13,7 +13,7 @@ import platform
 import re
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -104,7 +104,7 @@ def _package_files() -> Iterator[SourceFile]:
         yield from _with_stat(_in_folder(folder, lambda found: found.suffix == ".py"))
 
 
-def _in_folder(folder: Path, wanted: Any, skip: set[str] = frozenset()) -> list[Path]:  # type: ignore[assignment]
+def _in_folder(folder: Path, wanted: Callable[[Path], bool], skip: Collection[str] = ()) -> list[Path]:
     """The files below `folder` that are `wanted`, sorted by relative path, leaving out hidden folders and those in `skip`."""
     found = []
     for parent, folders, files in os.walk(folder):
@@ -113,7 +113,7 @@ def _in_folder(folder: Path, wanted: Any, skip: set[str] = frozenset()) -> list[
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
-def _with_stat(paths: Any) -> Iterator[SourceFile]:
+def _with_stat(paths: Iterable[Path]) -> Iterator[SourceFile]:
     for path in paths:
         try:
             stat = path.stat()

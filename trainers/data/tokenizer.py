@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lowprec.errors import UserError
+from lowprec.errors import UserError, nearest
 from trainers.data.cache import build_once, content_key
 from trainers.data.config import DataConfig
 from trainers.data.corpus import Corpus
@@ -208,11 +208,15 @@ def _wrap(tokenizer: "Tokenizer") -> "PreTrainedTokenizerFast":
 def _load(name: str) -> "PreTrainedTokenizerFast":
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    if name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().is_dir():
+        raise UserError(f"data.tokenizer: no folder {name}")
+    name = str(Path(name).expanduser()) if name.startswith("~") else name
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError, KeyError, ...: transformers has no one exception for this
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(f"data.tokenizer: '{name}' is not bytes, bpe or a tokenizer that loads from that name: {reason}") from error
+        hint = nearest(name, ("bytes", "bpe")) if "/" not in name else ""
+        raise UserError(f"data.tokenizer: no tokenizer loads from the folder or hub name {name}: {reason}{hint}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"data.tokenizer: {name} is a {type(tokenizer).__name__}, not a fast tokenizer (one with a tokenizer.json)")
     if tokenizer.eos_token_id is None:

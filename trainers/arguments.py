@@ -1,0 +1,78 @@
+"""`trainer:` of a run -> transformers.TrainingArguments, checked field by field."""
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from lowprec.errors import UserError, nearest
+from lowprec.plan import PartPlan
+from lowprec.recipe import Recipe
+from lowprec.schema import parse_value
+
+OWN_KEYS = {"resume_from_checkpoint": bool | str, "overwrite_output_dir": bool}
+"""Keys under `trainer:` that steer the run and are no TrainingArguments (the Trainer itself ignores the first)."""
+
+_DEFAULTS: dict[str, Any] = {"logging_steps": 10, "report_to": "none", "save_total_limit": 2}
+
+
+def check_trainer(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with each value as the type that its field has.
+
+    Raises:
+        UserError: unknown field (with the nearest known), value of the wrong type.
+    """
+    from transformers import TrainingArguments
+
+    hints = typing.get_type_hints(TrainingArguments)
+    known = {field.name: hints[field.name] for field in dataclasses.fields(TrainingArguments) if field.init} | OWN_KEYS
+    for key in settings:
+        if key not in known:
+            raise UserError(f"trainer.{key}: unknown key{nearest(key, known)}")
+    return {key: parse_value(known[key], value, f"trainer.{key}") for key, value in settings.items()}
+
+
+def training_arguments(settings: Mapping[str, Any], output_dir: str, device_type: str, autocast: Mapping[str, Any]) -> Any:
+    """TrainingArguments for a run in `output_dir` on a device.
+
+    Raises:
+        UserError: what TrainingArguments itself refuses.
+    """
+    from transformers import TrainingArguments
+
+    given = {key: value for key, value in settings.items() if key not in OWN_KEYS} | dict(autocast)
+    if given.get("save_strategy") == "no":
+        given.setdefault("save_total_limit", None)
+    try:
+        return TrainingArguments(**{**_DEFAULTS, **given, "output_dir": output_dir, "use_cpu": device_type == "cpu"})
+    except (ValueError, ImportError, TypeError) as error:
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from None
+
+
+def autocast_settings(settings: Mapping[str, Any], recipe: Recipe | None, device_type: str) -> tuple[dict[str, Any], PartPlan]:
+    """The Trainer's `bf16` and `fp16` for a run, and what to say of them in the plan.
+
+    On an accelerator the part of the model that has no recipe runs in the recipe's `rest` format, unless the user says otherwise. On a CPU
+    16-bit arithmetic is 10-30 times slower than fp32, so autocast is off and only the linear layers' operands are rounded.
+
+    Raises:
+        UserError: fp16 on a CPU (loss scaling without fp16 arithmetic would be for nothing), or both at once.
+    """
+    bf16, fp16 = bool(settings.get("bf16", False)), bool(settings.get("fp16", False))
+    if bf16 and fp16:
+        raise UserError("trainer: bf16 and fp16 exclude each other")
+    if device_type == "cpu":
+        if fp16:
+            raise UserError(
+                "trainer.fp16: fp16 autocast with loss scaling needs CUDA; on a CPU use precision.recipe=fp16 to emulate its rounding"
+            )
+        return {"bf16": False}, PartPlan(
+            name="autocast", choice="off", reason="16-bit arithmetic is emulated on a CPU, in the linear layers alone"
+        )
+    if not bf16 and not fp16 and recipe is not None and "bf16" not in settings and "fp16" not in settings:
+        bf16, fp16 = recipe.rest.name == "bf16", recipe.rest.name == "fp16"
+        origin = f"recipe {recipe.name}"
+    else:
+        origin = "trainer"
+    choice = "bf16" if bf16 else "fp16, dynamic loss scaling" if fp16 else "off"
+    return {"bf16": bf16, "fp16": fp16}, PartPlan(name="autocast", choice=choice, reason=f"by {origin}")

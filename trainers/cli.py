@@ -1,0 +1,113 @@
+"""The `lowprec` command.
+
+Exit status: 0 done, 2 the user's input is wrong (one line on stderr), 1 anything else. Heavy imports happen inside the commands, so that
+`lowprec --help` answers at once.
+"""
+
+import json
+import sys
+from typing import Any
+
+import click
+
+from lowprec import __version__
+from lowprec.errors import UserError, nearest
+
+_CONFIG = click.argument("config", metavar="CONFIG")
+_OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+class _Commands(click.Group):
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and args[0] not in self.commands:
+            raise UserError(f"no command '{args[0]}'{nearest(args[0], self.commands)}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="lowprec")
+def cli() -> None:
+    """Low-precision training of language models: turn it on, see that it is on, see that it is safe, see that it pays."""
+
+
+@cli.command()
+@_CONFIG
+@_OVERRIDES
+def train(config: str, overrides: tuple[str, ...]) -> None:
+    """Train the model that CONFIG describes.
+
+    Any setting can be changed on the command line, e.g. precision.recipe=mxfp4 trainer.max_steps=100. The run is written to
+    runs/<config name>/<number> unless trainer.output_dir says otherwise.
+    """
+    import logging
+
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("lowprec").setLevel(logging.INFO)
+    from trainers.config import load_run
+
+    run, data = load_run(config, overrides)
+    from trainers.pretrain import train as run_training
+    from trainers.show import summary_table
+
+    summary = run_training(run, data, config)
+    click.echo(summary_table(summary))
+
+
+@cli.command()
+@_CONFIG
+@_OVERRIDES
+@_JSON
+def plan(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Show what would run where: each linear layer's recipe and backend, native or emulated, and why. Builds no weights."""
+    from trainers.config import load_run
+
+    run, _ = load_run(config, overrides)
+    from trainers.pretrain import plan_run
+
+    plan = plan_run(run)
+    click.echo(json.dumps(plan.to_dict(), indent=1, ensure_ascii=False) if as_json else str(plan))
+
+
+@cli.command()
+@_JSON
+def doctor(as_json: bool) -> None:
+    """Show this machine: device, versions, which recipes run natively, what is missing and how to install it."""
+    from trainers.doctor import examine
+    from trainers.show import doctor_table
+
+    report = examine()
+    click.echo(json.dumps(report, indent=1) if as_json else doctor_table(report))
+
+
+@cli.command()
+@_JSON
+def recipes(as_json: bool) -> None:
+    """List the recipes, each with its three GEMMs as equations."""
+    from trainers.doctor import describe_recipes
+    from trainers.show import recipes_table
+
+    described = describe_recipes()
+    click.echo(json.dumps(described, indent=1, ensure_ascii=False) if as_json else recipes_table(described))
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of the console command."""
+    try:
+        cli.main(args=args, prog_name="lowprec", standalone_mode=False)
+    except UserError as error:
+        _fail(str(error))
+    except click.ClickException as error:
+        _fail(error.format_message())
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("lowprec: interrupted", err=True)
+        sys.exit(1)
+
+
+def _fail(message: str) -> None:
+    click.echo(f"lowprec: {' '.join(message.split())}", err=True)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

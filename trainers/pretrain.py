@@ -1,0 +1,237 @@
+"""A training run from its configuration: data, model, precision, the Trainer, and the result.
+
+`plan_run` tells what a run would do, without data and without weights; `train` does it.
+"""
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import PrinterCallback, ProgressCallback, Trainer, default_data_collator, set_seed
+
+from lowprec.attention import parse
+from lowprec.attention.hf import attach, describe
+from lowprec.conversion import make_plan
+from lowprec.errors import UserError
+from lowprec.files import write_atomically
+from lowprec.kernels.compile import compile_blocks
+from lowprec.kernels.liger import apply_liger, plan_liger
+from lowprec.plan import PartPlan, Plan
+from lowprec.yaml12 import dump
+from trainers import rundir
+from trainers.arguments import autocast_settings, check_trainer, training_arguments
+from trainers.callback import LowPrecisionCallback
+from trainers.config import RunConfig
+from trainers.data import DataConfig, load_data
+from trainers.data.corpus import open_corpus
+from trainers.host import keep_freed_memory, peak_memory_bytes, resolve_device
+from trainers.models import build_config, build_model, check_length
+from trainers.progress import MetricsCallback, ProgressBar, ThroughputCallback
+
+T = TypeVar("T")
+
+
+def plan_run(config: RunConfig) -> Plan:
+    """The plan of a run on this machine; the model is built on the meta device, its data is not touched.
+
+    Raises:
+        UserError: whatever `train` would find wrong before it loads data.
+    """
+    device_type = resolve_device(config.device)
+    settings = check_trainer(config.trainer)
+    model_config = build_config(config.model, _planned_vocabulary(config.data))
+    check_length(model_config, config.data.seq_len)
+    with torch.device("meta"):
+        model = build_model(config.model.model_copy(update={"path": None}), model_config, attn_implementation="sdpa")
+    plan = make_plan(model, config.precision, device=device_type)
+    _, autocast = autocast_settings(settings, config.precision.recipe, device_type)
+    liger = plan_liger(
+        model,
+        config.kernels.liger,
+        device_type=device_type,
+        compiled_blocks=config.compile == "blocks",
+        head_is_low_precision=_head_is_low_precision(model, plan),
+    )
+    return plan.with_parts(_parts(config, device_type, autocast, liger))
+
+
+def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> dict[str, Any]:
+    """Run it. Returns what summary.json holds.
+
+    Args:
+        config: the run.
+        data: the same as plain data, kept with the run.
+        config_path: where it came from; its name names the run's directory.
+    Raises:
+        UserError: before any training, for whatever is wrong in the configuration, the data or the output directory.
+    """
+    device_type = resolve_device(config.device)
+    settings = check_trainer(config.trainer)
+    autocast, autocast_part = autocast_settings(settings, config.precision.recipe, device_type)
+    mask = parse(config.attention.mask)
+    if device_type == "cpu":
+        keep_freed_memory()
+
+    processes = _distributed(device_type)
+    with processes.main_process_first() if processes else contextlib.nullcontext():
+        loaded = load_data(config.data, document_positions=mask.needs_documents)
+    model_config = build_config(config.model, len(loaded.tokenizer))
+    check_length(model_config, config.data.seq_len)
+    set_seed(settings.get("seed", 42))
+    model = build_model(config.model, model_config, attn_implementation="sdpa")
+    attach(model, mask)
+    plan = make_plan(model, config.precision, device=device_type)
+    liger = apply_liger(
+        model,
+        config.kernels.liger,
+        device_type=device_type,
+        compiled_blocks=config.compile == "blocks",
+        head_is_low_precision=_head_is_low_precision(model, plan),
+    )
+    compile_blocks(model, config.compile, device_type)
+
+    # Nothing has been written so far, and everything that the user can have wrong has been looked at.
+    directory, checkpoint = _on_main_process(processes, lambda: rundir.prepare(config_path, settings))
+    args = training_arguments(settings, str(directory), device_type, autocast)
+    if args.should_save:
+        write_atomically(directory / rundir.CONFIG, dump(data))
+        if checkpoint is not None:
+            rundir.truncate_metrics(directory, _global_step(checkpoint))
+    if "wandb" in args.report_to:
+        os.environ.setdefault("WANDB_DIR", str(directory))
+
+    low_precision = LowPrecisionCallback(config.precision, parts=_parts(config, device_type, autocast_part, liger))
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=loaded.train,
+        eval_dataset=loaded.validation,
+        processing_class=loaded.tokenizer,
+        data_collator=default_data_collator,
+        callbacks=[low_precision, ThroughputCallback(config.data.seq_len), MetricsCallback(), ProgressBar()],
+    )
+    for replaced in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(replaced)
+    # What adds to the logs comes before what shows them (wandb, say, which the Trainer puts first).
+    callbacks = trainer.callback_handler.callbacks
+    callbacks.sort(key=lambda callback: not isinstance(callback, LowPrecisionCallback | ThroughputCallback))
+
+    start, first_step = time.perf_counter(), 0 if checkpoint is None else _global_step(checkpoint)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    wall_s = time.perf_counter() - start
+    tokens = (trainer.state.global_step - first_step) * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    summary = {
+        "recipe": config.precision.recipe.name if config.precision.recipe else None,
+        "steps": trainer.state.global_step,
+        **_validate(trainer, loaded.token_bytes),
+        "tokens_per_second": tokens * config.data.seq_len / wall_s if tokens else None,
+        "peak_memory_bytes": peak_memory_bytes(device_type),
+        "wall_s": wall_s,
+        "device": _device_name(device_type),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "data": loaded.stats,
+        "plan": low_precision.plan.totals() if low_precision.plan else None,
+        "output_dir": str(directory),
+    }
+    if args.should_save:
+        write_atomically(directory / rundir.SUMMARY, json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+@torch.no_grad()
+def _validate(trainer: Trainer, token_bytes: Any) -> dict[str, Any]:
+    """val_loss, the mean negative log-likelihood [nats] of all predicted tokens of the validation split, and bits per byte of its text."""
+    model: Any = trainer.model_wrapped  # with its FSDP or DDP wrapping, if any
+    model.eval()
+    table = None if token_bytes is None else torch.as_tensor(token_bytes, device=trainer.args.device)
+    sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
+    for inputs in trainer.get_eval_dataloader():
+        inputs = trainer._prepare_inputs(inputs)
+        with trainer.compute_loss_context_manager():
+            loss: Any = trainer.compute_loss(model, inputs)
+        predicted = inputs["labels"][:, 1:]  # the model shifts: the first label of a row has no prediction
+        predicted = predicted[predicted != -100]
+        text_bytes = 0 if table is None else int(table[predicted].sum())
+        sums += torch.tensor([loss.item() * predicted.numel(), predicted.numel(), text_bytes], dtype=torch.float64)
+    reduced: Any = trainer.accelerator.reduce(sums.to(trainer.args.device))
+    nats, tokens, text_bytes = reduced.tolist()
+    result = {"val_loss": nats / tokens, "bits_per_byte": nats / math.log(2) / text_bytes if text_bytes else None}
+    trainer.log({"eval_loss": result["val_loss"]} | ({"eval_bits_per_byte": result["bits_per_byte"]} if text_bytes else {}))
+    return result
+
+
+def _parts(config: RunConfig, device_type: str, autocast: PartPlan, liger: Any) -> list[PartPlan]:
+    """What the plan shows besides the linear layers."""
+    kernel, reason = describe(config.attention.mask, device_type)
+    used = ", ".join(liger.applied)
+    reasons = "; ".join(f"{names}: {why}" for why, names in _grouped((k.reason, k.name) for k in liger.kernels if not k.used).items())
+    blocks = "each decoder block by torch.compile, in place" if config.compile == "blocks" else ""
+    return [
+        autocast,
+        PartPlan(name="attention", choice=f"{config.attention.mask} by {kernel}", reason=reason),
+        PartPlan(name="liger", choice=used or "none", reason=reasons),
+        PartPlan(name="compile", choice=config.compile, reason=blocks),
+    ]
+
+
+def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """{key: "a, b"} from (key, a), (key, b)."""
+    groups: dict[str, list[str]] = {}
+    for key, value in pairs:
+        groups.setdefault(key, []).append(value)
+    return {key: ", ".join(values) for key, values in groups.items()}
+
+
+def _head_is_low_precision(model: Any, plan: Plan) -> bool:
+    head = model.get_output_embeddings()
+    return any(layer.converted and model.get_submodule(layer.name) is head for layer in plan.layers)
+
+
+def _planned_vocabulary(config: DataConfig) -> int:
+    """The vocabulary that `config`'s tokenizer will have at most, without training it."""
+    from trainers.data.tokenizer import load_tokenizer
+
+    if config.tokenizer == "bpe":
+        return config.vocab_size
+    return len(load_tokenizer(config, open_corpus(config)))
+
+
+def _global_step(checkpoint: Path) -> int:
+    return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+
+
+def _device_name(device_type: str) -> str:
+    return torch.cuda.get_device_name() if device_type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
+def _distributed(device_type: str) -> Any:
+    """Accelerate's view of the processes, None if this is the only one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    from accelerate import PartialState
+
+    return PartialState(cpu=device_type == "cpu")
+
+
+def _on_main_process(state: Any, function: Callable[[], T]) -> T:
+    """What `function` returns on the main process, on every process; its UserError on every process, too."""
+    if state is None:
+        return function()
+    from accelerate.utils import broadcast_object_list
+
+    outcome: list[Any] = [None]
+    if state.is_main_process:
+        try:
+            outcome = [function()]
+        except UserError as error:
+            outcome = [error]
+    broadcast_object_list(outcome)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]

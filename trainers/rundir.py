@@ -1,0 +1,120 @@
+"""Where a run writes, so that no run ever overwrites another.
+
+runs/<config name>/<number>/
+    config.yaml     the resolved configuration; `lowprec train` takes it again
+    plan.json       what ran in which precision
+    metrics.jsonl   one line per logged step
+    summary.json    the result
+    checkpoint-N/   transformers' checkpoints
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lowprec.errors import UserError
+from lowprec.files import write_atomically
+
+CONFIG, PLAN, METRICS, SUMMARY = "config.yaml", "plan.json", "metrics.jsonl", "summary.json"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+def prepare(config_path: str | Path, trainer: Mapping[str, Any], root: Path = Path("runs")) -> tuple[Path, Path | None]:
+    """The directory of a run, made if it is new, and the checkpoint to resume from.
+
+    Without `trainer.output_dir` a run gets the next number under runs/<config name>; resuming then means the last of them that has a
+    checkpoint.
+
+    Raises:
+        UserError: the directory holds another run and neither resume nor overwrite was asked for, or there is nothing to resume from.
+    """
+    resume = trainer.get("resume_from_checkpoint") or False
+    if isinstance(resume, str):
+        checkpoint = Path(resume)
+        if not checkpoint.is_dir():
+            raise UserError(f"trainer.resume_from_checkpoint: no such checkpoint: {checkpoint}")
+        return Path(trainer.get("output_dir") or checkpoint.parent), checkpoint
+
+    family = root / Path(config_path).stem
+    output = Path(trainer["output_dir"]) if trainer.get("output_dir") else None
+    if resume:
+        candidates = [output] if output is not None else sorted(_numbered(family), reverse=True)
+        for candidate in candidates:
+            if (checkpoint := last_checkpoint(candidate)) is not None:
+                return candidate, checkpoint
+        raise UserError(f"trainer.resume_from_checkpoint: no checkpoint in {output or family}")
+    if output is None:
+        return _next_number(family), None
+    if _holds_run(output):
+        if not trainer.get("overwrite_output_dir"):
+            raise UserError(
+                f"trainer.output_dir: {output} holds another run; choose another, or say trainer.resume_from_checkpoint=true to go on with "
+                "it or trainer.overwrite_output_dir=true to delete it"
+            )
+        _delete_run(output)
+    output.mkdir(parents=True, exist_ok=True)
+    return output, None
+
+
+def last_checkpoint(directory: Path) -> Path | None:
+    """The checkpoint of the highest step in `directory` that was written to its end (its trainer_state.json is written last)."""
+    found = [path for path in _checkpoints(directory) if (path / "trainer_state.json").is_file()]
+    return max(found, key=_step, default=None)
+
+
+def truncate_metrics(directory: Path, step: int) -> None:
+    """Drop the logged lines after `step`, which the resumed run will log again."""
+    path = directory / METRICS
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # the line that a kill cut short
+            continue
+        if record["step"] <= step:
+            kept.append(line + "\n")
+    write_atomically(path, "".join(kept))
+
+
+def _step(path: Path) -> int:
+    match = _CHECKPOINT.fullmatch(path.name)
+    assert match is not None
+    return int(match.group(1))
+
+
+def _checkpoints(directory: Path) -> list[Path]:
+    return [path for path in directory.glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name)]
+
+
+def _holds_run(directory: Path) -> bool:
+    return any((directory / name).exists() for name in (CONFIG, PLAN, METRICS, SUMMARY)) or bool(_checkpoints(directory))
+
+
+def _delete_run(directory: Path) -> None:
+    """Delete what a run writes; other files stay."""
+    for path in _checkpoints(directory):
+        shutil.rmtree(path)
+    for name in (CONFIG, PLAN, METRICS, SUMMARY):
+        (directory / name).unlink(missing_ok=True)
+
+
+def _numbered(family: Path) -> list[Path]:
+    return [path for path in family.glob("*") if path.is_dir() and path.name.isdigit()]
+
+
+def _next_number(family: Path) -> Path:
+    family.mkdir(parents=True, exist_ok=True)
+    number = max((int(path.name) for path in _numbered(family)), default=0)
+    while True:
+        number += 1
+        try:
+            os.mkdir(family / f"{number:03d}")  # fails if another process took the number in between
+        except FileExistsError:
+            continue
+        return family / f"{number:03d}"
