@@ -13,6 +13,9 @@ from lowprec.schema import parse_value
 OWN_KEYS = {"resume_from_checkpoint": bool | str, "overwrite_output_dir": bool}
 """Keys under `trainer:` that steer the run and are no TrainingArguments (the Trainer itself ignores the first)."""
 
+_WIDER = {"fsdp": bool | str | list[str] | None}
+"""Fields that take more than their annotation in TrainingArguments says."""
+
 _DEFAULTS: dict[str, Any] = {"logging_steps": 10, "report_to": "none", "save_total_limit": 2}
 
 
@@ -25,15 +28,15 @@ def check_trainer(settings: Mapping[str, Any]) -> dict[str, Any]:
     from transformers import TrainingArguments
 
     hints = typing.get_type_hints(TrainingArguments)
-    known = {field.name: hints[field.name] for field in dataclasses.fields(TrainingArguments) if field.init} | OWN_KEYS
+    known = {field.name: hints[field.name] for field in dataclasses.fields(TrainingArguments) if field.init} | _WIDER | OWN_KEYS
     for key in settings:
         if key not in known:
             raise UserError(f"trainer.{key}: unknown key{nearest(key, known)}")
     return {key: parse_value(known[key], value, f"trainer.{key}") for key, value in settings.items()}
 
 
-def training_arguments(settings: Mapping[str, Any], output_dir: str, device_type: str, autocast: Mapping[str, Any]) -> Any:
-    """TrainingArguments for a run in `output_dir` on a device.
+def training_arguments(settings: Mapping[str, Any], device_type: str, autocast: Mapping[str, Any]) -> Any:
+    """TrainingArguments for a run on a device; its directory is set when it is known.
 
     Raises:
         UserError: what TrainingArguments itself refuses.
@@ -44,9 +47,13 @@ def training_arguments(settings: Mapping[str, Any], output_dir: str, device_type
     if given.get("save_strategy") == "no":
         given.setdefault("save_total_limit", None)
     try:
-        return TrainingArguments(**{**_DEFAULTS, **given, "output_dir": output_dir, "use_cpu": device_type == "cpu"})
+        return TrainingArguments(**{**_DEFAULTS, **_on(device_type), **given})
     except (ValueError, ImportError, TypeError) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from None
+
+
+def _on(device_type: str) -> dict[str, Any]:
+    return {"use_cpu": True, "dataloader_pin_memory": False} if device_type == "cpu" else {}
 
 
 def autocast_settings(settings: Mapping[str, Any], recipe: Recipe | None, device_type: str) -> tuple[dict[str, Any], PartPlan]:

@@ -7,6 +7,7 @@ no optimizer holds its parameters yet.
 """
 
 import logging
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,14 @@ from lowprec.plan import PartPlan, Plan
 logger = logging.getLogger("lowprec")
 
 PLAN_FILE = "plan.json"
+
+
+def show_log() -> None:
+    """Let the "lowprec" logger write to stderr, unless the program has set up logging: a user should see what was converted."""
+    if not logger.hasHandlers():
+        logger.addHandler(logging.StreamHandler(sys.stderr))
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
 
 
 class LowPrecisionCallback(TrainerCallback):
@@ -40,6 +49,7 @@ class LowPrecisionCallback(TrainerCallback):
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.plan = lowprec.convert(model, self.precision, device=args.device).with_parts(self.parts)
         if state.is_world_process_zero:
+            show_log()
             logger.info("%s", self.plan)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

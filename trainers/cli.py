@@ -40,10 +40,6 @@ def train(config: str, overrides: tuple[str, ...]) -> None:
     Any setting can be changed on the command line, e.g. precision.recipe=mxfp4 trainer.max_steps=100. The run is written to
     runs/<config name>/<number> unless trainer.output_dir says otherwise.
     """
-    import logging
-
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("lowprec").setLevel(logging.INFO)
     from trainers.config import load_run
 
     run, data = load_run(config, overrides)

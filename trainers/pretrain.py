@@ -71,9 +71,14 @@ def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> d
     Raises:
         UserError: before any training, for whatever is wrong in the configuration, the data or the output directory.
     """
-    device_type = resolve_device(config.device)
+    # Whatever can be wrong without the data is found before it is loaded, which may take long.
+    plan_run(config)
     settings = check_trainer(config.trainer)
+    rundir.locate(config_path, settings)
+
+    device_type = resolve_device(config.device)
     autocast, autocast_part = autocast_settings(settings, config.precision.recipe, device_type)
+    args = training_arguments(settings, device_type, autocast)
     mask = parse(config.attention.mask)
     if device_type == "cpu":
         keep_freed_memory()
@@ -96,9 +101,9 @@ def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> d
     )
     compile_blocks(model, config.compile, device_type)
 
-    # Nothing has been written so far, and everything that the user can have wrong has been looked at.
+    # Nothing has been written so far.
     directory, checkpoint = _on_main_process(processes, lambda: rundir.prepare(config_path, settings))
-    args = training_arguments(settings, str(directory), device_type, autocast)
+    args.output_dir = str(directory)
     if args.should_save:
         write_atomically(directory / rundir.CONFIG, dump(data))
         if checkpoint is not None:

@@ -23,41 +23,46 @@ CONFIG, PLAN, METRICS, SUMMARY = "config.yaml", "plan.json", "metrics.jsonl", "s
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
-def prepare(config_path: str | Path, trainer: Mapping[str, Any], root: Path = Path("runs")) -> tuple[Path, Path | None]:
-    """The directory of a run, made if it is new, and the checkpoint to resume from.
+def locate(config_path: str | Path, trainer: Mapping[str, Any], root: Path = Path("runs")) -> tuple[Path | None, Path | None]:
+    """The directory of a run and the checkpoint to resume from; nothing is made or deleted.
 
-    Without `trainer.output_dir` a run gets the next number under runs/<config name>; resuming then means the last of them that has a
-    checkpoint.
+    Without `trainer.output_dir` the directory is None, the next number under runs/<config name>; resuming then means the last of those
+    that has a checkpoint.
 
     Raises:
         UserError: the directory holds another run and neither resume nor overwrite was asked for, or there is nothing to resume from.
     """
     resume = trainer.get("resume_from_checkpoint") or False
+    output = Path(trainer["output_dir"]) if trainer.get("output_dir") else None
     if isinstance(resume, str):
         checkpoint = Path(resume)
         if not checkpoint.is_dir():
             raise UserError(f"trainer.resume_from_checkpoint: no such checkpoint: {checkpoint}")
-        return Path(trainer.get("output_dir") or checkpoint.parent), checkpoint
-
-    family = root / Path(config_path).stem
-    output = Path(trainer["output_dir"]) if trainer.get("output_dir") else None
+        return output or checkpoint.parent, checkpoint
     if resume:
+        family = root / Path(config_path).stem
         candidates = [output] if output is not None else sorted(_numbered(family), reverse=True)
         for candidate in candidates:
             if (checkpoint := last_checkpoint(candidate)) is not None:
                 return candidate, checkpoint
         raise UserError(f"trainer.resume_from_checkpoint: no checkpoint in {output or family}")
+    if output is not None and _holds_run(output) and not trainer.get("overwrite_output_dir"):
+        raise UserError(
+            f"trainer.output_dir: {output} holds another run; choose another, or say trainer.resume_from_checkpoint=true to go on with "
+            "it or trainer.overwrite_output_dir=true to delete it"
+        )
+    return output, None
+
+
+def prepare(config_path: str | Path, trainer: Mapping[str, Any], root: Path = Path("runs")) -> tuple[Path, Path | None]:
+    """As `locate`; the directory is made, and a run that may be overwritten is deleted from it."""
+    output, checkpoint = locate(config_path, trainer, root)
     if output is None:
-        return _next_number(family), None
-    if _holds_run(output):
-        if not trainer.get("overwrite_output_dir"):
-            raise UserError(
-                f"trainer.output_dir: {output} holds another run; choose another, or say trainer.resume_from_checkpoint=true to go on with "
-                "it or trainer.overwrite_output_dir=true to delete it"
-            )
+        return _next_number(root / Path(config_path).stem), None
+    if checkpoint is None and _holds_run(output):
         _delete_run(output)
     output.mkdir(parents=True, exist_ok=True)
-    return output, None
+    return output, checkpoint
 
 
 def last_checkpoint(directory: Path) -> Path | None:

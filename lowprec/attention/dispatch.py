@@ -91,7 +91,9 @@ def run_flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, *, scale: f
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         groups = 1
     flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
-    return flex(q, k, v, block_mask=block_mask, scale=scale, enable_gqa=groups > 1)
+    # PyTorch would take its decoding kernel for fewer than 128 queries, which has no configuration for some shapes (and no backward).
+    options = {"FORCE_USE_FLEX_ATTENTION": True} if q.is_cuda else None
+    return flex(q, k, v, block_mask=block_mask, scale=scale, enable_gqa=groups > 1, kernel_options=options)
 
 
 @cache

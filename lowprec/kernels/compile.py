@@ -36,12 +36,12 @@ def compile_blocks(model: nn.Module, mode: Mode, device_type: str) -> CompileCho
     Raises UserError for a model without a stack of blocks, and on a CPU without the C++ compiler that TorchInductor needs.
     """
     if mode not in ("blocks", "off"):
-        raise UserError(f"kernels.compile: expected 'blocks' or 'off', got {mode!r}")
+        raise UserError(f"compile: expected 'blocks' or 'off', got {mode!r}")
     if mode == "off":
-        return CompileChoice(compiled=0, reason="kernels.compile: off")
+        return CompileChoice(compiled=0, reason="compile: off")
     name, blocks = find_blocks(model)
     if device_type == "cpu" and (missing := _missing_cpp_compiler()):
-        raise UserError(f"kernels.compile: compiling for a CPU needs a C++ compiler and '{missing}' is not installed; set it to off")
+        raise UserError(f"compile: compiling for a CPU needs a C++ compiler and '{missing}' is not installed; set it to off")
     for block in blocks:
         block.compile()
     return CompileChoice(compiled=len(blocks), reason=f"each {type(blocks[0]).__name__} in '{name}', one compilation for all")
@@ -64,7 +64,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     outermost = [item for item in lists if not any(item[0].startswith(f"{other}.") for other, _ in lists)]
     candidates = layers or outermost
     if not candidates:
-        raise UserError(f"kernels.compile: {type(model).__name__} has no ModuleList of equal blocks to compile; set it to off")
+        raise UserError(f"compile: {type(model).__name__} has no ModuleList of equal blocks to compile; set it to off")
     return max(candidates, key=lambda item: len(item[1]))
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from lowprec.errors import UserError
 from lowprec.schema import parse
-from trainers.data import DataConfig, LoadedData, load_data, validation_bytes
+from trainers.data import DataConfig, LoadedData, load_data
 from trainers.data.cache import build_once
 from trainers.data.corpus import open_corpus
 from trainers.data.tokenizer import byte_tokenizer, make_encoder, train_bpe
@@ -442,24 +442,6 @@ def test_document_chunks(folder: Path, cache: Path, seq_len: int):
         assert example["input_ids"].tolist() == chunk + [256] * padding
         assert example["labels"].tolist() == chunk + [-100] * padding
         assert example["position_ids"].tolist() == [*range(len(chunk)), *range(padding)]
-
-
-@pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
-@pytest.mark.parametrize("seq_len", [7, 32])
-def test_validation_bytes(folder: Path, cache: Path, packing: bool, tokenizer: str, seq_len: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("trainers.data.packing._SCAN_TOKENS", 100)
-    data = load_data(config(folder, cache, packing=packing, tokenizer=tokenizer, vocab_size=300, seq_len=seq_len))
-    assert data.token_bytes is not None
-    for dataset in (data.train, data.validation):
-        expected = 0
-        for index in range(len(dataset)):
-            for label in dataset[index]["labels"][1:].tolist():
-                if label not in (-100, data.tokenizer.eos_token_id):
-                    # A token alone may be half a character, so its spelling is counted: one symbol is one byte.
-                    expected += len(data.tokenizer.convert_ids_to_tokens(label))
-        assert validation_bytes(dataset, data.token_bytes) == expected
-        assert validation_bytes(Subset(dataset, range(len(dataset))), data.token_bytes) == expected
 
 
 def test_examples_go_through_workers_and_the_default_collator(folder: Path, cache: Path):

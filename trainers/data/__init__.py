@@ -20,15 +20,14 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerFast
 
-    from trainers.data.packing import DocumentChunks, PackedBlocks, validation_bytes
+    from trainers.data.packing import DocumentChunks, PackedBlocks
     from trainers.data.tokenizer import token_bytes
 
-__all__ = ["DataConfig", "DocumentChunks", "LoadedData", "PackedBlocks", "load_data", "token_bytes", "validation_bytes"]
+__all__ = ["DataConfig", "DocumentChunks", "LoadedData", "PackedBlocks", "load_data", "token_bytes"]
 
 _LAZY = {
     "DocumentChunks": "trainers.data.packing",
     "PackedBlocks": "trainers.data.packing",
-    "validation_bytes": "trainers.data.packing",
     "token_bytes": "trainers.data.tokenizer",
 }
 

@@ -6,11 +6,7 @@ every separator: an attention that builds its document mask from them needs no o
 pay with padding.
 
 Examples are what Hugging Face causal language models expect: `labels` equal `input_ids` and the model shifts them, so the first token
-of an example is input only. `validation_bytes` counts bytes accordingly; bits per byte are
-
-    total loss in nats / ln 2 / validation_bytes(dataset, token_bytes)
-
-where the total is over all predicted labels of the dataset, separators (which stand for no bytes) included.
+of an example is input only.
 """
 
 import operator
@@ -24,7 +20,6 @@ from lowprec.errors import UserError
 from trainers.data.tokens import TokenFile
 
 IGNORE = -100  # the label that a cross entropy leaves out
-_SCAN_TOKENS = 2**24  # looked up at a time, which bounds memory to a few hundred MB whatever the corpus
 
 
 class _TokenDataset(Dataset[dict[str, torch.Tensor]]):
@@ -65,14 +60,6 @@ class _TokenDataset(Dataset[dict[str, torch.Tensor]]):
             example["position_ids"] = torch.from_numpy(_positions(ids == self.file.eos_id, length))
         return example
 
-    def predicted_bytes(self, token_bytes: np.ndarray) -> int:
-        """The bytes of text that the predicted labels of all examples stand for."""
-        raise NotImplementedError
-
-    def _bytes_of(self, stop: int, token_bytes: np.ndarray) -> int:
-        """The bytes of the first `stop` tokens."""
-        return sum(int(token_bytes[self.tokens[at : min(at + _SCAN_TOKENS, stop)]].sum()) for at in range(0, stop, _SCAN_TOKENS))
-
 
 class PackedBlocks(_TokenDataset):
     """Consecutive blocks of exactly `seq_len` tokens; the tail that does not fill one is dropped.
@@ -97,10 +84,6 @@ class PackedBlocks(_TokenDataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         at = self._index(index) * self.seq_len
         return self._example(self.tokens[at : at + self.seq_len], self.seq_len)
-
-    def predicted_bytes(self, token_bytes: np.ndarray) -> int:
-        stop = len(self) * self.seq_len
-        return self._bytes_of(stop, token_bytes) - int(token_bytes[self.tokens[: stop : self.seq_len]].sum())
 
 
 class DocumentChunks(_TokenDataset):
@@ -141,30 +124,6 @@ class DocumentChunks(_TokenDataset):
         ids = np.full(self.seq_len, self.file.eos_id, dtype=np.int64)
         ids[:length] = self.tokens[at : at + length]
         return self._example(ids, length)
-
-    def predicted_bytes(self, token_bytes: np.ndarray) -> int:
-        bounds, _ = self._chunks()
-        # All tokens but the first of each chunk. A chunk of one token that was left out is only its first, so it counts here too.
-        counts = -(-np.diff(bounds) // self.seq_len)
-        nth = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        firsts = np.repeat(bounds[:-1], counts) + nth * self.seq_len
-        return self._bytes_of(self.file.token_count, token_bytes) - int(token_bytes[self.tokens[firsts]].sum())
-
-
-def validation_bytes(dataset: Dataset, token_bytes: np.ndarray) -> int:
-    """The bytes of text that the predicted labels of `dataset` stand for: the denominator of bits per byte.
-
-    Predicted are the labels from position 1 of each example, except those of -100. `token_bytes` is int64 [vocab] as
-    `LoadedData.token_bytes`. A dataset of this module is counted as a whole; another one with examples of the same form, such as a
-    `Subset`, example by example.
-    """
-    if isinstance(dataset, _TokenDataset):
-        return dataset.predicted_bytes(token_bytes)
-    total = 0
-    for index in range(len(dataset)):  # type: ignore[arg-type]
-        labels = dataset[index]["labels"][1:]
-        total += int(token_bytes[labels[labels != IGNORE].numpy()].sum())
-    return total
 
 
 def _positions(is_separator: np.ndarray, length: int) -> np.ndarray:

@@ -1,0 +1,29 @@
+"""What the tests of every implementation share: matrices, shapes, edge cases, measures and bounds.
+
+A bound is written once, here, beside the reason for it; so loosening one shows in a diff. The package itself never imports this one.
+"""
+
+from lowprec.testing.cases import EDGE_BLOCKS, EdgeBlock
+from lowprec.testing.data import DISTRIBUTIONS, gaussian, heavy_tailed
+from lowprec.testing.metrics import fp32_accumulation_bound, sqnr_db
+from lowprec.testing.oracles import e8m0_scale, quantize_by_numpy, round_by_ml_dtypes
+from lowprec.testing.shapes import ODD_SHAPES, RECIPE_SHAPE, SQNR_SHAPE
+from lowprec.testing.tolerances import SQNR_CEILING_ABOVE_FLOOR_DB, SQNR_FLOORS_DB
+
+__all__ = [
+    "DISTRIBUTIONS",
+    "EDGE_BLOCKS",
+    "ODD_SHAPES",
+    "RECIPE_SHAPE",
+    "SQNR_CEILING_ABOVE_FLOOR_DB",
+    "SQNR_FLOORS_DB",
+    "SQNR_SHAPE",
+    "EdgeBlock",
+    "e8m0_scale",
+    "fp32_accumulation_bound",
+    "gaussian",
+    "heavy_tailed",
+    "quantize_by_numpy",
+    "round_by_ml_dtypes",
+    "sqnr_db",
+]

@@ -1,0 +1,99 @@
+"""Independent implementations to compare with: plain loops over blocks, float64 and exact rationals, codes by ml_dtypes.
+
+They share no arithmetic with the package, and are written from the definitions rather than from its formulas.
+"""
+
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowprec.formats.element import ElementFormat
+from lowprec.formats.scaling import ALL
+from lowprec.quant import OperandSpec
+
+SMALLEST_FP32_SCALE = np.float32(2.0**-126)
+
+
+def e8m0_scale(amax: float, fmt: ElementFormat, rule: str) -> float:
+    """The power-of-two scale of a block with a finite amax, by the definition of each rule (OCP MX 1.0, 6.3; arXiv 2506.08027)."""
+    if amax == 0:
+        return 2.0**-127
+    a, largest = Fraction(amax), Fraction(fmt.max)
+    exponent = _floor_log2(a) - fmt.emax  # floor: amax / s has the exponent of the format's largest value
+    if rule == "ceil":  # the smallest s under which amax / s does not exceed the largest power of two
+        while a > Fraction(2) ** (exponent + fmt.emax):
+            exponent += 1
+    elif rule == "rceil":  # the smallest s under which amax / s does not exceed the largest value
+        while a / Fraction(2) ** exponent > largest:
+            exponent += 1
+    elif rule == "even":  # floor, of amax rounded to the format's mantissa (half to even, as a Fraction rounds)
+        ulp = Fraction(2) ** (_floor_log2(a) - fmt.mantissa_bits)
+        exponent = _floor_log2(round(a / ulp) * ulp) - fmt.emax
+    return 2.0 ** min(max(exponent, -127), 127)
+
+
+def quantize_by_numpy(x_RK: Tensor, spec: OperandSpec) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes, scales and zero points (all fp32) of a matrix, block by block. A block with NaN or infinity has a NaN scale and NaN codes.
+
+    float64 holds the product of two fp32 numbers exactly, and their quotient to more than twice fp32's precision: rounding it to fp32
+    gives the correctly rounded fp32 result.
+    """
+    assert spec.scaling is not None
+    x, scaling, fmt = x_RK.float().numpy(), spec.scaling, spec.element
+    r, c = (max(n, 1) if extent == ALL else extent for n, extent in zip(x.shape, scaling.block, strict=True))
+    grid = (-(-x.shape[0] // r), -(-x.shape[1] // c))
+    codes, scales, zeros = np.zeros_like(x), np.zeros(grid, np.float32), np.zeros(grid, np.float32)
+    for i in range(grid[0]):
+        for j in range(grid[1]):
+            place = np.s_[i * r : (i + 1) * r, j * c : (j + 1) * c]
+            if not np.isfinite(x[place]).all():
+                codes[place] = scales[i, j] = zeros[i, j] = np.nan
+            elif scaling.symmetric:
+                codes[place], scales[i, j] = _symmetric(x[place], spec)
+            else:
+                codes[place], scales[i, j], zeros[i, j] = _asymmetric(x[place], fmt)
+    return torch.from_numpy(codes), torch.from_numpy(scales), None if scaling.symmetric else torch.from_numpy(zeros)
+
+
+def round_by_ml_dtypes(x: Any, fmt: ElementFormat) -> Any:
+    """fp32 numpy array without NaN -> the nearest values of a saturating format, fp32."""
+    import ml_dtypes  # a development dependency
+
+    clamped = np.clip(x, fmt.min, fmt.max)  # e4m3fn does not saturate there
+    if fmt.is_integer:
+        return np.clip(np.rint(x), fmt.min, fmt.max)
+    names = {"e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2", "e3m2": "float6_e3m2fn", "e2m3": "float6_e2m3fn", "e2m1": "float4_e2m1fn"}
+    return clamped.astype(getattr(ml_dtypes, names[fmt.name])).astype(np.float32)
+
+
+def _symmetric(block: Any, spec: OperandSpec) -> tuple[Any, Any]:
+    amax, fmt, scaling = np.abs(block).max().astype(np.float64), spec.element, spec.scaling
+    assert scaling is not None
+    if scaling.scale_format == "e8m0":
+        scale = np.float32(e8m0_scale(float(amax), fmt, scaling.rule))
+    else:
+        steps = {"int8": 127.5, "int4": 7.5}.get(fmt.name, fmt.max)
+        scale = max(np.float32(amax / steps), SMALLEST_FP32_SCALE)
+    return round_by_ml_dtypes(_times_reciprocal(block, scale), fmt), scale
+
+
+def _asymmetric(block: Any, fmt: ElementFormat) -> tuple[Any, Any, Any]:
+    low, high = min(block.min(), np.float32(0)), max(block.max(), np.float32(0))
+    half_span = np.float32(high.astype(np.float64) / 2 - low.astype(np.float64) / 2)  # halved, the span of finite numbers is finite
+    scale = max(np.float32(half_span.astype(np.float64) / ((fmt.max - fmt.min) / 2)), SMALLEST_FP32_SCALE)
+    zero = np.clip(fmt.min - np.rint(np.float32(low.astype(np.float64) / scale.astype(np.float64))), fmt.min, fmt.max)
+    return np.clip(np.rint(_times_reciprocal(block, scale)) + zero, fmt.min, fmt.max), scale, zero
+
+
+def _times_reciprocal(block: Any, scale: Any) -> Any:
+    reciprocal = np.float32(1.0 / scale.astype(np.float64))
+    return (block.astype(np.float64) * reciprocal.astype(np.float64)).astype(np.float32)
+
+
+def _floor_log2(x: Fraction) -> int:
+    """The e for which 2^e <= x < 2^(e + 1)."""
+    e = x.numerator.bit_length() - x.denominator.bit_length()
+    return e if Fraction(2) ** e <= x else e - 1

@@ -1,0 +1,135 @@
+"""Scales from amax against exact rational arithmetic (`lowprec.testing.oracles`) and against numbers worked out by hand."""
+
+import pytest
+import torch
+
+from lowprec.formats.element import E2M1, E2M3, E3M2, E4M3, E5M2, INT4, INT8, ElementFormat
+from lowprec.formats.scaling import ALL, SMALLEST_FP32_SCALE, BlockScaling, asymmetric_scale, scale_from_amax
+from lowprec.testing import e8m0_scale
+from lowprec.testing.cases import LARGEST_FP32, SMALLEST_NORMAL, SMALLEST_SUBNORMAL
+
+FLOATS = (E4M3, E5M2, E3M2, E2M3, E2M1)
+RULES = ("floor", "ceil", "even", "rceil")
+EXPONENTS = (-149, -148, -130, -127, -126, -125, -119, -118, -20, -1, 0, 1, 7, 8, 9, 15, 16, 100, 126, 127)
+
+
+def with_neighbours(values: list[float]) -> torch.Tensor:
+    """fp32 values and the fp32 numbers on both sides of each, positive and finite."""
+    x = torch.tensor(values, dtype=torch.float64).to(torch.float32)
+    x = torch.cat([x, torch.nextafter(x, torch.tensor(0.0)), torch.nextafter(x, torch.tensor(torch.inf))])
+    return x[(x > 0) & x.isfinite()].unique()
+
+
+def amaxes(fmt: ElementFormat) -> torch.Tensor:
+    """Where a rule changes its answer: 2^k, max * 2^k and the mantissa at which rounding carries, each with its neighbours."""
+    mantissas = (1.0, fmt.max / 2.0**fmt.emax, 2 - 2.0 ** -(fmt.mantissa_bits + 1), 1.5)
+    special = [SMALLEST_SUBNORMAL, SMALLEST_NORMAL, 3 * SMALLEST_SUBNORMAL, LARGEST_FP32]
+    return with_neighbours(special + [m * 2.0**k for k in EXPONENTS for m in mantissas])
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("fmt", FLOATS, ids=str)
+def test_power_of_two_scales_follow_their_definition(fmt, rule):
+    scaling = BlockScaling(block=(1, 32), scale_format="e8m0", rule=rule)
+    random = torch.rand(500, generator=torch.Generator().manual_seed(0)) * 1000
+    amax = torch.cat([amaxes(fmt), random, torch.zeros(1)])
+    assert len(amax) > 600
+    expected = torch.tensor([e8m0_scale(a, fmt, rule) for a in amax.tolist()], dtype=torch.float64).to(torch.float32)
+    got = scale_from_amax(amax, fmt, scaling)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, expected)
+
+
+def test_the_worked_example_of_each_rule():
+    """amax 7 in e2m1 (max 6, emax 2): floor and even divide by the written powers of two."""
+    amax, expected = torch.tensor([4.0, 5.0, 6.0, 6.5, 7.0]), {
+        "floor": [1, 1, 1, 1, 1],  # 2^(2 - 2); 6.5 and 7 will saturate at 6
+        "ceil": [1, 2, 2, 2, 2],  # anything above 4 takes the next one
+        "even": [1, 1, 1, 1, 2],  # 7 rounds to 8 in two significant bits, 6.5 to 6
+        "rceil": [1, 1, 1, 2, 2],  # above 6
+    }  # fmt: skip
+    for rule, scales in expected.items():
+        assert scale_from_amax(amax, E2M1, BlockScaling(block=(1, 32), scale_format="e8m0", rule=rule)).tolist() == scales
+
+
+@pytest.mark.parametrize("fmt", FLOATS, ids=str)
+def test_rceil_never_saturates_and_wastes_less_than_a_binade(fmt):
+    amax = amaxes(fmt)
+    amax = amax[amax > 2.0**-100]  # the smallest scale is not tight
+    scaled = amax.double() / scale_from_amax(amax, fmt, BlockScaling(block=(1, 32), scale_format="e8m0")).double()
+    assert (scaled <= fmt.max).all()
+    assert (scaled > fmt.max / 2).all()
+
+
+@pytest.mark.parametrize("fmt", [*FLOATS, INT8, INT4], ids=str)
+def test_fp32_scale_is_the_rounded_quotient(fmt):
+    """float64 divides two fp32 numbers to more than twice fp32's precision, so rounding its quotient to fp32 is exact division."""
+    steps = {INT8: 127.5, INT4: 7.5}.get(fmt, fmt.max)
+    amax = torch.cat([amaxes(fmt), torch.zeros(1)])
+    expected = (amax.double() / steps).to(torch.float32).clamp(min=SMALLEST_FP32_SCALE)
+    got = scale_from_amax(amax, fmt, BlockScaling(block=(1, ALL)))
+    assert torch.equal(got, expected)
+    assert got.reciprocal().isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "scaling", [BlockScaling(block=(1, 32)), *(BlockScaling(block=(1, 32), scale_format="e8m0", rule=r) for r in RULES)], ids=str
+)
+@pytest.mark.parametrize("fmt", [*FLOATS, INT8, INT4], ids=str)
+def test_nan_and_infinite_amax_give_nan(fmt, scaling):
+    scale = scale_from_amax(torch.tensor([torch.nan, torch.inf, 1.0]), fmt, scaling)
+    assert scale.isnan().tolist() == [True, True, False]
+
+
+def test_amax_of_any_shape_and_stride():
+    amax, scaling = amaxes(E4M3)[:60].view(6, 10), BlockScaling(block=(1, 32), scale_format="e8m0")
+    assert torch.equal(scale_from_amax(amax.t(), E4M3, scaling), scale_from_amax(amax, E4M3, scaling).t())
+    assert scale_from_amax(amax[:0], E4M3, scaling).shape == (0, 10)
+
+
+@pytest.mark.parametrize(
+    "low, high, scale, zero_point",
+    [
+        (0.0, 255.0, 1.0, -128.0),
+        (-255.0, 0.0, 1.0, 127.0),
+        (-128.0, 127.0, 1.0, 0.0),
+        (5.0, 255.0, 1.0, -128.0),  # the range always includes zero, so that zero (padding, ReLU) is exact
+        (-255.0, -7.0, 1.0, 127.0),
+        (-2.5, 252.5, 1.0, -126.0),  # round(-2.5) = -2, half to even
+        (0.0, 0.0, SMALLEST_FP32_SCALE, -128.0),
+    ],
+)
+def test_asymmetric_scale_by_hand(low, high, scale, zero_point):
+    got = asymmetric_scale(torch.tensor([low]), torch.tensor([high]), INT8)
+    assert (got[0].item(), got[1].item()) == (scale, zero_point)
+
+
+@pytest.mark.parametrize("low, high", [(torch.nan, 1.0), (0.0, torch.inf), (-torch.inf, 0.0), (-torch.inf, torch.inf)])
+def test_asymmetric_scale_of_non_finite_blocks_is_nan(low, high):
+    assert asymmetric_scale(torch.tensor([low]), torch.tensor([high]), INT8)[0].isnan().all()
+
+
+def test_asymmetric_scale_of_a_finite_block_is_finite():
+    """high - low overflows fp32 although (high - low) / 255 does not: an ordinary number must not become NaN by way of it."""
+    scale, _ = asymmetric_scale(torch.tensor([-3e38]), torch.tensor([3e38]), INT8)
+    torch.testing.assert_close(scale, torch.tensor([6e38 / 255]), rtol=1e-6, atol=0.0)
+
+
+def test_wrong_scalings_are_refused():
+    with pytest.raises(ValueError, match="block extents are positive"):
+        BlockScaling(block=(0, 32))
+    with pytest.raises(ValueError, match="block extents are positive"):
+        BlockScaling(block=(1, -2))
+    with pytest.raises(ValueError, match="a zero point goes with an fp32 scale"):
+        BlockScaling(block=(1, 32), scale_format="e8m0", symmetric=False)
+
+
+def test_names():
+    names = [
+        str(BlockScaling(block=(ALL, ALL))),
+        str(BlockScaling(block=(1, ALL), symmetric=False)),
+        str(BlockScaling(block=(128, 128))),
+        str(BlockScaling(block=(ALL, 1))),
+        str(BlockScaling(block=(1, 32), scale_format="e8m0", rule="floor")),
+    ]
+    assert names == ["tensor fp32", "row fp32 asymmetric", "128x128 fp32", "allx1 fp32", "1x32 e8m0:floor"]

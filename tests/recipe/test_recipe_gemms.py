@@ -1,0 +1,218 @@
+"""Every named recipe through LowPrecisionLinear: which operand each of the three GEMMs multiplies, and how good the result is."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lowprec.nn import LowPrecisionLinear
+from lowprec.quant import OperandSpec, quantize
+from lowprec.recipe import FROM_FPROP, Recipe, library
+from lowprec.testing import (
+    DISTRIBUTIONS,
+    ODD_SHAPES,
+    RECIPE_SHAPE,
+    SQNR_CEILING_ABOVE_FLOOR_DB,
+    SQNR_FLOORS_DB,
+    SQNR_SHAPE,
+    fp32_accumulation_bound,
+    gaussian,
+    sqnr_db,
+)
+
+COMPOSED = {
+    "blockwise, fprop in bf16": {"base": "fp8_blockwise", "fprop": "bf16"},
+    "mxfp4, wgrad in bf16": {"base": "mxfp4", "wgrad": "bf16"},
+    "mxfp4 fprop, mxfp8 backward": {"base": "mxfp8", "fprop": "mxfp4"},
+    "qat, fprop in mxfp4": {"base": "qat_int8dyn_int4", "fprop": "mxfp4"},  # dgrad and wgrad take mxfp4's operands, and its mask
+    "qat, fprop in bf16": {"base": "qat_int8dyn_int4", "fprop": "bf16"},
+    "blockwise, dgrad through fprop's w": {"base": "fp8_blockwise", "dgrad": "qat_int8dyn_int4"},
+    "qat, wgrad in bf16": {"base": "qat_int8dyn_int4", "wgrad": "bf16"},
+}
+RECIPES = {**{name: library.get(name) for name in library.names()}, **{name: library.resolve(value) for name, value in COMPOSED.items()}}
+every_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+
+
+def operands(make, shape: tuple[int, int, int], seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x [M, K], w [N, K] of the size of an initialised weight, bias [N], the gradient of y [M, N]. Random: ones would hide mistakes."""
+    m, n, k = shape
+    return make(m, k, seed), make(n, k, seed + 1) / k**0.5, make(1, n, seed + 2)[0], make(m, n, seed + 3)
+
+
+def run(recipe: Recipe, x: Tensor, w: Tensor, bias: Tensor | None, g: Tensor) -> dict[str, Tensor]:
+    """y and the gradients of x, w and bias, from the layer."""
+    linear = nn.Linear(w.shape[1], w.shape[0], bias=bias is not None)
+    layer = LowPrecisionLinear.from_linear(linear, recipe)
+    with torch.no_grad():
+        layer.weight.copy_(w)
+        if bias is not None:
+            layer.bias.copy_(bias)
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    y.backward(g)
+    assert x.grad is not None
+    assert layer.weight.grad is not None
+    got = {"fprop": y.detach(), "dgrad": x.grad, "wgrad": layer.weight.grad}
+    return got if bias is None else {**got, "bias": layer.bias.grad}  # pyright: ignore[reportReturnType]
+
+
+def high(t: Tensor, source: OperandSpec | None) -> Tensor:
+    return t if source is None else quantize(t, source).dequantize()
+
+
+def reference_operands(recipe: Recipe, x: Tensor, w: Tensor, g: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """The two dequantised operands of each GEMM, contraction axis last, straight from the recipe's definition."""
+
+    def second(source, again: Tensor, from_fprop: Tensor) -> Tensor:
+        return from_fprop.t() if source == FROM_FPROP else high(again, source)
+
+    x_fprop, w_fprop = high(x, recipe.fprop.a), high(w, recipe.fprop.b)  # pyright: ignore[reportArgumentType]
+    return {
+        "fprop": (x_fprop, w_fprop),
+        "dgrad": (high(g, recipe.dgrad.a), second(recipe.dgrad.b, w.t(), w_fprop)),  # pyright: ignore[reportArgumentType]
+        "wgrad": (high(g.t(), recipe.wgrad.a), second(recipe.wgrad.b, x.t(), x_fprop)),  # pyright: ignore[reportArgumentType]
+    }
+
+
+def cut(recipe: Recipe, x: Tensor, w: Tensor) -> dict[str, Tensor]:
+    """Where the straight-through gradient is zero: dx if x is differentiated as fprop's fake-quantised x (so wgrad.b), dw likewise."""
+    masks = {"dgrad": torch.zeros_like(x, dtype=torch.bool), "wgrad": torch.zeros_like(w, dtype=torch.bool)}
+    for gemm, source, t, spec in (("dgrad", recipe.wgrad.b, x, recipe.fprop.a), ("wgrad", recipe.dgrad.b, w, recipe.fprop.b)):
+        if source == FROM_FPROP and isinstance(spec, OperandSpec):
+            saturated = quantize(t, spec, saturation=True).saturated
+            masks[gemm] = masks[gemm] if saturated is None else saturated
+    return masks
+
+
+@every_recipe
+@pytest.mark.parametrize("shape", [RECIPE_SHAPE, *ODD_SHAPES], ids=str)
+def test_each_gemm_multiplies_the_operands_that_its_recipe_says(recipe, shape):
+    """Against float64 products of dequantised operands; the bound is fp32 accumulation's alone, so no other operand passes."""
+    x, w, bias, g = operands(DISTRIBUTIONS["heavy_tailed"], shape)
+    got, masks = run(recipe, x, w, bias, g), cut(recipe, x, w)
+    for gemm, (a, b) in reference_operands(recipe, x, w, g).items():
+        expected = a.double() @ b.double().t()
+        bound = fp32_accumulation_bound(a, b)
+        if gemm == "fprop":
+            expected = expected + bias.double()
+            bound = bound + 2.0**-24 * (expected.abs() + bound)  # one more rounding: the bias
+        elif masks[gemm].any():
+            assert (got[gemm][masks[gemm]] == 0).all()
+            expected, bound = expected.masked_fill(masks[gemm], 0), bound.masked_fill(masks[gemm], 0)
+        error = (got[gemm].double() - expected).abs()
+        assert (error <= bound).all(), f"{gemm}: {(error / bound).max():.3g} times the bound"
+    ones = torch.ones(1, len(g))
+    assert ((got["bias"].double() - g.double().sum(0)).abs() <= fp32_accumulation_bound(ones, g.t())[0]).all()
+
+
+def test_the_reference_tells_the_recipes_apart():
+    """The test above could not fail if its bound were loose: no recipe's operands pass for another's, in any of the three GEMMs."""
+    x, w, _, g = operands(DISTRIBUTIONS["heavy_tailed"], RECIPE_SHAPE)
+    products = {name: reference_operands(recipe, x, w, g) for name, recipe in RECIPES.items() if name in library.names()}
+    twins = {"fp8_blockwise_ue8m0", "mxfp8"}  # the same values but for what underflows, since both scales are powers of two
+    for gemm in ("fprop", "dgrad", "wgrad"):
+        for name, ops in products.items():
+            a, b = ops[gemm]
+            bound = fp32_accumulation_bound(a, b)
+            for other, other_ops in products.items():
+                if other == name or {name, other} == twins:
+                    continue
+                c, d = other_ops[gemm]
+                distance = (a.double() @ b.double().t() - c.double() @ d.double().t()).abs()
+                assert (distance > bound).any(), f"{gemm}: {name} and {other} are within the bound of one another"
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("name", library.names())
+def test_quality_against_high_precision(name, distribution):
+    x, w, _, g = operands(DISTRIBUTIONS[distribution], SQNR_SHAPE)
+    got = run(library.get(name), x, w, None, g)  # a bias, which is exact, would flatter y
+    xd, wd, gd = x.double(), w.double(), g.double()
+    exact = {"fprop": xd @ wd.t(), "dgrad": gd @ wd, "wgrad": gd.t() @ xd}
+    for (gemm, reference), floor in zip(exact.items(), SQNR_FLOORS_DB[name][distribution], strict=True):
+        quality = sqnr_db(reference, got[gemm])
+        assert floor <= quality <= floor + SQNR_CEILING_ABOVE_FLOOR_DB, f"{gemm}: {quality:.2f} dB"
+
+
+def test_every_named_recipe_has_floors():
+    assert set(SQNR_FLOORS_DB) == set(library.names())
+    assert all(set(floors) == set(DISTRIBUTIONS) for floors in SQNR_FLOORS_DB.values())
+
+
+# Quantisation-aware training, against autograd through a fake-quantiser that is written out.
+
+
+def round_straight_through(x: Tensor) -> Tensor:
+    return x + (x.round() - x).detach()
+
+
+def fake_int8_per_token(x: Tensor) -> Tensor:
+    """Asymmetric, per row; scale and zero point are constants to autograd, and torch.clamp's own gradient is the mask."""
+    with torch.no_grad():
+        low, high_ = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0)
+        scale = (high_ - low) / 255
+        zero = (-128 - (low / scale).round()).clamp(-128, 127)
+    q = torch.clamp(round_straight_through(x * (1 / scale)) + zero, -128, 127)
+    return (q - zero) * scale
+
+
+def fake_int4_per_group(w: Tensor) -> Tensor:
+    groups = w.unflatten(1, (-1, 32))
+    with torch.no_grad():
+        scale = groups.abs().amax(2, keepdim=True) / 7.5
+    return (torch.clamp(round_straight_through(groups * (1 / scale)), -8, 7) * scale).flatten(1)
+
+
+# round_straight_through computes x + (round(x) - x), which is round(x) to within an ulp of a code (<= 128), and its gradient meets
+# (1 / scale) * scale, one to within two roundings. Both are relative errors of an operand, of a few 2^-24.
+QAT_OPERAND_ERROR = 4 * 2.0**-24
+
+
+def test_qat_gradients_equal_autograd_through_an_explicit_fake_quantiser():
+    x, w, _, g = operands(DISTRIBUTIONS["gaussian"], (64, 48, 96))
+    # A row whose both ends round up, so that 128 is cut (see the quantiser's tests): amax of int8 saturates only there.
+    x[5] = x[5].clamp(-1, 1)
+    x[5, 0], x[5, 1] = -1.5, 253.5
+    got = run(library.get("qat_int8dyn_int4"), x, w, None, g)
+    x_leaf, w_leaf = x.clone().requires_grad_(), w.clone().requires_grad_()
+    y = fake_int8_per_token(x_leaf) @ fake_int4_per_group(w_leaf).t()
+    y.backward(g)
+    expected = {"fprop": y.detach(), "dgrad": x_leaf.grad, "wgrad": w_leaf.grad}
+
+    masks = cut(library.get("qat_int8dyn_int4"), x, w)
+    assert masks["dgrad"].nonzero().tolist() == [[5, 1]]
+    assert 0.01 < masks["wgrad"].float().mean() < 0.02  # +amax of about 40% of the groups of 32, as 79% are cut where it is positive
+    for gemm in ("dgrad", "wgrad"):
+        assert expected[gemm] is not None
+        assert torch.equal(expected[gemm] == 0, masks[gemm])
+        assert torch.equal(got[gemm] == 0, masks[gemm])
+
+    for gemm, (a, b) in reference_operands(library.get("qat_int8dyn_int4"), x, w, g).items():
+        bound = 2 * fp32_accumulation_bound(a, b) + 2 * QAT_OPERAND_ERROR * (a.double().abs() @ b.double().abs().t())
+        assert expected[gemm] is not None
+        assert ((got[gemm].double() - expected[gemm].double()).abs() <= bound).all()
+
+
+def test_qat_is_exact_where_nothing_is_rounded():
+    """Codes times a scale of one: the fake-quantiser is the identity, so y and both gradients are those of the plain linear layer."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-128, 128, (8, 32), generator=generator).float()
+    x[:, 0], x[:, 1] = -128.0, 127.0
+    w = torch.randint(-7, 8, (6, 32), generator=generator).float()
+    w[:, 0], w = -7.5, w  # scale 1; -7.5 becomes -8, the one value that moves
+    g = torch.randint(-4, 5, (8, 6), generator=generator).float()
+    got = run(library.get("qat_int8dyn_int4"), x, w, None, g)
+    served = w.clone()
+    served[:, 0] = -8.0
+    assert torch.equal(got["fprop"], x @ served.t())
+    assert torch.equal(got["dgrad"], g @ served)
+    assert torch.equal(got["wgrad"], g.t() @ x)
+
+
+def test_healing_fprop_changes_fprop_alone():
+    """{base: fp8_blockwise, fprop: bf16}: y is bf16's, the gradients are fp8_blockwise's, bit for bit."""
+    x, w, bias, g = operands(gaussian, RECIPE_SHAPE)
+    healed, base, bf16 = (run(RECIPES[name], x, w, bias, g) for name in ("blockwise, fprop in bf16", "fp8_blockwise", "bf16"))
+    assert torch.equal(healed["fprop"], bf16["fprop"])
+    assert not torch.equal(healed["fprop"], base["fprop"])
+    assert torch.equal(healed["dgrad"], base["dgrad"])
+    assert torch.equal(healed["wgrad"], base["wgrad"])
