@@ -49,7 +49,7 @@ def convert(model: nn.Module, precision: Any, *, device: str | torch.device | No
         module = model.get_submodule(name)
         if decision.recipe is not None:
             assert isinstance(module, nn.Linear)
-            LowPrecisionLinear.from_linear(module, decision.recipe, config.backend)
+            LowPrecisionLinear.from_linear(module, decision.recipe, config.backend, plan.device)
         elif isinstance(module, LowPrecisionLinear):
             module.to_linear()
     return plan

@@ -13,11 +13,11 @@ def write_atomically(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+            os.chmod(file.name, 0o666 & ~_umask())
+            os.replace(file.name, path)
         except BaseException:
             os.unlink(file.name)
             raise
-    os.chmod(file.name, 0o666 & ~_umask())
-    os.replace(file.name, path)
 
 
 def _umask() -> int:

@@ -16,7 +16,7 @@ Shapes: B batch, H query heads, Q and K lengths, D head dimension; keys and valu
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +92,7 @@ def run_flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, *, scale: f
         groups = 1
     flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
     # PyTorch would take its decoding kernel for fewer than 128 queries, which has no configuration for some shapes (and no backward).
-    options = {"FORCE_USE_FLEX_ATTENTION": True} if q.is_cuda else None
+    options: Any = {"FORCE_USE_FLEX_ATTENTION": True} if q.is_cuda else None
     return flex(q, k, v, block_mask=block_mask, scale=scale, enable_gqa=groups > 1, kernel_options=options)
 
 

@@ -35,6 +35,8 @@ def exceeds_range(x: Tensor, fmt: ElementFormat) -> Tensor:
 
     fp32 in, bool out, same shape. Both ends of the range are inside.
     """
+    if not fmt.saturates:
+        return _cast(x, fmt).isinf()
     rounded = _to_grid(x.clamp(2 * fmt.min, 2 * fmt.max), fmt)  # the clamp keeps C finite and changes no answer
     return (rounded < fmt.min) | (rounded > fmt.max)
 

@@ -70,13 +70,14 @@ def scale_from_amax(amax: Tensor, fmt: ElementFormat, scaling: BlockScaling) -> 
         return _power_of_two_scale(amax, fmt, scaling.rule)
     # An integer format's range is one step longer below zero; the scale spans the whole of it (amax / 7.5 for int4).
     largest = (fmt.max - fmt.min) / 2
-    return _finite_or_nan((amax / largest).clamp(min=SMALLEST_FP32_SCALE))
+    return _finite_or_nan(_divide(amax, largest).clamp(min=SMALLEST_FP32_SCALE))
 
 
 def asymmetric_scale(low: Tensor, high: Tensor, fmt: ElementFormat) -> tuple[Tensor, Tensor]:
     """Scale and zero point of blocks that span [low, high], fp32 in and out; the zero point is integral, in [fmt.min, fmt.max]."""
     low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = _finite_or_nan(((high - low) / (fmt.max - fmt.min)).clamp(min=SMALLEST_FP32_SCALE))
+    span = high / 2 - low / 2  # halved, which is exact, the span of finite numbers is finite
+    scale = _finite_or_nan(_divide(span, (fmt.max - fmt.min) / 2).clamp(min=SMALLEST_FP32_SCALE))
     zero_point = (fmt.min - (low / scale).round()).clamp(fmt.min, fmt.max)
     return scale, zero_point
 
@@ -97,6 +98,11 @@ def _power_of_two_scale(amax: Tensor, fmt: ElementFormat, rule: str) -> Tensor:
     scale_exponent = (exponent - fmt.emax + bump).clamp(-_E8M0_BIAS, _E8M0_BIAS)
     scale = torch.ldexp(torch.ones_like(amax), scale_exponent)
     return scale.masked_fill(~amax.isfinite(), torch.nan)
+
+
+def _divide(x: Tensor, divisor: float) -> Tensor:
+    """x / divisor, correctly rounded on every device: by a plain number CUDA multiplies with its reciprocal, an ulp off now and then."""
+    return x / torch.full_like(x, divisor)
 
 
 def _finite_or_nan(scale: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ Shapes: M tokens, N output features, K input features. Each of the six operands 
 What is kept for the backward follows from the recipe too:
 
 * x: its codes as wgrad will contract them (quantised in fprop, along the tokens), so that the high-precision x can be freed; or fprop's
-  own codes (quantisation-aware training); or x itself. Nothing if the weight is frozen.
+  own codes (quantisation-aware training) and where they saturated; or x itself. Nothing of it for wgrad if the weight is frozen.
 * w: the parameter itself. It is quantised again in the backward: that costs less than holding one more copy of every weight, and
   keeps FSDP free to drop the gathered parameter.
 
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lowprec.gemm import GemmBackend, Operand, select
 from lowprec.quant import OperandSpec, QTensor, quantize
@@ -44,32 +45,36 @@ class LinearFunction(torch.autograd.Function):
     """y = x . w^T + bias under a recipe. x [M, K], w [N, K], bias [N] or None -> y [M, N] of x's dtype."""
 
     @staticmethod
-    def forward(ctx: Any, x_MK: Tensor, w_NK: Tensor, bias_N: Tensor | None, gemms: LinearGemms) -> Tensor:
-        recipe, (needs_dx, needs_dw, *_) = gemms.recipe, ctx.needs_input_grad
+    def forward(ctx: Any, x_MK: Tensor, w_NK: Tensor, bias_N: Tensor | None, gemms: LinearGemms, grad_enabled: bool) -> Tensor:
+        # needs_input_grad knows nothing of no_grad, and inside a Function it can't be asked for.
+        recipe, (needs_dx, needs_dw) = gemms.recipe, (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         x, w = _operand(x_MK, recipe.fprop.a, gemms.fprop), _operand(w_NK, recipe.fprop.b, gemms.fprop)
         y_MN = gemms.fprop.mm(x, w, x_MK.dtype)
         if bias_N is not None:
             y_MN = y_MN + bias_N.to(y_MN.dtype)
 
         kept_x: Operand | None = None
+        x_saturated: Tensor | None = None
         if recipe.wgrad.b == FROM_FPROP:
             if needs_dx or needs_dw:
-                # the codes for wgrad, the mask of what saturated for the straight-through dx
-                kept_x = _operand(x_MK, recipe.fprop.a, None, saturation=needs_dx)
+                kept = _operand(x_MK, recipe.fprop.a, None, saturation=needs_dx)
+                x_saturated = kept.saturated if isinstance(kept, QTensor) else None
+                kept_x = kept if needs_dw else None
         elif needs_dw:
             kept_x = _operand(x_MK.t(), recipe.wgrad.b, None)
         ctx.gemms, ctx.x_dtype, ctx.x_spec = gemms, x_MK.dtype, kept_x.spec if isinstance(kept_x, QTensor) else None
         ctx.bias_dtype = None if bias_N is None else bias_N.dtype
-        ctx.save_for_backward(w_NK, *_tensors(kept_x))
+        ctx.save_for_backward(w_NK, x_saturated, *_tensors(kept_x))
         return y_MN
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (g_MN,) = grad_outputs
         gemms, recipe = ctx.gemms, ctx.gemms.recipe
-        w_NK, *kept = ctx.saved_tensors
+        w_NK, x_saturated, *kept = ctx.saved_tensors
         kept_x = _from_tensors(kept, ctx.x_spec)
-        needs_dx, needs_dw, needs_db, _ = ctx.needs_input_grad
+        needs_dx, needs_dw, needs_db, *_ = ctx.needs_input_grad
         w_fprop = None
         if recipe.dgrad.b == FROM_FPROP:
             w_fprop = _operand(w_NK, recipe.fprop.b, gemms.dgrad, saturation=needs_dw)
@@ -78,16 +83,15 @@ class LinearFunction(torch.autograd.Function):
         if needs_dx:
             w_KN = _operand(w_NK.t(), recipe.dgrad.b, gemms.dgrad) if w_fprop is None else w_fprop.t()
             dx_MK = gemms.dgrad.mm(_operand(g_MN, recipe.dgrad.a, gemms.dgrad), w_KN, ctx.x_dtype)
-            if recipe.wgrad.b == FROM_FPROP:
-                dx_MK = _straight_through(dx_MK, kept_x)
+            dx_MK = _straight_through(dx_MK, x_saturated)
         if needs_dw:
             assert kept_x is not None
             x_KM = kept_x.t() if recipe.wgrad.b == FROM_FPROP else kept_x
             dw_NK = gemms.wgrad.mm(_operand(g_MN.t(), recipe.wgrad.a, gemms.wgrad), x_KM, w_NK.dtype)
-            dw_NK = _straight_through(dw_NK, w_fprop)
+            dw_NK = _straight_through(dw_NK, w_fprop.saturated if isinstance(w_fprop, QTensor) else None)
         if needs_db:
             db_N = g_MN.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        return dx_MK, dw_NK, db_N, None
+        return dx_MK, dw_NK, db_N, None, None
 
 
 class LowPrecisionLinear(nn.Linear):
@@ -98,16 +102,18 @@ class LowPrecisionLinear(nn.Linear):
     backend: str
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, recipe: Recipe, backend: str = "auto") -> "LowPrecisionLinear":
+    def from_linear(cls, linear: nn.Linear, recipe: Recipe, backend: str = "auto", device_type: str | None = None) -> "LowPrecisionLinear":
         """Turn `linear` into a LowPrecisionLinear, in place, and return it.
 
         The module stays the same object: hooks, references from outside, parameter identity and state-dict keys are untouched.
 
+        Args:
+            device_type: where it will run, if that is not where the weight is now.
         Raises:
-            UserError: `backend` can't run the recipe on the weight's device.
+            UserError: `backend` can't run the recipe there.
         """
         assert type(linear) in (nn.Linear, cls)
-        device_type = linear.weight.device.type
+        device_type = device_type or linear.weight.device.type
         chosen = {} if device_type == "meta" else {device_type: LinearGemms.on(device_type, recipe, backend)}
         linear.__class__ = cls
         assert isinstance(linear, LowPrecisionLinear)
@@ -134,7 +140,7 @@ class LowPrecisionLinear(nn.Linear):
             # A module that was moved: its backends are chosen once per type of device.
             self.gemms[device_type] = LinearGemms.on(device_type, self.recipe, self.backend)
         x_MK = x.reshape(-1, self.in_features)
-        y_MN = LinearFunction.apply(x_MK, self.weight, self.bias, self.gemms[device_type])
+        y_MN = LinearFunction.apply(x_MK, self.weight, self.bias, self.gemms[device_type], torch.is_grad_enabled())
         return y_MN.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -148,20 +154,19 @@ def _operand(t: Tensor, source: Any, consumer: GemmBackend | None, *, saturation
     return quantize(t, source, decoded=consumer is not None and consumer.decoded, saturation=saturation)
 
 
-def _straight_through(grad: Tensor, operand: Operand | None) -> Tensor:
-    if isinstance(operand, QTensor) and operand.saturated is not None:
-        return grad.masked_fill(operand.saturated, 0)
-    return grad
+def _straight_through(grad: Tensor, saturated: Tensor | None) -> Tensor:
+    """The gradient through a rounding: itself, but zero where the clamp cut."""
+    return grad if saturated is None else grad.masked_fill(saturated, 0)
 
 
 def _tensors(operand: Operand | None) -> tuple[Tensor | None, ...]:
     if isinstance(operand, QTensor):
-        return operand.values, operand.scale, operand.zero_point, operand.saturated
+        return operand.values, operand.scale, operand.zero_point
     return (operand,)
 
 
 def _from_tensors(tensors: list[Tensor], spec: OperandSpec | None) -> Operand | None:
     if spec is None:
         return tensors[0]
-    values, scale, zero_point, saturated = tensors
-    return QTensor(values=values, scale=scale, zero_point=zero_point, saturated=saturated, spec=spec)
+    values, scale, zero_point = tensors
+    return QTensor(values=values, scale=scale, zero_point=zero_point, spec=spec)

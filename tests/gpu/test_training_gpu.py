@@ -61,7 +61,7 @@ def test_linear_gives_what_it_gives_on_a_cpu(name: str, dtype: torch.dtype):
     x, g = torch.randn(5, 33, 300).to(dtype), torch.randn(5, 33, 200).to(dtype)
     results = []
     for linear, device in ((here, "cpu"), (there, "cuda")):
-        inputs = x.to(device).requires_grad_()
+        inputs = x.detach().clone().to(device).requires_grad_()
         y = linear(inputs)
         y.backward(g.to(device))
         results.append([t.detach().float().cpu() for t in (y, inputs.grad, linear.weight.grad, linear.bias.grad)])
@@ -77,6 +77,15 @@ def test_compiled_linear(name: str, autocast: torch.dtype | None):
     torch.manual_seed(0)
     linear = LowPrecisionLinear.from_linear(torch.nn.Linear(512, 384, device="cuda"), lowprec.recipes.get(name))
     x, g = torch.randn(256, 512, device="cuda"), torch.randn(256, 384, device="cuda")
+    # Sums differ in their order (100 dB), bf16 outputs by their rounding (54 dB). Inductor's fp32 division is not correctly rounded, which
+    # moves an fp32 scale by an ulp and flips the code of one element in some thousands: 15 dB and more below the quantisation error.
+    recipe = lowprec.recipes.get(name)
+    fp32_scales = any(
+        spec is not None and spec.scaling is not None and spec.scaling.scale_format == "fp32"
+        for gemm in ("fprop", "dgrad", "wgrad")
+        for spec in recipe.operands(gemm)
+    )
+    floor = 43.0 if fp32_scales else 50.0 if autocast else 90.0
     results = []
     for module in (linear, torch.compile(linear, fullgraph=True)):
         inputs = x.clone().requires_grad_()
@@ -87,7 +96,7 @@ def test_compiled_linear(name: str, autocast: torch.dtype | None):
         y.backward(g.to(y.dtype))
         results.append([t.detach().float().clone() for t in (y, inputs.grad, linear.weight.grad, linear.bias.grad)])
     for part, a, b in zip(("y", "dx", "dw", "db"), *results, strict=True):
-        assert sqnr_db(a, b) > (50.0 if autocast else 90.0), part
+        assert sqnr_db(a, b) > floor, part
 
 
 @pytest.mark.parametrize("name", ["fp8_blockwise", "mxfp4"])
