@@ -46,6 +46,12 @@ def converted(model: nn.Module) -> dict[str, str]:
     return {name: module.recipe.name for name, module in model.named_modules() if isinstance(module, LowPrecisionLinear)}
 
 
+def linear(model: nn.Module, name: str) -> nn.Linear:
+    module = model.get_submodule(name)
+    assert isinstance(module, nn.Linear)
+    return module
+
+
 def run(model: nn.Module) -> Tensor:
     return model(torch.arange(12).view(2, 6)).logits.detach()
 
@@ -147,11 +153,11 @@ def test_a_recipe_of_none_touches_nothing():
 
 
 def test_a_single_linear_is_a_model():
-    linear = nn.Linear(8, 8)
-    plan = convert(linear, "bf16")
-    assert isinstance(linear, LowPrecisionLinear)
+    model = nn.Linear(8, 8)
+    plan = convert(model, "bf16")
+    assert isinstance(model, LowPrecisionLinear)
     assert [layer.name for layer in plan.layers] == [""]
-    assert revert(linear) == 1
+    assert revert(model) == 1
 
 
 def test_a_module_in_two_places_is_one_layer():
@@ -192,8 +198,8 @@ def test_the_first_rule_that_matches_decides():
         ),
         (
             {"rules": [{"modules": "down_proj", "recipe": "bf16"}]},
-            "rule 'down_proj' matches none of the 85 linear layers; it is a part of 'model.layers.0.mlp.down_proj', but a rule matches whole "
-            "names: try '.*down_proj.*'",
+            "rule 'down_proj' matches none of the 85 linear layers; it is a part of 'model.layers.0.mlp.down_proj', but a rule matches "
+            "whole names: try '.*down_proj.*'",
         ),
         (
             {"rules": [{"modules": ".*proj", "recipe": "bf16"}, {"modules": ".*up_proj", "recipe": "none"}]},
@@ -265,7 +271,7 @@ def test_strict_accepts_what_is_native_or_meant_to_be_left_alone():
 def test_parameters_names_and_hooks_survive():
     model = tiny_llama(layers=2)
     parameters, modules, keys = dict(model.named_parameters()), dict(model.named_modules()), list(model.state_dict())
-    q_proj, seen = model.model.layers[0].self_attn.q_proj, []
+    q_proj, seen = linear(model, "model.layers.0.self_attn.q_proj"), []
     q_proj.register_forward_hook(lambda module, args, out: seen.append(module))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     convert(model, "fp8_blockwise")
@@ -276,7 +282,7 @@ def test_parameters_names_and_hooks_survive():
     assert seen == [q_proj]
     before = q_proj.weight.detach().clone()
     ids = torch.arange(12).view(2, 6)
-    model(ids, labels=ids).loss.backward()
+    model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()  # built before the conversion
     assert not torch.equal(q_proj.weight, before)
 
@@ -351,7 +357,7 @@ def test_the_plan_is_what_convert_does():
     assert convert(model, precision) == plan
     assert converted(model) == {layer.name: layer.recipe for layer in plan.converted}
     for layer in plan.layers:
-        module = model.get_submodule(layer.name)
+        module = linear(model, layer.name)
         assert layer.shape == tuple(module.weight.shape)
         if isinstance(module, LowPrecisionLinear):
             chosen = module.gemms["cpu"]
@@ -366,7 +372,8 @@ def test_forms_of_precision(tmp_path):
     inner, whole = tmp_path / "inner.yaml", tmp_path / "whole.yml"
     inner.write_text("recipe: mxfp8\n")
     whole.write_text("precision: {recipe: mxfp8}\nmodel: ignored here\n")
-    for form in (library.get("mxfp8"), {"recipe": "mxfp8"}, lowprec.PrecisionConfig(recipe="mxfp8"), inner, str(whole), {"recipe": {"base": "mxfp8"}}):
+    mxfp8 = library.get("mxfp8")
+    for form in (mxfp8, {"recipe": "mxfp8"}, {"recipe": {"base": "mxfp8"}}, lowprec.PrecisionConfig(recipe=mxfp8), inner, str(whole)):
         assert make_plan(model, form) == expected
     assert make_plan(model, {}) == make_plan(model, "bf16")  # the default
     inner.write_text("recipe: mxfp9\n")
@@ -375,5 +382,5 @@ def test_forms_of_precision(tmp_path):
     assert str(error.value) == f"{inner}: precision.recipe: unknown recipe 'mxfp9'; did you mean 'mxfp8'?"
     with pytest.raises(UserError, match=r"missing\.yaml: no such file"):
         make_plan(model, tmp_path / "missing.yaml")
-    with pytest.raises(UserError, match="precision.recipe: a recipe is a name or a mapping with 'base', got 3"):
+    with pytest.raises(UserError, match=r"precision\.recipe: a recipe is a name or a mapping with 'base', got 3"):
         make_plan(model, 3)

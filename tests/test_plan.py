@@ -10,7 +10,7 @@ from lowprec.files import write_atomically
 from lowprec.plan import GemmPlan, LayerPlan, PartPlan, Plan
 
 
-def gemms(native: bool = False, backends: tuple[str, str, str] = ("reference",) * 3) -> tuple[GemmPlan, ...]:
+def gemms(native: bool = False, backends: tuple[str, ...] = ("reference",) * 3) -> tuple[GemmPlan, ...]:
     return tuple(
         GemmPlan(gemm=gemm, equation=f"{out} = a · bᵀ", backend=backend, native=native, reason="because")
         for gemm, out, backend in zip(("fprop", "dgrad", "wgrad"), ("y", "dx", "dw"), backends, strict=True)
@@ -58,9 +58,7 @@ def test_totals():
 
 
 def test_summary():
-    assert PLAN.summary() == (
-        "4 of 5 linear layers converted (76.5% of their weights): mxfp8 x 3, bf16 x 1; 1 native, 3 emulated on cpu"
-    )
+    assert PLAN.summary() == ("4 of 5 linear layers converted (76.5% of their weights): mxfp8 x 3, bf16 x 1; 1 native, 3 emulated on cpu")
     empty = Plan(device="cuda", layers=())
     assert empty.summary() == "0 of 0 linear layers converted (0.0% of their weights): no recipe; 0 native, 0 emulated on cuda"
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer, default_data_collator, set_seed
+from transformers.utils.logging import disable_progress_bar
 
 from lowprec.attention import parse
 from lowprec.attention.hf import attach, describe
@@ -80,6 +81,7 @@ def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> d
     autocast, autocast_part = autocast_settings(settings, config.precision.recipe, device_type)
     args = training_arguments(settings, device_type, autocast)
     mask = parse(config.attention.mask)
+    disable_progress_bar()  # transformers' own: the run has one
     if device_type == "cpu":
         keep_freed_memory()
 
@@ -88,6 +90,8 @@ def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> d
         loaded = load_data(config.data, document_positions=mask.needs_documents)
     model_config = build_config(config.model, len(loaded.tokenizer))
     check_length(model_config, config.data.seq_len)
+    if config.model.preset is not None:
+        model_config.bos_token_id = model_config.eos_token_id = loaded.tokenizer.eos_token_id
     set_seed(settings.get("seed", 42))
     model = build_model(config.model, model_config, attn_implementation="sdpa")
     attach(model, mask)

@@ -78,7 +78,7 @@ def asymmetric_scale(low: Tensor, high: Tensor, fmt: ElementFormat) -> tuple[Ten
     low, high = low.clamp(max=0), high.clamp(min=0)
     span = high / 2 - low / 2  # halved, which is exact, the span of finite numbers is finite
     scale = _finite_or_nan(_divide(span, (fmt.max - fmt.min) / 2).clamp(min=SMALLEST_FP32_SCALE))
-    zero_point = (fmt.min - (low / scale).round()).clamp(fmt.min, fmt.max)
+    zero_point = (fmt.min - (low.double() / scale.double()).float().round()).clamp(fmt.min, fmt.max)
     return scale, zero_point
 
 
@@ -96,13 +96,23 @@ def _power_of_two_scale(amax: Tensor, fmt: ElementFormat, rule: str) -> Tensor:
         threshold = 0.0 if rule == "ceil" else fmt.max / 2.0**fmt.emax - 1.0
         bump = mantissa > int(threshold * 2**23)
     scale_exponent = (exponent - fmt.emax + bump).clamp(-_E8M0_BIAS, _E8M0_BIAS)
-    scale = torch.ldexp(torch.ones_like(amax), scale_exponent)
-    return scale.masked_fill(~amax.isfinite(), torch.nan)
+    # 2^E by its bits; the smallest one, 2^-127, is subnormal.
+    scale_bits = torch.where(scale_exponent == -_E8M0_BIAS, 1 << 22, (scale_exponent + _E8M0_BIAS) << 23)
+    return scale_bits.view(torch.float32).masked_fill(~amax.isfinite(), torch.nan)
+
+
+def reciprocal(scale: Tensor) -> Tensor:
+    """1 / scale, fp32 in and out, correctly rounded on every device."""
+    return (1.0 / scale.double()).float()
 
 
 def _divide(x: Tensor, divisor: float) -> Tensor:
-    """x / divisor, correctly rounded on every device: by a plain number CUDA multiplies with its reciprocal, an ulp off now and then."""
-    return x / torch.full_like(x, divisor)
+    """x / divisor, fp32 in and out, correctly rounded on every device.
+
+    fp32 division is not: by a plain number CUDA multiplies with its reciprocal, and compiled kernels approximate. A quotient of fp32 numbers
+    that is rounded to fp64 and then to fp32 is correctly rounded (53 >= 2 * 24 + 2 bits), and scales are few.
+    """
+    return (x.double() / torch.full_like(x, divisor, dtype=torch.float64)).float()
 
 
 def _finite_or_nan(scale: Tensor) -> Tensor:

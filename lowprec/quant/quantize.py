@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowprec.formats.rounding import exceeds_range, round_to_format
-from lowprec.formats.scaling import asymmetric_scale, scale_from_amax
+from lowprec.formats.scaling import asymmetric_scale, reciprocal, scale_from_amax
 from lowprec.quant.qtensor import QTensor, block_extents, from_blocks, is_transposed, swapped, to_blocks
 from lowprec.quant.spec import OperandSpec
 
@@ -47,10 +47,10 @@ def quantize(x_RK: Tensor, spec: OperandSpec, *, decoded: bool = False, saturati
     zero_point = None
     if scaling.symmetric:
         scale = scale_from_amax(blocks.abs().amax((1, 3)), fmt, scaling)
-        scaled = blocks * scale.reciprocal()[:, None, :, None]
+        scaled = blocks * reciprocal(scale)[:, None, :, None]
     else:
         scale, zero_point = asymmetric_scale(blocks.amin((1, 3)), blocks.amax((1, 3)), fmt)
-        scaled = (blocks * scale.reciprocal()[:, None, :, None]).round_().add_(zero_point[:, None, :, None])
+        scaled = (blocks * reciprocal(scale)[:, None, :, None]).round_().add_(zero_point[:, None, :, None])
     saturated = from_blocks(exceeds_range(scaled, fmt), shape) if saturation else None
     values = from_blocks(round_to_format(scaled, fmt, inplace=True), shape)
     if not decoded:

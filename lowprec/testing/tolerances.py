@@ -40,7 +40,7 @@ SQNR_CEILING_ABOVE_FLOOR_DB = 2.0
 """How far above its floor a recipe may be. Leaving one of two equal operands in high precision gains 3 dB: that is not the recipe."""
 
 FP32_ROUNDINGS = 3 * 2.0**-24
-"""Relative error of x * (1 / s) * s in fp32 beside the rounding to a code: the reciprocal, the product, and the product when dequantising."""
+"""Relative error of x * (1 / s) * s in fp32 beside the rounding to a code: of the reciprocal, of the product, of dequantising."""
 
 
 def error_bound(fmt: ElementFormat, rule: str) -> float:
@@ -57,5 +57,5 @@ def error_bound(fmt: ElementFormat, rule: str) -> float:
 
 LOSS_LEFT: dict[str, float] = dict.fromkeys(SQNR_FLOORS_DB, 1e-3) | {"mxfp4": 0.02, "qat_int8dyn_int4": 0.05}
 """The share of its first loss that a linear map may have left after learning another one: what stays is y's own noise, 10^(-SQNR / 10)
-of its power, which was 0.4 of the first loss. With 28.5 dB that is 6e-4 (measured: 5e-4 to 7e-4), with 15.7 dB 0.011 (0.013). Weights that int4 cuts
-get no gradient and are slow to learn (0.034)."""
+of its power, which was 0.4 of the first loss. With 28.5 dB that is 6e-4 (measured: 5e-4 to 7e-4), with 15.7 dB 0.011 (0.013). Weights
+that int4 cuts get no gradient and are slow to learn (0.034)."""

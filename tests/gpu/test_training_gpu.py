@@ -77,15 +77,10 @@ def test_compiled_linear(name: str, autocast: torch.dtype | None):
     torch.manual_seed(0)
     linear = LowPrecisionLinear.from_linear(torch.nn.Linear(512, 384, device="cuda"), lowprec.recipes.get(name))
     x, g = torch.randn(256, 512, device="cuda"), torch.randn(256, 384, device="cuda")
-    # Sums differ in their order (100 dB), bf16 outputs by their rounding (54 dB). Inductor's fp32 division is not correctly rounded, which
-    # moves an fp32 scale by an ulp and flips the code of one element in some thousands: 15 dB and more below the quantisation error.
-    recipe = lowprec.recipes.get(name)
-    fp32_scales = any(
-        spec is not None and spec.scaling is not None and spec.scaling.scale_format == "fp32"
-        for gemm in ("fprop", "dgrad", "wgrad")
-        for spec in recipe.operands(gemm)
-    )
-    floor = 43.0 if fp32_scales else 50.0 if autocast else 90.0
+    # The inputs are bf16 numbers: Inductor keeps fp32 where eager code rounds to bf16 first, and would quantise something else.
+    x, g = x.bfloat16().float(), g.bfloat16().float()
+    # What is left: sums in another order (100 dB), and under autocast outputs rounded to bf16 on either side of a tie (54 dB).
+    floor = 50.0 if autocast else 90.0
     results = []
     for module in (linear, torch.compile(linear, fullgraph=True)):
         inputs = x.clone().requires_grad_()
@@ -104,30 +99,39 @@ def test_compiled_blocks_of_a_converted_llama(name: str):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4)
-    results = []
-    for mode in ("off", "blocks"):
+    torch.manual_seed(1)
+    ids = torch.randint(0, 256, (4, 128), device="cuda")
+
+    def gradient(recipe: str | None, mode: str, autocast: bool) -> tuple[float, torch.Tensor]:
         torch.manual_seed(0)
         model = LlamaForCausalLM(config).cuda()
-        lowprec.convert(model, name)
+        if recipe:
+            lowprec.convert(model, recipe)
         compile_blocks(model, mode, "cuda")
-        torch.manual_seed(1)
-        ids = torch.randint(0, 256, (4, 128), device="cuda")
-        with torch.autocast("cuda", dtype=torch.bfloat16):
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
-        results.append((loss.item(), model.model.layers[0].mlp.up_proj.weight.grad.float().flatten()))
-    (eager_loss, eager_grad), (compiled_loss, compiled_grad) = results
-    # Compiled code keeps fp32 between fused operations where eager rounds to bf16; quantisation then flips some codes.
+        return loss.item(), model.model.layers[0].mlp.up_proj.weight.grad.float().flatten()
+
+    def similarity(a: torch.Tensor, b: torch.Tensor) -> float:
+        return torch.nn.functional.cosine_similarity(a, b, dim=0).item()
+
+    _, exact = gradient(None, "off", False)
+    eager_loss, eager = gradient(name, "off", True)
+    compiled_loss, compiled = gradient(name, "blocks", True)
+    # Compiled code keeps fp32 between fused operations where eager code rounds to bf16, which flips some codes: the two differ by about
+    # the noise of quantisation, but neither may be further from the exact gradient than the other.
     assert compiled_loss == pytest.approx(eager_loss, rel=2e-3)
-    assert torch.nn.functional.cosine_similarity(eager_grad, compiled_grad, dim=0) > (0.97 if name == "mxfp4" else 0.99)
+    assert similarity(compiled, exact) > similarity(eager, exact) - 0.01
+    assert similarity(compiled, exact) > (0.8 if name == "mxfp4" else 0.99)
 
 
 def _lowprec(*arguments: str, nproc: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable, "-m"]
     if nproc:
-        launcher += ["torch.distributed.run", "--nproc-per-node", str(nproc), "-m"]
+        launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc), "-m"]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", **environment}
-    return subprocess.run([*launcher, "trainers.cli", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    return subprocess.run([*launcher, "trainers.cli", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150)
 
 
 def _run(folder: Path, tmp_path: Path, *overrides: str, nproc: int = 0) -> tuple[list[dict], dict, dict]:
@@ -141,6 +145,8 @@ def _run(folder: Path, tmp_path: Path, *overrides: str, nproc: int = 0) -> tuple
         "data.validation_fraction=0.2",
         "trainer.max_steps=10",
         "trainer.logging_steps=1",
+        "trainer.learning_rate=1e-3",
+        "trainer.warmup_steps=2",
         f"trainer.output_dir={output}",
         *overrides,
         nproc=nproc,

@@ -245,7 +245,7 @@ def test_int4_cuts_plus_amax_for_most_mantissas():
     assert saturated is not None
     product = amax * (1 / (amax / 7.5))
     assert torch.equal(saturated[:, 0], product >= 7.5)
-    assert 7.499999 < product.min()
+    assert product.min() > 7.499999
     assert 0.78 < saturated[:, 0].float().mean() < 0.81
 
 

@@ -88,7 +88,8 @@ def test_error_of_floats_is_half_an_ulp_of_each_value(x, element, scale_format):
     q = quantize(x, spec(element, (ALL, ALL), scale_format=scale_format))
     assert q.scale is not None
     x, scale = x.double(), q.scale.double().item()
-    bound = torch.maximum(x.abs() * 2.0 ** -(element.mantissa_bits + 1), torch.tensor(scale * element.min_normal * 2.0**-element.mantissa_bits / 2))
+    subnormal_step = element.min_normal * 2.0**-element.mantissa_bits
+    bound = torch.maximum(x.abs() * 2.0 ** -(element.mantissa_bits + 1), torch.tensor(scale * subnormal_step / 2))
     assert ((q.dequantize().double() - x).abs() <= bound + FP32_ROUNDINGS * x.abs()).all()
 
 

@@ -11,7 +11,8 @@ from lowprec.recipe.rules import Rule, check_rules
 
 def test_names_and_their_recipes():
     assert library.names() == [
-        "fp32", "bf16", "fp16", "fp8_tensorwise", "fp8_rowwise", "fp8_blockwise", "fp8_blockwise_ue8m0", "mxfp8", "mxfp4", "qat_int8dyn_int4",
+        "fp32", "bf16", "fp16", "fp8_tensorwise", "fp8_rowwise", "fp8_blockwise", "fp8_blockwise_ue8m0", "mxfp8", "mxfp4",
+        "qat_int8dyn_int4",
     ]  # fmt: skip
     for name in library.names():
         recipe = library.get(name)
@@ -83,7 +84,7 @@ def test_from_fprop_is_no_source_for_fprop_or_a_gradient():
         ("wgrad", GemmSpec(a=FROM_FPROP)),
     ]:
         with pytest.raises(ValueError, match="recipe mine: FROM_FPROP is a source for b of dgrad and wgrad only"):
-            Recipe(name="mine", **{gemm: spec})
+            Recipe(name="mine", **{gemm: spec})  # pyright: ignore[reportArgumentType]
 
 
 def test_composition():
