@@ -109,8 +109,8 @@ def reciprocal(scale: Tensor) -> Tensor:
 def _divide(x: Tensor, divisor: float) -> Tensor:
     """x / divisor, fp32 in and out, correctly rounded on every device.
 
-    fp32 division is not: by a plain number CUDA multiplies with its reciprocal, and compiled kernels approximate. A quotient of fp32 numbers
-    that is rounded to fp64 and then to fp32 is correctly rounded (53 >= 2 * 24 + 2 bits), and scales are few.
+    fp32 division is not: by a plain number CUDA multiplies with its reciprocal, and compiled kernels approximate. A quotient of fp32
+    numbers that is rounded to fp64 and then to fp32 is correctly rounded (53 >= 2 * 24 + 2 bits), and scales are few.
     """
     return (x.double() / torch.full_like(x, divisor, dtype=torch.float64)).float()
 
