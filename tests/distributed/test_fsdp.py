@@ -26,7 +26,7 @@ if world > 1:
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(model)
-optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 batches = torch.randint(0, 96, (1, 4, 128), generator=torch.Generator().manual_seed(1)).repeat(6, 1, 1)
 losses = []
 for batch in batches:
@@ -42,6 +42,7 @@ converted = sum(isinstance(module, LowPrecisionLinear) for module in model.modul
 weight = type(model.model.layers[0].mlp.up_proj.weight).__name__
 if rank == 0:
     json.dump({"losses": losses, "converted": converted, "weight": weight}, open(out, "w"))
+dist.barrier()
 dist.destroy_process_group()
 """
 
@@ -57,8 +58,8 @@ def _train(processes: int, recipe: str, folder: Path) -> dict:
 
 # Each rank holds 256 of the 512 tokens: whole blocks, so that every scale and code of fprop and dgrad is the same as in one process, and
 # wgrad's scales too. What differs is the order of the sums. That alone bounds the first loss at 1e-6; in later steps a last bit can flip
-# the rounding of a code.
-@pytest.mark.parametrize(("recipe", "tolerance"), [("fp32", 1e-5), ("bf16", 1e-4), ("fp8_blockwise", 1e-3), ("qat_int8dyn_int4", 1e-3)])
+# the rounding of a code. SGD, since Adam's first steps are the signs of gradients and blow such a bit up where a gradient is about zero.
+@pytest.mark.parametrize(("recipe", "tolerance"), [("fp32", 1e-6), ("bf16", 5e-5), ("fp8_blockwise", 1e-3), ("qat_int8dyn_int4", 1e-3)])
 def test_two_processes_equal_one(recipe: str, tolerance: float, tmp_path: Path) -> None:
     one, two = _train(1, recipe, tmp_path), _train(2, recipe, tmp_path)
     assert two["weight"] == "DTensor"
