@@ -6,7 +6,8 @@ nearest key that exists.
 """
 
 from collections.abc import Mapping
-from typing import Any, TypeVar, get_args, get_origin
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
@@ -46,9 +47,10 @@ def parse_value(hint: Any, value: Any, where: str) -> Any:
 def _one_line(error: ValidationError, schema: type[BaseModel], where: str) -> str:
     # A wrong key explains more than what follows from it (a missing value, say): report it first.
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    path = ".".join([where] * bool(where) + [str(part) for part in first["loc"]])
+    location = _without_branches(schema, first["loc"])
+    path = ".".join([where] * bool(where) + [str(part) for part in location])
     if first["type"] == "extra_forbidden":
-        return f"{path}: unknown key{nearest(str(first['loc'][-1]), _keys_at(schema, first['loc'][:-1]))}"
+        return f"{path}: unknown key{nearest(str(location[-1]), _keys_at(schema, location[:-1]))}"
     if first["type"] == "missing":
         return f"{path}: a value is required"
     if first["type"] == "value_error":  # a validator of ours: its message says it all
@@ -56,17 +58,33 @@ def _one_line(error: ValidationError, schema: type[BaseModel], where: str) -> st
     return f"{path}: {_lower_first(first['msg'])}, got {first['input']!r}"
 
 
+def _without_branches(schema: Any, location: tuple) -> tuple:
+    """`location` without the names that pydantic puts in for the branches of a union ("devices.int"): a user knows no such keys."""
+    kept = []
+    for part in location:
+        if _has_branches(schema):
+            schema = _model_in(schema)
+            continue
+        model = _model_in(schema)
+        if model is not None and part in model.model_fields:
+            schema = model.model_fields[part].annotation
+        kept.append(part)
+    return tuple(kept)
+
+
 def _keys_at(schema: Any, location: tuple) -> list[str]:
     """The keys known at `location` inside `schema`."""
     for part in location:
-        if isinstance(part, int):
-            continue
         model = _model_in(schema)
-        if model is None or part not in model.model_fields:
-            continue  # a union's branch label, not a key
-        schema = model.model_fields[part].annotation
+        if model is not None and part in model.model_fields:
+            schema = model.model_fields[part].annotation
     model = _model_in(schema)
     return list(model.model_fields) if model else []
+
+
+def _has_branches(hint: Any) -> bool:
+    """A union of more than one type and None, which pydantic treats apart."""
+    return get_origin(hint) in (Union, UnionType) and len([arg for arg in get_args(hint) if arg is not type(None)]) > 1
 
 
 def _model_in(hint: Any) -> type[BaseModel] | None:
