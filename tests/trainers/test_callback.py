@@ -1,0 +1,93 @@
+"""LowPrecisionCallback in a transformers.Trainer that knows nothing of it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from lowprec import UserError
+from lowprec.nn import LowPrecisionLinear
+from trainers import LowPrecisionCallback
+
+
+def _trainer(folder: Path, *callbacks: LowPrecisionCallback, **arguments: object) -> Trainer:
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
+    rows = [{"input_ids": row, "labels": row} for row in torch.arange(64).repeat(16).view(32, 32)]
+    settings = {"max_steps": 12, "learning_rate": 1e-2, "per_device_train_batch_size": 4, "report_to": "none", "logging_steps": 1}
+    settings |= {"use_cpu": True, "dataloader_pin_memory": False, "disable_tqdm": True, **arguments}
+    args = TrainingArguments(output_dir=str(folder), **settings)
+    return Trainer(LlamaForCausalLM(config), args, train_dataset=rows, callbacks=list(callbacks))  # pyright: ignore[reportArgumentType]
+
+
+def _converted(trainer: Trainer) -> list[str]:
+    return [name for name, module in trainer.model.named_modules() if isinstance(module, LowPrecisionLinear)]
+
+
+def test_the_model_is_converted_when_the_trainer_is_built(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level("INFO", logger="lowprec"):
+        trainer = _trainer(tmp_path, LowPrecisionCallback({"recipe": "mxfp8", "rules": [{"modules": r".*\.o_proj", "recipe": "bf16"}]}))
+    assert len(_converted(trainer)) == 14
+    assert trainer.optimizer is None  # no optimizer holds the parameters yet
+    assert "mxfp8 x 12, bf16 x 2" in caplog.text
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_training_writes_the_plan_and_learns(tmp_path: Path):
+    trainer = _trainer(tmp_path, LowPrecisionCallback("fp8_blockwise"))
+    trainer.train()
+    losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
+    assert losses[-1] < losses[0] - 1
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert [layer["name"] for layer in plan["layers"] if layer["converted"]] == _converted(trainer)
+    assert plan["totals"]["emulated"] == 14
+    assert not any("loss_scale" in record for record in trainer.state.log_history)  # there is no scaler on a CPU
+
+
+def test_a_recipe_changes_the_training_and_fp32_does_not(tmp_path: Path):
+    def losses(*callbacks: LowPrecisionCallback) -> list[float]:
+        trainer = _trainer(tmp_path, *callbacks, max_steps=3)
+        trainer.train()
+        return [record["loss"] for record in trainer.state.log_history if "loss" in record]
+
+    plain = losses()
+    assert losses(LowPrecisionCallback("fp32")) == pytest.approx(plain, rel=1e-6)
+    low = losses(LowPrecisionCallback("mxfp4"))
+    assert low != pytest.approx(plain, rel=1e-6)
+    assert low == pytest.approx(plain, rel=0.05)
+
+
+def test_a_checkpoint_loads_into_an_unconverted_model(tmp_path: Path):
+    trainer = _trainer(tmp_path, LowPrecisionCallback("fp8_blockwise"), max_steps=2)
+    trainer.train()
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
+    assert not any(isinstance(module, LowPrecisionLinear) for module in loaded.modules())
+    trained = trainer.model.state_dict()
+    assert all(torch.equal(trained[name], value) for name, value in loaded.state_dict().items())
+
+
+def test_the_loss_scale_is_read_from_the_wrapped_optimizer():
+    """What Accelerate's optimizer offers: `scaler`, None without fp16."""
+
+    class State:
+        log_history = [{"loss": 1.0, "step": 3}]  # noqa: RUF012
+
+    class Optimizer:
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    callback, logs = LowPrecisionCallback("bf16"), {"loss": 1.0}
+    Optimizer.scaler.scale(torch.ones(1))  # the scale is made when it is first used
+    callback.on_log(None, State, None, logs=logs, optimizer=Optimizer)
+    assert logs["loss_scale"] == State.log_history[-1]["loss_scale"] == 1024.0
+
+
+def test_wrong_precision_fails_where_the_callback_is_made():
+    with pytest.raises(UserError, match="did you mean 'fp8_blockwise'"):
+        LowPrecisionCallback("fp8_blokwise")
+
+
+def test_a_rule_that_matches_nothing_fails_before_training(tmp_path: Path):
+    with pytest.raises(UserError, match="matches none of the 15 linear layers"):
+        _trainer(tmp_path, LowPrecisionCallback({"rules": [{"modules": "encoder.*", "recipe": "bf16"}]}))

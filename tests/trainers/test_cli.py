@@ -1,0 +1,59 @@
+"""The command line: quick help, plans without weights, machine-readable output."""
+
+import json
+import subprocess
+import sys
+
+import lowprec
+from tests.trainers.runs import CONFIG, ROOT
+from tests.trainers.runs import lowprec as command
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys, contextlib\nfrom trainers.cli import main\n"
+        "with contextlib.suppress(SystemExit): main(['--help'])\n"
+        "print([name for name in ('torch', 'transformers', 'numpy', 'pydantic') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
+    assert "train" in result.stdout
+
+
+def test_plan_of_a_large_model_builds_no_weights():
+    """875M parameters in fp32 are 3.5 GB: the whole process stays under 2 GB."""
+    code = (
+        "import resource\nfrom trainers.cli import main\n"
+        f"main(['plan', {str(CONFIG)!r}, 'model.preset=llama-8b-4l', '--json'])\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    *plan, peak_kib = result.stdout.splitlines()
+    assert int(peak_kib) < 2 * 2**20
+    shapes = {layer["name"]: layer["shape"] for layer in json.loads("\n".join(plan))["layers"]}
+    assert shapes["model.layers.3.mlp.down_proj"] == [4096, 14336]
+    assert shapes["model.layers.0.self_attn.k_proj"] == [1024, 4096]
+    assert len(shapes) == 29
+
+
+def test_recipes_as_json():
+    recipes = {recipe["name"]: recipe for recipe in json.loads(command("recipes", "--json", check=True).stdout)}
+    assert list(recipes) == lowprec.recipes.names()
+    assert recipes["fp8_blockwise"]["fprop"] == "y = e4m3[1x128 fp32](x) · e4m3[128x128 fp32](w)ᵀ"
+    assert recipes["qat_int8dyn_int4"]["dgrad"] == "dx = g · int4[1x32 fp32](w)"
+    assert all(recipe["about"] for recipe in recipes.values())
+
+
+def test_doctor_as_json():
+    report = json.loads(command("doctor", "--json", check=True).stdout)
+    assert report["device"]["type"] == "cpu"
+    native = {recipe["name"] for recipe in report["recipes"] if recipe["native"]}
+    assert native == {"fp32"}
+    assert report["versions"]["torch"]
+    missing = [part for part in report["optional"] if part["version"] is None]
+    assert all(part["install"].startswith("pip install") for part in missing)
+
+
+def test_an_unknown_command_is_one_line():
+    result = command("trian")
+    assert (result.returncode, result.stderr) == (2, "lowprec: no command 'trian'; did you mean 'train'?\n")
