@@ -67,8 +67,7 @@ def prepare(config_path: str | Path, trainer: Mapping[str, Any], root: Path = Pa
 
 def last_checkpoint(directory: Path) -> Path | None:
     """The checkpoint of the highest step in `directory` that was written to its end (its trainer_state.json is written last)."""
-    found = [path for path in _checkpoints(directory) if (path / "trainer_state.json").is_file()]
-    return max(found, key=_step, default=None)
+    return max(filter(_is_whole, _checkpoints(directory)), key=_step, default=None)
 
 
 def truncate_metrics(directory: Path, step: int) -> None:
@@ -85,6 +84,14 @@ def truncate_metrics(directory: Path, step: int) -> None:
         if record["step"] <= step:
             kept.append(line + "\n")
     write_atomically(path, "".join(kept))
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # killed before, or in the middle of, writing it
+        return False
+    return True
 
 
 def _step(path: Path) -> int:

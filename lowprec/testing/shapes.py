@@ -12,4 +12,4 @@ RECIPE_SHAPE = (160, 192, 224)
 """Several MX blocks and a whole and a partial 128-block along every axis, so that every recipe differs from every other."""
 
 SQNR_SHAPE = (256, 384, 512)
-"""Large enough that SQNR varies by less than 0.2 dB between seeds, small enough for milliseconds on a CPU."""
+"""Large enough that SQNR varies little between seeds (see `tolerances`), small enough for milliseconds on a CPU."""

@@ -16,8 +16,9 @@ larger where one scale serves few values, which is worth up to 0.7 dB in heavy t
 accumulation's. Saturation (mxfp4's floor rule), integer steps and the mask of the straight-through gradient (QAT's wgrad) add to this,
 so those floors come from measurement: shape SQNR_SHAPE, 5 seeds, the smallest value.
 
-Every floor is 0.3 dB below prediction or measurement, whichever is lower: more than the spread between seeds (0.2 dB) and far less than
-what any mistake costs: a lost mantissa bit 6 dB, an operand left in high precision +3 dB, a scale along the wrong axis several dB.
+Every floor is about 0.3 dB (fp32: 0.5) below prediction or measurement, whichever is lower: more than the spread between seeds, which is
+below 0.2 dB, and 0.4 dB for QAT's wgrad in heavy tails; and far less than a mistake costs: a lost mantissa bit 6 dB of its operand, an
+operand left in high precision +3 dB.
 """
 
 from lowprec.formats.element import ElementFormat
