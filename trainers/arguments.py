@@ -60,7 +60,7 @@ def autocast_settings(settings: Mapping[str, Any], recipe: Recipe | None, device
     """The Trainer's `bf16` and `fp16` for a run, and what to say of them in the plan.
 
     On an accelerator the part of the model that has no recipe runs in the recipe's `rest` format, unless the user says otherwise. On a CPU
-    16-bit arithmetic is 10-30 times slower than fp32, so autocast is off and only the linear layers' operands are rounded.
+    16-bit arithmetic is fast only with hardware for it, so autocast is off everywhere and only the linear layers' operands are rounded.
 
     Raises:
         UserError: fp16 on a CPU (loss scaling without fp16 arithmetic would be for nothing), or both at once.

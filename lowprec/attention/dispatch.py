@@ -6,7 +6,7 @@ The method. Three kernels compute the same function:
     flex   FlexAttention: the mask is compiled into the kernel and tiles in which nothing is visible are skipped
     dense  scaled_dot_product_attention with the boolean matrix [B, 1, Q, K]: any mask, any device, but Q*K work and memory
 
-Plain causal goes to SDPA (FlexAttention reached 0.67 times its speed on an H100). Every other mask goes to FlexAttention on CUDA,
+Plain causal goes to SDPA, which has a fused kernel for it. Every other mask goes to FlexAttention on CUDA,
 where its cost is proportional to the tiles that are visible. FlexAttention has no backward on a CPU, so a CPU takes the dense
 matrix, for training and for inference alike so that both see the same numbers. `choose` returns the reason with the choice.
 
@@ -47,7 +47,7 @@ def choose(mask: Mask | str, device_type: str, *, requires_grad: bool = True, he
     """The kernel for `mask` on a device of type `device_type` ("cuda", "cpu", ...), with the reason. Pure: runs nothing."""
     mask = parse(mask)
     if isinstance(mask, Causal):
-        return Choice(kernel="sdpa", reason="plain causal: SDPA's fused kernel is the fastest (FlexAttention measured 0.67x)")
+        return Choice(kernel="sdpa", reason="plain causal: SDPA has a fused kernel for it")
     if device_type == "cpu":
         why = "FlexAttention has no CPU backward" if requires_grad else "the same kernel as in training"
         return Choice(kernel="dense", reason=f"'{mask}' on a CPU: boolean mask through SDPA, {why}")

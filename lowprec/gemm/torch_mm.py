@@ -18,7 +18,7 @@ class TorchBackend(GemmBackend):
         if a is None:
             return Support(ok=True, native=True, reason="torch.mm on the operands as they arrive")
         if device_type == "cpu" and a.element.bits < 32:
-            return Support(ok=False, reason=f"{a.element.name} matrix products are slow on a CPU, 10-30 times slower than fp32")
+            return Support(ok=False, reason=f"{a.element.name} matrix products are slow on a CPU without hardware for them")
         return Support(ok=True, native=True, reason=f"torch.mm in {a.element.name}")
 
     def mm(self, a_MK: Operand, b_NK: Operand, out_dtype: torch.dtype) -> Tensor:
