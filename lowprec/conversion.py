@@ -45,11 +45,11 @@ def convert(model: nn.Module, precision: Any, *, device: str | torch.device | No
     """
     config = parse_precision(precision)
     plan = make_plan(model, config, device=device)
-    for name, decision in _decisions(model, config).items():
+    for number, (name, decision) in enumerate(_decisions(model, config).items()):
         module = model.get_submodule(name)
         if decision.recipe is not None:
             assert isinstance(module, nn.Linear)
-            LowPrecisionLinear.from_linear(module, decision.recipe, config.backend, plan.device)
+            LowPrecisionLinear.from_linear(module, decision.recipe, config.backend, plan.device, seed=torch.initial_seed(), layer=number)
         elif isinstance(module, LowPrecisionLinear):
             module.to_linear()
     return plan
@@ -155,7 +155,7 @@ def _plan_layer(name: str, module: nn.Module, decision: _Decision, backend: str,
 
 
 def _plan_gemm(recipe: Recipe, gemm: str, device_type: str, backend: str) -> GemmPlan:
-    chosen, support = select(*recipe.operands(gemm), device_type, backend)
+    chosen, support = select(*recipe.operands(gemm), device_type, backend, recipe.gemm(gemm).sums)
     return GemmPlan(gemm=gemm, equation=recipe.equation(gemm), backend=chosen.name, native=support.native, reason=support.reason)
 
 

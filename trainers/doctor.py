@@ -44,7 +44,7 @@ def describe_recipes() -> list[dict[str, Any]]:
 
 
 def _support(recipe: Recipe, device_type: str) -> dict[str, Any]:
-    supports = {gemm: select(*recipe.operands(gemm), device_type) for gemm in GEMMS}
+    supports = {gemm: select(*recipe.operands(gemm), device_type, sums=recipe.gemm(gemm).sums) for gemm in GEMMS}
     return {
         "native": all(support.native for _, support in supports.values()),
         "backends": {gemm: backend.name for gemm, (backend, _) in supports.items()},

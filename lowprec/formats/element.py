@@ -10,7 +10,9 @@ An integer format (`exponent_bits == 0`) holds the integers from `min` to `max`.
 The eight-bit and narrower formats saturate: what lies beyond `max` becomes `max`. `fp32`, `bf16` and `fp16` overflow to infinity as
 IEEE 754 says, because dynamic loss scaling finds its overflows that way.
 
-Sources: OCP 8-bit Floating Point Specification 1.0 (e4m3, e5m2); OCP Microscaling Formats 1.0, section 5.3 (e3m2, e2m3, e2m1).
+Sources: OCP 8-bit Floating Point Specification 1.0 (e4m3, e5m2); OCP Microscaling Formats 1.0, section 5.3 (e3m2, e2m3, e2m1);
+arXiv 2412.19437, section 3.3.3 (e5m6, for cached inputs of the linear layer after attention; its largest value is not published: here it
+is that of a format whose highest exponent is kept for infinity and NaN, as in e5m2 and fp16).
 """
 
 import math
@@ -35,7 +37,7 @@ class ElementFormat:
     saturates: bool = True
     """Whether values beyond the range become `min` or `max` (else infinity)."""
     storage: torch.dtype
-    """A torch dtype that holds every value of the format exactly."""
+    """The torch dtype that holds the codes: the format's own if there is one, uint8 for codes that are packed."""
 
     @property
     def is_integer(self) -> bool:
@@ -44,6 +46,11 @@ class ElementFormat:
     @property
     def bits(self) -> int:
         return 1 + self.exponent_bits + self.mantissa_bits
+
+    @property
+    def packed(self) -> bool:
+        """Whether several codes share bytes (see `packing`): their width is no whole number of bytes."""
+        return self.bits % 8 != 0
 
     @property
     def emax(self) -> int:
@@ -69,23 +76,21 @@ def _ieee(name: str, e: int, m: int, dtype: torch.dtype) -> ElementFormat:
     return _float(name, e, m, largest=torch.finfo(dtype).max, storage=dtype, saturates=False)
 
 
-def _integer(name: str, bits: int) -> ElementFormat:
+def _integer(name: str, bits: int, storage: torch.dtype) -> ElementFormat:
     low, high = -float(2 ** (bits - 1)), float(2 ** (bits - 1) - 1)
-    return ElementFormat(
-        name=name, exponent_bits=0, mantissa_bits=bits - 1, bias=0, min=low, max=high, storage=torch.int8
-    )  # fmt: skip
+    return ElementFormat(name=name, exponent_bits=0, mantissa_bits=bits - 1, bias=0, min=low, max=high, storage=storage)
 
 
 FP32 = _ieee("fp32", 8, 23, torch.float32)
 BF16 = _ieee("bf16", 8, 7, torch.bfloat16)
 FP16 = _ieee("fp16", 5, 10, torch.float16)
+E5M6 = _float("e5m6", 5, 6, largest=65024.0, storage=torch.uint8)
 E4M3 = _float("e4m3", 4, 3, largest=448.0, storage=torch.float8_e4m3fn)
 E5M2 = _float("e5m2", 5, 2, largest=57344.0, storage=torch.float8_e5m2)
-# The six- and four-bit floats are subsets of e4m3, so one byte of it holds each value until they are packed for a file.
-E3M2 = _float("e3m2", 3, 2, largest=28.0, storage=torch.float8_e4m3fn)
-E2M3 = _float("e2m3", 2, 3, largest=7.5, storage=torch.float8_e4m3fn)
-E2M1 = _float("e2m1", 2, 1, largest=6.0, storage=torch.float8_e4m3fn)
-INT8 = _integer("int8", 8)
-INT4 = _integer("int4", 4)
+E3M2 = _float("e3m2", 3, 2, largest=28.0, storage=torch.uint8)
+E2M3 = _float("e2m3", 2, 3, largest=7.5, storage=torch.uint8)
+E2M1 = _float("e2m1", 2, 1, largest=6.0, storage=torch.uint8)
+INT8 = _integer("int8", 8, torch.int8)
+INT4 = _integer("int4", 4, torch.uint8)
 
-FORMATS = {fmt.name: fmt for fmt in (FP32, BF16, FP16, E4M3, E5M2, E3M2, E2M3, E2M1, INT8, INT4)}
+FORMATS = {fmt.name: fmt for fmt in (FP32, BF16, FP16, E5M6, E4M3, E5M2, E3M2, E2M3, E2M1, INT8, INT4)}

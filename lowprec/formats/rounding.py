@@ -1,33 +1,51 @@
-"""Rounding fp32 values to an element format, to nearest with ties to even.
+"""Rounding fp32 values to an element format.
 
-The method is arithmetic, so that it is the same on every device and inside compiled code. A value x with exponent E must become a
-multiple of its unit in the last place, u = 2^(max(E, E_min) - m). Adding C = 1.5 * 2^23 * u pushes x to where fp32 itself has
-the spacing u: the addition rounds to nearest even, and subtracting C again is exact. C's own significand is even, so ties go to the
-even multiple. 2^E comes from x's bits (the exponent field with a zero mantissa is exactly 2^E), never from a logarithm.
+A value x with exponent E must become a multiple of its unit in the last place, u = 2^(max(E, E_min) - m). 2^E comes from x's bits (the
+exponent field with a zero mantissa is exactly 2^E), never from a logarithm; everything else is arithmetic, so that it is the same
+on every device and inside compiled code.
+
+    nearest       ties to even: adding C = 1.5 * 2^23 * u pushes x to where fp32 itself has the spacing u, so the addition rounds;
+                  subtracting C again is exact. C's own significand is even, so ties go to the even multiple.
+    toward_zero   floor(|x| / u) * u
+    stochastic    away from zero with probability |x| / u - floor(|x| / u), else toward zero; the mean is x (arXiv 1502.02551, section 2.2).
+                  Probabilities are multiples of 2^-24; a value of the format always stays.
 
 Carries need no special case: 31.55 in e4m3 has u = 2 and becomes 32, which the format holds.
 """
+
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lowprec.formats.element import ElementFormat
 
+Rounding = Literal["nearest", "stochastic", "toward_zero"]
+ROUNDINGS: tuple[str, ...] = get_args(Rounding)
+
 _EXPONENT_FIELD = 0x7F800000
 
 
-def round_to_format(x: Tensor, fmt: ElementFormat, *, inplace: bool = False) -> Tensor:
-    """The nearest value of `fmt` to each element, ties to even.
+def round_to_format(
+    x: Tensor, fmt: ElementFormat, rounding: Rounding = "nearest", *, noise: Tensor | None = None, inplace: bool = False
+) -> Tensor:
+    """Each element as a value of `fmt`.
 
     Args:
         x: fp32, any shape. NaN stays NaN. Infinity and whatever else lies beyond the range saturates or overflows as `fmt` says.
+        noise: for stochastic rounding, fp32 of x's shape, uniform in [0, 1) (see `random.uniform`).
         inplace: overwrite `x` (which saves a temporary of its size).
     Returns:
         fp32, the shape of `x`; every element is a value of `fmt`.
+    Raises:
+        ValueError: stochastic rounding without noise.
     """
-    if not fmt.saturates:
-        return _cast(x, fmt)
-    return _to_grid(x.clamp_(fmt.min, fmt.max) if inplace else x.clamp(fmt.min, fmt.max), fmt)
+    if rounding == "stochastic" and noise is None:
+        raise ValueError("stochastic rounding needs random numbers: a generator or a key")
+    if fmt.saturates:
+        x = x.clamp_(fmt.min, fmt.max) if inplace else x.clamp(fmt.min, fmt.max)
+        return _to_grid(x, fmt) if rounding == "nearest" else _to_neighbour(x, fmt, noise if rounding == "stochastic" else None)
+    return _cast(x, fmt) if rounding == "nearest" else _cast_to_neighbour(x, fmt, noise if rounding == "stochastic" else None)
 
 
 def exceeds_range(x: Tensor, fmt: ElementFormat) -> Tensor:
@@ -44,14 +62,38 @@ def exceeds_range(x: Tensor, fmt: ElementFormat) -> Tensor:
 def _to_grid(x: Tensor, fmt: ElementFormat) -> Tensor:
     if fmt.is_integer:
         return x.round()
-    power = (x.view(torch.int32) & _EXPONENT_FIELD).view(torch.float32)
-    magic = power.clamp_(min=fmt.min_normal).mul_(1.5 * 2.0 ** (23 - fmt.mantissa_bits))
+    magic = _power(x, fmt).mul_(1.5 * 2.0 ** (23 - fmt.mantissa_bits))
     return torch.add(x, magic).sub_(magic).copysign_(x)  # a negative number that rounds to zero is -0
+
+
+def _to_neighbour(x: Tensor, fmt: ElementFormat, noise: Tensor | None) -> Tensor:
+    """Toward zero, or with noise to one of the two neighbours."""
+    if fmt.is_integer:
+        return x.trunc() if noise is None else _raise_at_random(x, noise)
+    power = _power(x, fmt)
+    steps = x.abs().mul_(_reciprocal(power)).mul_(2.0**fmt.mantissa_bits)  # exact
+    steps = steps.floor_() if noise is None else _raise_at_random(steps, noise)
+    return steps.mul_(power.mul_(2.0**-fmt.mantissa_bits)).copysign_(x)
+
+
+def _raise_at_random(x: Tensor, noise: Tensor) -> Tensor:
+    low = x.floor()
+    return low + (noise < x - low)
+
+
+def _power(x: Tensor, fmt: ElementFormat) -> Tensor:
+    """2^max(E, E_min), a new tensor."""
+    return (x.view(torch.int32) & _EXPONENT_FIELD).view(torch.float32).clamp_(min=fmt.min_normal)
+
+
+def _reciprocal(power: Tensor) -> Tensor:
+    """1 / 2^E for -126 <= E <= 126, exactly, where a division would be approximated."""
+    return (0x7F000000 - power.view(torch.int32)).view(torch.float32)
 
 
 def _cast(x: Tensor, fmt: ElementFormat) -> Tensor:
     """fp32 -> bf16 or fp16 -> fp32, overflowing to infinity."""
-    if fmt.storage == torch.float32:
+    if fmt.mantissa_bits == 23:
         return x
     if not torch.compiler.is_compiling():
         return x.to(fmt.storage).to(torch.float32)
@@ -59,5 +101,21 @@ def _cast(x: Tensor, fmt: ElementFormat) -> Tensor:
     # would undo the rounding. Arithmetic it must keep.
     if fmt.storage == torch.bfloat16:
         return (x.to(torch.bfloat16).view(torch.int16).to(torch.int32) << 16).view(torch.float32)
-    rounded = _to_grid(x.clamp(2 * fmt.min, 2 * fmt.max), fmt)
+    return _overflow(_to_grid(x.clamp(2 * fmt.min, 2 * fmt.max), fmt), fmt)
+
+
+def _cast_to_neighbour(x: Tensor, fmt: ElementFormat, noise: Tensor | None) -> Tensor:
+    """The same toward zero, or at random; a number beyond the largest is cut or becomes infinity."""
+    if fmt.mantissa_bits == 23:
+        return x
+    if fmt.exponent_bits == 8:  # bf16: the upper half of an fp32's bits; a carry out of the lower half is the next number
+        dropped = 23 - fmt.mantissa_bits
+        bits = x.view(torch.int32)
+        raised = bits if noise is None else bits + (noise * 2**dropped).to(torch.int32)
+        return torch.where(x.isfinite(), raised & -(1 << dropped), bits).view(torch.float32)
+    rounded = _to_neighbour(x.clamp(2 * fmt.min, 2 * fmt.max), fmt, noise)
+    return torch.where(x.isinf(), x, rounded.clamp(fmt.min, fmt.max) if noise is None else _overflow(rounded, fmt))
+
+
+def _overflow(rounded: Tensor, fmt: ElementFormat) -> Tensor:
     return torch.where(rounded.abs() > fmt.max, torch.full_like(rounded, torch.inf).copysign_(rounded), rounded)

@@ -2,6 +2,7 @@
 
     fp32 scale        s = amax / max                                      any positive fp32 number
     e8m0 scale        s = 2^E,  E = e - emax + bump,  amax = m * 2^e      a power of two, -127 <= E <= 127
+    e4m3 scale        two levels, see `nvfp4`
 
 with, per rule (m in [1, 2), t = max / 2^emax):
 
@@ -9,6 +10,8 @@ with, per rule (m in [1, 2), t = max / 2^emax):
     ceil    bump = m > 1                    nothing saturates, up to one binade is wasted
     even    bump = m >= 2 - 2^-(mbits + 1)  amax is rounded to the element's precision first
     rceil   bump = m > t                    the smallest power of two under which amax / s <= max (arXiv 2506.08027)
+    quest   E = floor(log2(c * std / max + 1e-8)) with c = 2.92247856, std the block's standard deviation about its mean: what minimises
+            the error of a gaussian's e2m1 codes; the largest values saturate (arXiv 2505.14669, section 4.2, and its code)
 
 An asymmetric integer scale covers the range [low, high] that the block spans together with zero: s = (high - low) / (max - min) and
 zero_point = min - round(low / s).
@@ -20,7 +23,7 @@ What the specifications leave open, and the choice made here:
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -32,6 +35,11 @@ ALL = -1
 
 SMALLEST_FP32_SCALE = 2.0**-126
 _E8M0_BIAS = 127
+_QUEST_WIDTH = 2.92247856
+
+ScaleFormat = Literal["fp32", "e8m0", "e4m3"]
+Rule = Literal["floor", "ceil", "even", "rceil", "quest"]
+RULES: tuple[str, ...] = get_args(Rule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,22 +48,38 @@ class BlockScaling:
 
     block: tuple[int, int]
     """Rows x columns under one scale; `ALL` (-1) is the whole axis. (1, 128) is a tile of a row, (-1, -1) the whole tensor."""
-    scale_format: Literal["fp32", "e8m0"] = "fp32"
-    rule: Literal["floor", "ceil", "even", "rceil"] = "rceil"
-    """Which power of two an e8m0 scale takes; fp32 scales have no use for it."""
+    scale_format: ScaleFormat = "fp32"
+    """`e4m3`: under one fp32 scale for the whole matrix (NVFP4)."""
+    rule: Rule = "rceil"
+    """Which power of two an e8m0 scale takes; other scales have no use for it."""
     symmetric: bool = True
     """False: an integer zero point per block as well."""
+    prescale: float = 1.0
+    """Codes are made of prescale * x, and dequantising divides by it again: 3/4 keeps what floor would cut inside the range, so that
+    stochastic rounding stays unbiased (arXiv 2502.20586, section 3.1)."""
+    history: int = 0
+    """0: current scaling. n: delayed scaling, by the largest of the last n amaxes (arXiv 2209.05433, section 3)."""
+    four_over_six: bool = False
+    """Try the block's largest magnitude at 4 as well as at 6 and keep what has the smaller error (arXiv 2512.02010)."""
 
     def __post_init__(self) -> None:
         if any(extent != ALL and extent < 1 for extent in self.block):
             raise ValueError(f"block extents are positive, or -1 for the whole axis; got {self.block}")
         if not self.symmetric and self.scale_format != "fp32":
             raise ValueError("a zero point goes with an fp32 scale")
+        if self.prescale != 1.0 and not (self.scale_format == "e8m0" and 0 < self.prescale < 1):
+            raise ValueError(f"a prescale lies between 0 and 1 and goes with an e8m0 scale; got {self.prescale}")
+        if self.history and not (self.history > 0 and self.block == (ALL, ALL) and self.scale_format == "fp32" and self.symmetric):
+            raise ValueError("delayed scaling keeps the amax of a whole tensor under a symmetric fp32 scale")
+        if self.four_over_six and self.scale_format != "e4m3":
+            raise ValueError("four over six chooses between two e4m3 scales")
 
     def __str__(self) -> str:
         block = {(ALL, ALL): "tensor", (1, ALL): "row"}.get(self.block, "x".join("all" if n == ALL else str(n) for n in self.block))
-        scale = self.scale_format if self.scale_format == "fp32" else f"{self.scale_format}:{self.rule}"
-        return f"{block} {scale}{'' if self.symmetric else ' asymmetric'}"
+        words = [block, f"{self.scale_format}:{self.rule}" if self.scale_format == "e8m0" else self.scale_format]
+        words += ["asymmetric"] * (not self.symmetric) + ["4/6"] * self.four_over_six
+        words += [f"prescale:{self.prescale:g}"] * (self.prescale != 1.0) + [f"delayed:{self.history}"] * (self.history > 0)
+        return " ".join(words)
 
 
 def scale_from_amax(amax: Tensor, fmt: ElementFormat, scaling: BlockScaling) -> Tensor:
@@ -67,7 +91,7 @@ def scale_from_amax(amax: Tensor, fmt: ElementFormat, scaling: BlockScaling) -> 
         fp32, same shape. NaN where amax is NaN or infinite.
     """
     if scaling.scale_format == "e8m0":
-        return _power_of_two_scale(amax, fmt, scaling.rule)
+        return power_of_two_scale(amax, fmt, scaling.rule)
     # An integer format's range is one step longer below zero; the scale spans the whole of it (amax / 7.5 for int4).
     largest = (fmt.max - fmt.min) / 2
     return _finite_or_nan(_divide(amax, largest).clamp(min=SMALLEST_FP32_SCALE))
@@ -82,12 +106,16 @@ def asymmetric_scale(low: Tensor, high: Tensor, fmt: ElementFormat) -> tuple[Ten
     return scale, zero_point
 
 
-def _power_of_two_scale(amax: Tensor, fmt: ElementFormat, rule: str) -> Tensor:
+def power_of_two_scale(amax: Tensor, fmt: ElementFormat, rule: str) -> Tensor:
+    """2^E as the rule says, fp32. For `quest`, `amax` is the standard deviation."""
+    if rule == "quest":
+        # The same floor, of another number; 1 has exponent 0 as the format's emax would be.
+        amax, fmt_emax, rule = _divide(amax * _QUEST_WIDTH, fmt.max) + 1e-8, 0, "floor"
+    else:
+        fmt_emax = fmt.emax
     bits = amax.contiguous().view(torch.int32)
-    exponent, mantissa = (
-        (bits >> 23) - _E8M0_BIAS,
-        bits & 0x7FFFFF,
-    )  # a subnormal amax reads as 2^-127: below every scale anyway
+    # A subnormal amax reads as 2^-127: below every scale anyway.
+    exponent, mantissa = (bits >> 23) - _E8M0_BIAS, bits & 0x7FFFFF
     if rule == "floor":
         bump = torch.zeros_like(bits, dtype=torch.bool)
     elif rule == "even":
@@ -95,7 +123,7 @@ def _power_of_two_scale(amax: Tensor, fmt: ElementFormat, rule: str) -> Tensor:
     else:
         threshold = 0.0 if rule == "ceil" else fmt.max / 2.0**fmt.emax - 1.0
         bump = mantissa > int(threshold * 2**23)
-    scale_exponent = (exponent - fmt.emax + bump).clamp(-_E8M0_BIAS, _E8M0_BIAS)
+    scale_exponent = (exponent - fmt_emax + bump).clamp(-_E8M0_BIAS, _E8M0_BIAS)
     # 2^E by its bits; the smallest one, 2^-127, is subnormal.
     scale_bits = torch.where(scale_exponent == -_E8M0_BIAS, 1 << 22, (scale_exponent + _E8M0_BIAS) << 23)
     return scale_bits.view(torch.float32).masked_fill(~amax.isfinite(), torch.nan)

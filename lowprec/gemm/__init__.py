@@ -1,7 +1,7 @@
 """Matrix products of quantised operands, a_MK . b_NK^T -> c_MN, by the fastest backend that supports them."""
 
 from lowprec.errors import UserError, nearest
-from lowprec.gemm.base import GemmBackend, Operand, Support
+from lowprec.gemm.base import FP32_SUMS, Accumulation, GemmBackend, Operand, Support
 from lowprec.gemm.reference import ReferenceBackend
 from lowprec.gemm.torch_mm import TorchBackend
 from lowprec.quant import OperandSpec
@@ -9,11 +9,13 @@ from lowprec.quant import OperandSpec
 BACKENDS: dict[str, GemmBackend] = {backend.name: backend for backend in (TorchBackend(), ReferenceBackend())}
 """Fastest first: `auto` takes the first that supports a product."""
 
-__all__ = ["BACKENDS", "GemmBackend", "Operand", "Support", "select"]
+__all__ = ["BACKENDS", "FP32_SUMS", "Accumulation", "GemmBackend", "Operand", "Support", "select"]
 
 
-def select(a: OperandSpec | None, b: OperandSpec | None, device_type: str, backend: str = "auto") -> tuple[GemmBackend, Support]:
-    """The backend that multiplies operands `a` and `b` on a device, and what it says of them.
+def select(
+    a: OperandSpec | None, b: OperandSpec | None, device_type: str, backend: str = "auto", sums: Accumulation = FP32_SUMS
+) -> tuple[GemmBackend, Support]:
+    """The backend that multiplies operands `a` and `b` on a device and sums as told, and what it says of them.
 
     The reason of an emulated product also tells why no faster backend took it.
 
@@ -23,13 +25,13 @@ def select(a: OperandSpec | None, b: OperandSpec | None, device_type: str, backe
     if backend != "auto":
         if backend not in BACKENDS:
             raise UserError(f"precision.backend: unknown backend '{backend}'{nearest(backend, ['auto', *BACKENDS])}")
-        support = BACKENDS[backend].supports(a, b, device_type)
+        support = BACKENDS[backend].supports(a, b, device_type, sums)
         if not support.ok:
             raise UserError(f"precision.backend: '{backend}' can't multiply {a} by {b} on {device_type}: {support.reason}")
         return BACKENDS[backend], support
     refusals = []
     for candidate in BACKENDS.values():
-        support = candidate.supports(a, b, device_type)
+        support = candidate.supports(a, b, device_type, sums)
         if support.ok:
             return candidate, Support(ok=True, native=support.native, reason="; ".join([support.reason, *refusals]))
         refusals.append(f"{candidate.name}: {support.reason}")

@@ -18,6 +18,29 @@ Operand = QTensor | Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
+class Accumulation:
+    """How the K products of an output element are summed."""
+
+    bits: int | None = None
+    """Significant bits that the accumulator keeps between steps of the matrix unit (14 on Hopper in FP8); None: fp32's 24."""
+    promote_every: int | None = None
+    """Contracted elements after which the accumulator is added to an fp32 sum and starts again; None: at the end."""
+
+    def __post_init__(self) -> None:
+        if self.bits is not None and not 2 <= self.bits <= 24:
+            raise ValueError(f"accumulator_bits lies between 2 and 24, got {self.bits}")
+        if self.promote_every is not None and self.promote_every < 1:
+            raise ValueError(f"promote_every is a positive number of elements, got {self.promote_every}")
+
+    def __str__(self) -> str:
+        width = "fp32 sums" if self.bits is None else f"{self.bits}-bit sums"
+        return width if self.promote_every is None else f"{width}, promoted every {self.promote_every}"
+
+
+FP32_SUMS = Accumulation()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Support:
     """A backend's answer to whether it takes a product."""
 
@@ -35,9 +58,9 @@ class GemmBackend(ABC):
     """Whether `mm` wants codes in fp32 (see `quantize`), because it would decode them at once."""
 
     @abstractmethod
-    def supports(self, a: OperandSpec | None, b: OperandSpec | None, device_type: str) -> Support:
-        """Whether a product of operands so represented runs here, on a device of this type ("cpu", "cuda"), and why not."""
+    def supports(self, a: OperandSpec | None, b: OperandSpec | None, device_type: str, sums: Accumulation = FP32_SUMS) -> Support:
+        """Whether a product of operands so represented and so summed runs here, on a device of this type ("cpu", "cuda"), or why not."""
 
     @abstractmethod
-    def mm(self, a_MK: Operand, b_NK: Operand, out_dtype: torch.dtype) -> Tensor:
-        """a . b^T -> [M, N] of `out_dtype`, accumulated in fp32."""
+    def mm(self, a_MK: Operand, b_NK: Operand, out_dtype: torch.dtype, sums: Accumulation = FP32_SUMS) -> Tensor:
+        """a . b^T -> [M, N] of `out_dtype`."""

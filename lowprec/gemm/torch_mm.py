@@ -1,18 +1,24 @@
 """torch.mm on unscaled operands: fp32 anywhere, bf16 and fp16 on an accelerator (fp32 accumulation)."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from lowprec.gemm.base import GemmBackend, Operand, Support
+from lowprec.gemm.base import FP32_SUMS, Accumulation, GemmBackend, Operand, Support
 from lowprec.quant import OperandSpec, QTensor
 
 
 class TorchBackend(GemmBackend):
     name = "torch"
 
-    def supports(self, a: OperandSpec | None, b: OperandSpec | None, device_type: str) -> Support:
+    def supports(self, a: OperandSpec | None, b: OperandSpec | None, device_type: str, sums: Accumulation = FP32_SUMS) -> Support:
         if any(spec is not None and spec.scaling is not None for spec in (a, b)):
             return Support(ok=False, reason="takes unscaled operands only")
+        if sums.bits is not None:
+            return Support(ok=False, reason="sums in fp32")
+        if any(spec is not None and spec.rounding != "nearest" for spec in (a, b)):
+            a, b = (None if spec is None else replace(spec, rounding="nearest") for spec in (a, b))  # the operands arrive rounded
         if a != b:
             return Support(ok=False, reason="takes two operands of one dtype")
         if a is None:
@@ -21,8 +27,8 @@ class TorchBackend(GemmBackend):
             return Support(ok=False, reason=f"{a.element.name} matrix products are slow on a CPU without hardware for them")
         return Support(ok=True, native=True, reason=f"torch.mm in {a.element.name}")
 
-    def mm(self, a_MK: Operand, b_NK: Operand, out_dtype: torch.dtype) -> Tensor:
-        a, b = (t.values if isinstance(t, QTensor) else t for t in (a_MK, b_NK))
+    def mm(self, a_MK: Operand, b_NK: Operand, out_dtype: torch.dtype, sums: Accumulation = FP32_SUMS) -> Tensor:
+        a, b = (t.data if isinstance(t, QTensor) else t for t in (a_MK, b_NK))
         if a.dtype != b.dtype:  # both "as they arrive", of a model with mixed dtypes: the wider one holds both
             dtype = torch.promote_types(a.dtype, b.dtype)
             a, b = a.to(dtype), b.to(dtype)

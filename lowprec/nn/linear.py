@@ -21,9 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lowprec.formats.hadamard import Hadamard
+from lowprec.formats.random import derive_key
 from lowprec.gemm import GemmBackend, Operand, select
 from lowprec.quant import OperandSpec, QTensor, quantize
-from lowprec.recipe import FROM_FPROP, GEMMS, Recipe
+from lowprec.recipe import GEMMS, FromFprop, Recipe
+from lowprec.recipe.state import OPERANDS, ROUNDING_STATE, history_name, new_state, pass_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,34 +40,53 @@ class LinearGemms:
 
     @classmethod
     def on(cls, device_type: str, recipe: Recipe, backend: str = "auto") -> "LinearGemms":
-        chosen = {gemm: select(*recipe.operands(gemm), device_type, backend)[0] for gemm in GEMMS}
+        chosen = {gemm: select(*recipe.operands(gemm), device_type, backend, recipe.gemm(gemm).sums)[0] for gemm in GEMMS}
         return cls(recipe=recipe, **chosen)
+
+    def mm(self, gemm: str, a: Operand, b: Operand, out_dtype: torch.dtype) -> Tensor:
+        backend: GemmBackend = getattr(self, gemm)
+        return backend.mm(a, b, out_dtype, self.recipe.gemm(gemm).sums)
+
+    def decodes(self, gemm: str) -> bool:
+        return getattr(self, gemm).decoded
 
 
 class LinearFunction(torch.autograd.Function):
-    """y = x . w^T + bias under a recipe. x [M, K], w [N, K], bias [N] or None -> y [M, N] of x's dtype."""
+    """y = x . w^T + bias under a recipe. x [M, K], w [N, K], bias [N] or None -> y [M, N] of x's dtype.
+
+    `key` [2] and `histories`, one for each of `OPERANDS`, are the recipe's state (see `recipe/state.py`), None where it needs none.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x_MK: Tensor, w_NK: Tensor, bias_N: Tensor | None, gemms: LinearGemms, grad_enabled: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        x_MK: Tensor,
+        w_NK: Tensor,
+        bias_N: Tensor | None,
+        gemms: LinearGemms,
+        grad_enabled: bool,
+        key: Tensor | None,
+        *histories: Tensor | None,
+    ) -> Tensor:
         # needs_input_grad knows nothing of no_grad, and inside a Function it can't be asked for.
         recipe, (needs_dx, needs_dw) = gemms.recipe, (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
-        x, w = _operand(x_MK, recipe.fprop.a, gemms.fprop), _operand(w_NK, recipe.fprop.b, gemms.fprop)
-        y_MN = gemms.fprop.mm(x, w, x_MK.dtype)
+        masks_dx = needs_dx and isinstance(recipe.dgrad.b, FromFprop)
+        state = (key, histories)
+        x = _operand(x_MK, recipe.fprop.a, "fprop", "a", gemms, state, saturation=masks_dx)
+        w = _operand(w_NK, recipe.fprop.b, "fprop", "b", gemms, state)
+        y_MN = gemms.mm("fprop", x, w, x_MK.dtype)
         if bias_N is not None:
             y_MN = y_MN + bias_N.to(y_MN.dtype)
 
         kept_x: Operand | None = None
-        x_saturated: Tensor | None = None
-        if recipe.wgrad.b == FROM_FPROP:
-            if needs_dx or needs_dw:
-                kept = _operand(x_MK, recipe.fprop.a, None, saturation=needs_dx)
-                x_saturated = kept.saturated if isinstance(kept, QTensor) else None
-                kept_x = kept if needs_dw else None
+        if needs_dw and isinstance(recipe.wgrad.b, FromFprop):
+            kept_x = x.stored() if isinstance(x, QTensor) else x
         elif needs_dw:
-            kept_x = _operand(x_MK.t(), recipe.wgrad.b, None)
-        ctx.gemms, ctx.x_dtype, ctx.x_spec = gemms, x_MK.dtype, kept_x.spec if isinstance(kept_x, QTensor) else None
+            kept_x = _operand(x_MK.t(), recipe.wgrad.b, "wgrad", "b", gemms, state, kept=True)
+        ctx.gemms, ctx.x_dtype, ctx.length, ctx.histories = gemms, x_MK.dtype, x_MK.shape[1], histories
+        ctx.x_spec, ctx.x_shape = (kept_x.spec, kept_x.shape) if isinstance(kept_x, QTensor) else (None, None)
         ctx.bias_dtype = None if bias_N is None else bias_N.dtype
-        ctx.save_for_backward(w_NK, x_saturated, *_tensors(kept_x))
+        ctx.save_for_backward(w_NK, key, x.saturated if masks_dx and isinstance(x, QTensor) else None, *_tensors(kept_x))
         return y_MN
 
     @staticmethod
@@ -72,26 +94,35 @@ class LinearFunction(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (g_MN,) = grad_outputs
         gemms, recipe = ctx.gemms, ctx.gemms.recipe
-        w_NK, x_saturated, *kept = ctx.saved_tensors
-        kept_x = _from_tensors(kept, ctx.x_spec)
+        w_NK, key, x_saturated, *kept = ctx.saved_tensors
+        kept_x = _from_tensors(kept, ctx.x_spec, ctx.x_shape)
+        state = (key, ctx.histories)
         needs_dx, needs_dw, needs_db, *_ = ctx.needs_input_grad
+        masks_dw = needs_dw and isinstance(recipe.wgrad.b, FromFprop)
         w_fprop = None
-        if recipe.dgrad.b == FROM_FPROP:
-            w_fprop = _operand(w_NK, recipe.fprop.b, gemms.dgrad, saturation=needs_dw)
+        if masks_dw or (needs_dx and isinstance(recipe.dgrad.b, FromFprop)):
+            w_fprop = _operand(w_NK, recipe.fprop.b, "fprop", "b", gemms, state, saturation=masks_dw)
 
         dx_MK = dw_NK = db_N = None
         if needs_dx:
-            w_KN = _operand(w_NK.t(), recipe.dgrad.b, gemms.dgrad) if w_fprop is None else w_fprop.t()
-            dx_MK = gemms.dgrad.mm(_operand(g_MN, recipe.dgrad.a, gemms.dgrad), w_KN, ctx.x_dtype)
-            dx_MK = _straight_through(dx_MK, x_saturated)
+            g = _operand(g_MN, recipe.dgrad.a, "dgrad", "a", gemms, state)
+            if isinstance(recipe.dgrad.b, FromFprop):
+                w_KN = _fprop_operand(w_fprop, recipe.dgrad.b, "dgrad", gemms, state)
+                dx_MK = _straight_through(gemms.mm("dgrad", g, w_KN, ctx.x_dtype), x_saturated, recipe.fprop.hadamard, ctx.length)
+            else:
+                dx_MK = gemms.mm("dgrad", g, _operand(w_NK.t(), recipe.dgrad.b, "dgrad", "b", gemms, state), ctx.x_dtype)
         if needs_dw:
             assert kept_x is not None
-            x_KM = kept_x.t() if recipe.wgrad.b == FROM_FPROP else kept_x
-            dw_NK = gemms.wgrad.mm(_operand(g_MN.t(), recipe.wgrad.a, gemms.wgrad), x_KM, w_NK.dtype)
-            dw_NK = _straight_through(dw_NK, w_fprop.saturated if isinstance(w_fprop, QTensor) else None)
+            g = _operand(g_MN.t(), recipe.wgrad.a, "wgrad", "a", gemms, state)
+            if isinstance(recipe.wgrad.b, FromFprop):
+                x_KM = _fprop_operand(kept_x, recipe.wgrad.b, "wgrad", gemms, state)
+                w_saturated = w_fprop.saturated if isinstance(w_fprop, QTensor) else None
+                dw_NK = _straight_through(gemms.mm("wgrad", g, x_KM, w_NK.dtype), w_saturated, recipe.fprop.hadamard, ctx.length)
+            else:
+                dw_NK = gemms.mm("wgrad", g, kept_x, w_NK.dtype)
         if needs_db:
             db_N = g_MN.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        return dx_MK, dw_NK, db_N, None, None
+        return dx_MK, dw_NK, db_N, None, None, None, *(None for _ in ctx.histories)
 
 
 class LowPrecisionLinear(nn.Linear):
@@ -100,15 +131,20 @@ class LowPrecisionLinear(nn.Linear):
     gemms: dict[str, LinearGemms]
     recipe: Recipe
     backend: str
+    seed: tuple[int, int]
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, recipe: Recipe, backend: str = "auto", device_type: str | None = None) -> "LowPrecisionLinear":
+    def from_linear(
+        cls, linear: nn.Linear, recipe: Recipe, backend: str = "auto", device_type: str | None = None, *, seed: int = 0, layer: int = 0
+    ) -> "LowPrecisionLinear":
         """Turn `linear` into a LowPrecisionLinear, in place, and return it.
 
-        The module stays the same object: hooks, references from outside, parameter identity and state-dict keys are untouched.
+        The module stays the same object: hooks, references from outside, parameter identity and state-dict keys are untouched, but for the
+        buffers of a recipe that keeps state (`recipe/state.py`).
 
         Args:
             device_type: where it will run, if that is not where the weight is now.
+            seed, layer: what stochastic rounding's draws depend on.
         Raises:
             UserError: `backend` can't run the recipe there.
         """
@@ -117,14 +153,41 @@ class LowPrecisionLinear(nn.Linear):
         chosen = {} if device_type == "meta" else {device_type: LinearGemms.on(device_type, recipe, backend)}
         linear.__class__ = cls
         assert isinstance(linear, LowPrecisionLinear)
-        linear.recipe, linear.backend, linear.gemms = recipe, backend, chosen
+        linear._drop_state()
+        linear.recipe, linear.backend, linear.gemms, linear.seed = recipe, backend, chosen, (seed, layer)
+        for name, buffer in new_state(recipe, linear.weight.device, seed, layer).items():
+            linear.register_buffer(name, buffer)
         return linear
 
     def to_linear(self) -> nn.Linear:
         """Undo `from_linear`, in place."""
-        del self.recipe, self.backend, self.gemms
+        self._drop_state()
+        del self.recipe, self.backend, self.gemms, self.seed
         self.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue]
         return self
+
+    def reset_parameters(self) -> None:
+        """Also what makes real values of a module that was built on the meta device."""
+        super().reset_parameters()
+        with torch.no_grad():
+            for name, fresh in new_state(self.recipe, self.weight.device, *self.seed).items():
+                self.get_buffer(name).copy_(fresh)
+
+    def _drop_state(self) -> None:
+        for name in (ROUNDING_STATE, *(history_name(*operand) for operand in OPERANDS)):
+            self._buffers.pop(name, None)
+
+    def _state(self) -> tuple[Tensor | None, ...]:
+        """The coming pass's key and the amax histories of the six operands. What evaluation adds to them is dropped."""
+        key = self._buffers.get(ROUNDING_STATE)
+        histories = [self._buffers.get(history_name(*operand)) for operand in OPERANDS]
+        if key is not None:
+            rounding_state, key = key, pass_key(key)
+            if self.training:
+                rounding_state[2] += 1
+        if not self.training:
+            histories = [None if history is None else history.clone() for history in histories]
+        return key, *histories
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., K] -> [..., N] of the input's dtype (of autocast's, where that is on)."""
@@ -140,33 +203,66 @@ class LowPrecisionLinear(nn.Linear):
             # A module that was moved: its backends are chosen once per type of device.
             self.gemms[device_type] = LinearGemms.on(device_type, self.recipe, self.backend)
         x_MK = x.reshape(-1, self.in_features)
-        y_MN = LinearFunction.apply(x_MK, self.weight, self.bias, self.gemms[device_type], torch.is_grad_enabled())
+        gemms, grad_enabled = self.gemms[device_type], torch.is_grad_enabled()
+        y_MN = LinearFunction.apply(x_MK, self.weight, self.bias, gemms, grad_enabled, *self._state())
         return y_MN.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, recipe={self.recipe.name}"
 
 
-def _operand(t: Tensor, source: Any, consumer: GemmBackend | None, *, saturation: bool = False) -> Operand:
-    """`t` as its source says; decoded if the backend that consumes it at once (None: it is kept for later) would decode it anyway."""
+_State = tuple[Tensor | None, tuple[Tensor | None, ...]]
+"""A pass's key and the histories of `OPERANDS`."""
+
+
+def _operand(
+    t: Tensor, source: Any, gemm: str, side: str, gemms: LinearGemms, state: _State, *, saturation: bool = False, kept: bool = False
+) -> Operand:
+    """`t` as the operand `side` of `gemm`: transformed, and quantised as its source says.
+
+    Decoded if the backend would decode it at once anyway; not if it is `kept` for later.
+    """
+    hadamard = gemms.recipe.gemm(gemm).hadamard
+    if hadamard is not None:
+        t = hadamard.apply(t)
     if not isinstance(source, OperandSpec):
         return t
-    return quantize(t, source, decoded=consumer is not None and consumer.decoded, saturation=saturation)
+    key, histories = state
+    number = OPERANDS.index((gemm, side))
+    return quantize(
+        t,
+        source,
+        key=derive_key(key, number) if key is not None and source.stochastic else None,
+        history=histories[number],
+        decoded=gemms.decodes(gemm) and not kept,
+        saturation=saturation,
+    )
 
 
-def _straight_through(grad: Tensor, saturated: Tensor | None) -> Tensor:
-    """The gradient through a rounding: itself, but zero where the clamp cut."""
-    return grad if saturated is None else grad.masked_fill(saturated, 0)
+def _fprop_operand(operand: Operand | None, source: FromFprop, gemm: str, gemms: LinearGemms, state: _State) -> Operand:
+    """fprop's operand, transposed, as b of `gemm`; quantised again if its source says so."""
+    assert operand is not None
+    if source.requantize is None:
+        return operand.t()
+    plain = operand.dequantize() if isinstance(operand, QTensor) else operand
+    return _operand(plain.t(), source.requantize, gemm, "b", gemms, state)
+
+
+def _straight_through(grad: Tensor, saturated: Tensor | None, hadamard: Hadamard | None, length: int) -> Tensor:
+    """The gradient through fprop's rounding, itself, but zero where the clamp cut; then back through fprop's transform."""
+    if saturated is not None:
+        grad = grad.masked_fill(saturated, 0)
+    return grad if hadamard is None else hadamard.invert(grad, length).to(grad.dtype)
 
 
 def _tensors(operand: Operand | None) -> tuple[Tensor | None, ...]:
     if isinstance(operand, QTensor):
-        return operand.values, operand.scale, operand.zero_point
+        return operand.data, operand.scale_data, operand.zero_point, operand.tensor_scale
     return (operand,)
 
 
-def _from_tensors(tensors: list[Tensor], spec: OperandSpec | None) -> Operand | None:
-    if spec is None:
+def _from_tensors(tensors: list[Tensor], spec: OperandSpec | None, shape: torch.Size | None) -> Operand | None:
+    if spec is None or shape is None:
         return tensors[0]
-    values, scale, zero_point = tensors
-    return QTensor(values=values, scale=scale, zero_point=zero_point, spec=spec)
+    data, scale, zero_point, tensor_scale = tensors
+    return QTensor(data=data, scale_data=scale, zero_point=zero_point, tensor_scale=tensor_scale, spec=spec, shape=shape)

@@ -5,59 +5,101 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lowprec.formats import encoding
+from lowprec.formats.element import E4M3, E5M2, ElementFormat
+from lowprec.formats.packing import pack, unpack
 from lowprec.formats.rounding import round_to_format
 from lowprec.quant.spec import OperandSpec
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class QTensor:
-    """x ~ (values - zero_point) * scale, blockwise, over a matrix [R, K] in blocks of r x c.
+    """x ~ (values - zero_point) * scale * tensor_scale, blockwise, over a matrix [R, K] in blocks of r x c.
+
+    It is held either stored, in the fewest bytes, or decoded, in fp32, for a consumer that would decode it at once.
 
     Invariants:
-        * every element of `values` [R, K] is a value of `spec.element`, held in its storage dtype, or in fp32 if it was asked for decoded;
-        * `scale` is fp32 [ceil(R / r), ceil(K / c)], positive, a power of two if the scale format is e8m0; NaN marks a block that held
-          NaN or infinity. None if the spec has no scaling;
-        * `zero_point` has the shape of `scale` and integral values in the element's range; None if the scaling is symmetric;
+        * `data` is stored as codes in `spec.element.storage`: [R, K], or uint8 [R, bytes] of packed rows if codes share bytes (`packing`);
+          decoded as fp32 [R, K], every element a value of `spec.element`;
+        * `scale_data` [ceil(R / r), ceil(K / c)] is stored as E8M0 bytes (uint8), e4m3 or fp32, as the scale format says; decoded as fp32.
+          A scale is positive, or zero for a block of zeros under an e4m3 scale; NaN marks a block that held NaN or infinity. None if the
+          spec has no scaling;
+        * `zero_point` has the shape of `scale_data` and integral values in the element's range, int8 or fp32; None if the scaling is
+          symmetric;
+        * `tensor_scale` is an fp32 scalar that multiplies every block's scale (NVFP4's, or 1 / prescale); None if there is none;
         * `saturated` is bool [R, K], true where rounding left the element's range; None unless it was asked for.
     """
 
-    values: Tensor
-    scale: Tensor | None
+    data: Tensor
+    scale_data: Tensor | None
     zero_point: Tensor | None = None
+    tensor_scale: Tensor | None = None
     saturated: Tensor | None = None
     spec: OperandSpec
+    shape: torch.Size
 
     @property
-    def shape(self) -> torch.Size:
-        return self.values.shape
+    def decoded(self) -> bool:
+        return self.data.dtype == torch.float32 and self.spec.scaling is not None
+
+    @property
+    def values(self) -> Tensor:
+        """The elements' values before scaling, fp32 [R, K]."""
+        return self.data if self.decoded else from_storage(self.data, self.spec.element, self.shape[1])
+
+    @property
+    def scale(self) -> Tensor | None:
+        """The block scales, fp32; without the tensor scale."""
+        if self.scale_data is None or self.scale_data.dtype == torch.float32:
+            return self.scale_data
+        return encoding.decode_scale(self.scale_data) if self.scale_data.dtype == torch.uint8 else self.scale_data.to(torch.float32)
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: codes, scales and zero points (four- and six-bit codes take a byte each until they are packed)."""
-        return sum(t.nbytes for t in (self.values, self.scale, self.zero_point) if t is not None)
+        """Bytes held: codes, scales and zero points."""
+        return sum(t.nbytes for t in (self.data, self.scale_data, self.zero_point, self.tensor_scale) if t is not None)
+
+    def stored(self) -> "QTensor":
+        """This matrix in the fewest bytes."""
+        if not self.decoded:
+            return self
+        assert self.scale_data is not None
+        assert self.spec.scaling is not None
+        scale = self.scale_data
+        if self.spec.scaling.scale_format == "e8m0":
+            scale = encoding.encode_scale(scale)
+        elif self.spec.scaling.scale_format == "e4m3":
+            scale = scale.to(torch.float8_e4m3fn)
+        zero_point = None if self.zero_point is None else self.zero_point.nan_to_num().to(torch.int8)
+        return replace(self, data=to_storage(self.data, self.spec.element), scale_data=scale, zero_point=zero_point)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(values - zero_point) * scale, computed in fp32, as a `dtype` tensor [R, K]."""
-        if self.scale is None:
-            values = self.values.to(torch.float32)
+        """(values - zero_point) * scale * tensor_scale, in fp32 and in this order, as a `dtype` tensor [R, K]."""
+        values, scale = self.values, self.scale
+        if scale is None:
             # Compiled code may skip a conversion down and up again; rounding twice changes nothing (see `rounding`).
             return (round_to_format(values, self.spec.element) if torch.compiler.is_compiling() else values).to(dtype)
-        if is_transposed(self.values):  # a strided pass is slow: compute in the order that lies in memory
+        if is_transposed(values):  # a strided pass is slow: compute in the order that lies in memory
             zero_point = None if self.zero_point is None else self.zero_point.t()
-            return _dequantize(self.values.t(), self.scale.t(), zero_point, swapped(self.block)).t().to(dtype)
-        return _dequantize(self.values, self.scale, self.zero_point, self.block).to(dtype)
+            return _dequantize(values.t(), scale.t(), zero_point, self.tensor_scale, swapped(self.block)).t().to(dtype)
+        return _dequantize(values, scale, self.zero_point, self.tensor_scale, self.block).to(dtype)
 
     def t(self) -> "QTensor":
-        """The transposed matrix: a view."""
+        """The transposed matrix: a view, but a decoded copy if the codes of a row share bytes."""
+        if self.spec.element.packed and not self.decoded:
+            zero_point = None if self.zero_point is None else self.zero_point.to(torch.float32)
+            return replace(self, data=self.values, scale_data=self.scale, zero_point=zero_point).t()
         scaling = self.spec.scaling
         spec = self.spec if scaling is None else replace(self.spec, scaling=replace(scaling, block=swapped(scaling.block)))
         flip = lambda part: None if part is None else part.t()  # noqa: E731
         return QTensor(
-            values=self.values.t(),
-            scale=flip(self.scale),
+            data=self.data.t(),
+            scale_data=flip(self.scale_data),
             zero_point=flip(self.zero_point),
+            tensor_scale=self.tensor_scale,
             saturated=flip(self.saturated),
             spec=spec,
+            shape=torch.Size(swapped((self.shape[0], self.shape[1]))),
         )
 
     @property
@@ -65,6 +107,30 @@ class QTensor:
         """Rows x columns under one scale."""
         assert self.spec.scaling is not None
         return block_extents(self.shape, self.spec.scaling.block)
+
+
+def to_storage(values: Tensor, fmt: ElementFormat) -> Tensor:
+    """fp32 values [R, K] of a format as its stored codes."""
+    if fmt.packed:
+        return pack(encoding.encode(values, fmt), fmt.bits)
+    if fmt in (E4M3, E5M2) and _converts_slowly(values):
+        return encoding.encode(values, fmt).to(torch.uint8).view(fmt.storage)
+    return values.to(fmt.storage)
+
+
+def from_storage(data: Tensor, fmt: ElementFormat, length: int) -> Tensor:
+    """The inverse of `to_storage`: stored codes as fp32 values [R, length]."""
+    if fmt.packed:
+        return encoding.decode(unpack(data, fmt.bits, length), fmt)
+    if fmt in (E4M3, E5M2) and _converts_slowly(data):
+        # It reads e4m3's NaN as 480, which a scaled block, whose scale is NaN then, can't show.
+        return encoding.decode(data.view(torch.uint8), fmt)
+    return data.to(torch.float32)
+
+
+def _converts_slowly(t: Tensor) -> bool:
+    """A CPU converts eight-bit floats one by one."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def block_extents(shape: torch.Size, block: tuple[int, int]) -> tuple[int, int]:
@@ -96,18 +162,9 @@ def swapped(block: tuple[int, int]) -> tuple[int, int]:
     return block[1], block[0]
 
 
-def _dequantize(values: Tensor, scale: Tensor, zero_point: Tensor | None, block: tuple[int, int]) -> Tensor:
-    blocks = to_blocks(decode(values), block)
+def _dequantize(values: Tensor, scale: Tensor, zero_point: Tensor | None, tensor_scale: Tensor | None, block: tuple[int, int]) -> Tensor:
+    blocks = to_blocks(values, block)
     if zero_point is not None:
         blocks = blocks - zero_point[:, None, :, None]
-    return from_blocks(blocks * scale[:, None, :, None], values.shape)
-
-
-def decode(values: Tensor) -> Tensor:
-    """Codes in their storage dtype -> the same values in fp32."""
-    if values.dtype != torch.float8_e4m3fn or values.device.type != "cpu" or torch.compiler.is_compiling():
-        return values.to(torch.float32)
-    # torch's own conversion is scalar on a CPU, ten times slower than this: an e4m3 code shifted into an fp16's exponent and
-    # mantissa fields is the value over 2^8. It reads e4m3's NaN as 480, which a scaled block, whose scale is NaN then, can't show.
-    shifted = values.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000)
-    return shifted.view(torch.float16).to(torch.float32).mul_(256.0)
+    blocks = blocks * scale[:, None, :, None]
+    return from_blocks(blocks if tensor_scale is None else blocks.mul_(tensor_scale), values.shape)

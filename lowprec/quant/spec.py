@@ -1,9 +1,21 @@
-"""OperandSpec: how one operand of a GEMM is represented."""
+"""OperandSpec: how one operand of a GEMM is represented; and the notation for it that configurations and equations share.
 
+bf16                            cast
+e4m3[1x128 fp32]                one fp32 scale for 128 neighbours along the contraction axis
+e2m1[16x16 e4m3 4/6]            NVFP4 weights, four over six
+e2m1[1x32 e8m0:floor prescale:0.75 stochastic]
+int8[row fp32 asymmetric]
+e5m2[tensor fp32 delayed:1024]
+"""
+
+import re
 from dataclasses import dataclass
+from typing import Any
 
-from lowprec.formats.element import ElementFormat
-from lowprec.formats.scaling import BlockScaling
+from lowprec.errors import UserError, nearest
+from lowprec.formats.element import E2M1, FORMATS, ElementFormat
+from lowprec.formats.rounding import ROUNDINGS, Rounding
+from lowprec.formats.scaling import ALL, RULES, BlockScaling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,12 +25,76 @@ class OperandSpec:
     element: ElementFormat
     scaling: BlockScaling | None = None
     """None: the elements are cast as they are (bf16, fp16, fp32)."""
+    rounding: Rounding = "nearest"
 
     def __post_init__(self) -> None:
-        if self.scaling is None and self.element.saturates:
-            raise ValueError(f"{self.element.name} needs a scaling: it can't hold unscaled values")
-        if self.scaling is not None and not self.scaling.symmetric and not self.element.is_integer:
-            raise ValueError(f"{self.element.name} is symmetric about zero: a zero point goes with an integer format")
+        element, scaling = self.element, self.scaling
+        if self.rounding not in ROUNDINGS:
+            raise ValueError(f"unknown rounding '{self.rounding}'{nearest(self.rounding, ROUNDINGS)}")
+        if scaling is None:
+            if element.saturates:
+                raise ValueError(f"{element.name} needs a scaling: it can't hold unscaled values")
+            return
+        if not scaling.symmetric and not element.is_integer:
+            raise ValueError(f"{element.name} is symmetric about zero: a zero point goes with an integer format")
+        if not element.saturates:
+            raise ValueError(f"{element.name} takes no scaling: its exponents span what fp32's do, or loss scaling serves it")
+        if scaling.scale_format == "e4m3" and element != E2M1:
+            raise ValueError(f"an e4m3 scale under a tensor scale goes with e2m1 elements (NVFP4), not {element.name}")
+        if scaling.scale_format == "e8m0" and scaling.rule == "even" and element.is_integer:
+            raise ValueError("the rule 'even' rounds amax to a float's mantissa: an integer format has none")
+
+    @property
+    def stochastic(self) -> bool:
+        return self.rounding == "stochastic"
 
     def __str__(self) -> str:
-        return self.element.name if self.scaling is None else f"{self.element.name}[{self.scaling}]"
+        words = [str(self.scaling)] * (self.scaling is not None) + [self.rounding] * (self.rounding != "nearest")
+        return f"{self.element.name}[{' '.join(words)}]" if words else self.element.name
+
+    @classmethod
+    def parse(cls, text: str) -> "OperandSpec":
+        """The inverse of `str`. UserError with the nearest known word if it can't be read."""
+        match = re.fullmatch(r"\s*(\w+)\s*(?:\[([^\]]*)\])?\s*", text)
+        if match is None:
+            raise UserError(f"'{text}' is no operand: it is written like 'bf16' or 'e4m3[1x128 fp32]'")
+        name, words = match[1], (match[2] or "").split()
+        if name not in FORMATS:
+            raise UserError(f"unknown element format '{name}'{nearest(name, FORMATS)}")
+        rounding: Any = words.pop() if words and words[-1] in ROUNDINGS else "nearest"
+        try:
+            return cls(element=FORMATS[name], scaling=_parse_scaling(words) if words else None, rounding=rounding)
+        except ValueError as error:
+            raise UserError(f"'{text}': {error}") from None
+
+
+def _parse_scaling(words: list[str]) -> BlockScaling:
+    fields: dict[str, Any] = {"block": _parse_block(words[0])}
+    for word in words[1:]:
+        key, _, value = word.partition(":")
+        if word in ("fp32", "e4m3"):
+            fields["scale_format"] = word
+        elif key == "e8m0" and (value in RULES or word == "e8m0"):
+            fields |= {"scale_format": "e8m0"} | ({"rule": value} if value else {})
+        elif word == "asymmetric":
+            fields["symmetric"] = False
+        elif word == "4/6":
+            fields["four_over_six"] = True
+        elif key == "prescale" and re.fullmatch(r"0?\.\d+", value):
+            fields["prescale"] = float(value)
+        elif key == "delayed" and value.isdecimal():
+            fields["history"] = int(value)
+        else:
+            known = ("fp32", "e4m3", *(f"e8m0:{rule}" for rule in RULES), "asymmetric", "4/6", "prescale:0.75", "delayed:1024", *ROUNDINGS)
+            raise UserError(f"unknown word '{word}'{nearest(word, known)}")
+    return BlockScaling(**fields)
+
+
+def _parse_block(word: str) -> tuple[int, int]:
+    if word in ("tensor", "row"):
+        return (ALL if word == "tensor" else 1), ALL
+    parts = word.split("x")
+    if len(parts) != 2 or not all(part == "all" or part.isdecimal() for part in parts):
+        raise UserError(f"'{word}' is no block: it is 'tensor', 'row' or ROWSxCOLUMNS like '1x128'")
+    rows, cols = (ALL if part == "all" else int(part) for part in parts)
+    return rows, cols

@@ -11,20 +11,35 @@ What an operand is made from:
                   along another axis and can't serve)
     FROM_FPROP    the very operand that fprop multiplied, for b of dgrad and wgrad. y is then differentiated as the function of the
                   fake-quantised x and w that it is (quantisation-aware training), and the gradient passes straight through the rounding:
-                  as the identity inside the element's range, as zero where the clamp cut (arXiv 1712.05877, section 3; 1308.3432)
+                  as the identity inside the element's range, as zero where the clamp cut (arXiv 1712.05877, section 3; 1308.3432).
+                  FromFprop(requantize=spec) quantises fprop's operand once more, along this GEMM's contraction axis (arXiv 2505.14669)
+
+A Hadamard transform belongs to the GEMM, not to an operand: both must share it to cancel. The gradient of a transformed fprop that goes
+by FROM_FPROP comes out transformed and is transformed back.
 """
 
 from dataclasses import dataclass, replace
-from typing import Final, Literal
+from typing import Any, Final
 
 from lowprec.formats.element import BF16, ElementFormat
+from lowprec.formats.hadamard import Hadamard
+from lowprec.gemm import Accumulation
 from lowprec.quant import OperandSpec
 
-FROM_FPROP: Final = "from_fprop"
+
+@dataclass(frozen=True, kw_only=True)
+class FromFprop:
+    """The operand that fprop multiplied."""
+
+    requantize: OperandSpec | None = None
+    """None: as it is."""
+
+
+FROM_FPROP: Final = FromFprop()
 GEMMS: Final = ("fprop", "dgrad", "wgrad")
 _OPERANDS = {"fprop": ("y", "x", "w"), "dgrad": ("dx", "g", "wᵀ"), "wgrad": ("dw", "gᵀ", "xᵀ")}
 
-OperandSource = OperandSpec | Literal["from_fprop"] | None
+OperandSource = OperandSpec | FromFprop | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +48,21 @@ class GemmSpec:
 
     a: OperandSource = None
     b: OperandSource = None
+    hadamard: Hadamard | None = None
+    """Applied to both operands along the contraction axis before they are quantised."""
+    accumulator_bits: int | None = None
+    """Significant bits of the accumulator between steps of the matrix unit; None: fp32's. Narrower ones are emulated."""
+    promote_every: int | None = None
+    """Contracted elements after which partial sums are promoted to fp32; None: never. It matters where the accumulator is narrower."""
+
+    def __post_init__(self) -> None:
+        _ = self.sums  # which checks its fields
+        if self.hadamard is not None and self.b == FROM_FPROP:
+            raise ValueError("fprop's operand can't be transformed as it is: it is quantised already; FromFprop(requantize=...) can")
+
+    @property
+    def sums(self) -> Accumulation:
+        return Accumulation(bits=self.accumulator_bits, promote_every=self.promote_every)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,30 +79,50 @@ class Recipe:
     """One line: what it is, and the source."""
 
     def __post_init__(self) -> None:
-        if FROM_FPROP in (self.fprop.a, self.fprop.b, self.dgrad.a, self.wgrad.a):
+        if any(isinstance(source, FromFprop) for source in (self.fprop.a, self.fprop.b, self.dgrad.a, self.wgrad.a)):
             raise ValueError(f"recipe {self.name}: FROM_FPROP is a source for b of dgrad and wgrad only")
+        for operand, reader in ((self.fprop.b, self.dgrad.b), (self.fprop.a, self.wgrad.b)):
+            delayed = isinstance(operand, OperandSpec) and operand.scaling is not None and operand.scaling.history
+            if delayed and isinstance(reader, FromFprop):
+                raise ValueError(f"recipe {self.name}: an operand with delayed scaling can't be made again for the backward")
+
+    def gemm(self, name: str) -> GemmSpec:
+        """fprop, dgrad or wgrad by its name."""
+        return getattr(self, name)
 
     def operands(self, gemm: str) -> tuple[OperandSpec | None, OperandSpec | None]:
         """The representations of a GEMM's two operands, FROM_FPROP replaced by what fprop has there."""
-        spec: GemmSpec = getattr(self, gemm)
+        spec = self.gemm(gemm)
         from_fprop = {"dgrad": self.fprop.b, "wgrad": self.fprop.a}.get(gemm)
-        a, b = (from_fprop if source == FROM_FPROP else source for source in (spec.a, spec.b))
-        assert not isinstance(a, str)
-        assert not isinstance(b, str)
-        return a, b
+        b = (spec.b.requantize or from_fprop) if isinstance(spec.b, FromFprop) else spec.b
+        assert not isinstance(spec.a, FromFprop)
+        assert not isinstance(b, FromFprop)
+        return spec.a, b
 
     def equation(self, gemm: str) -> str:
-        """'y = e4m3[1x128 fp32](x) · e4m3[128x128 fp32](w)ᵀ'."""
-        spec: GemmSpec = getattr(self, gemm)
+        """'y = e4m3[1x128 fp32](x) · e4m3[128x128 fp32](w)ᵀ  (fp32 sums)'."""
+        spec = self.gemm(gemm)
         out, a, b = _OPERANDS[gemm]
-        if spec.b == FROM_FPROP:  # fprop's operand, which lies transposed already
-            return f"{out} = {_applied(spec.a, a)} · {_applied(self.operands(gemm)[1], b[0])}"
-        return f"{out} = {_applied(spec.a, a)} · {_applied(spec.b, b)}ᵀ"
+        own = f"{spec.hadamard}·" if spec.hadamard else ""
+        result = f"{out} = {_applied(spec.a, own + a)} · "
+        if isinstance(spec.b, FromFprop):  # fprop's operand, which lies transposed already
+            theirs = f"{self.fprop.hadamard}·" if self.fprop.hadamard else ""
+            inner = _applied(getattr(self.fprop, "b" if gemm == "dgrad" else "a"), theirs + b[0])
+            result += inner if spec.b.requantize is None else f"{_applied(spec.b.requantize, f'{own}{inner}ᵀ')}ᵀ"
+            result += f" · {self.fprop.hadamard}ᵀ" if self.fprop.hadamard else ""
+        else:
+            result += f"{_applied(spec.b, own + b)}ᵀ"
+        return result if spec.sums == Accumulation() else f"{result}  ({spec.sums})"
 
     def with_gemms(self, **parts: "Recipe") -> "Recipe":
         """This recipe with single GEMMs taken from others: `with_gemms(fprop=bf16)`."""
         name = f"{self.name}({', '.join(f'{gemm}={recipe.name}' for gemm, recipe in parts.items())})" if parts else self.name
-        return replace(self, name=name, **{gemm: getattr(recipe, gemm) for gemm, recipe in parts.items()})
+        return replace(self, name=name, **{gemm: recipe.gemm(gemm) for gemm, recipe in parts.items()})
+
+    def with_fields(self, gemm: str, **fields: Any) -> "Recipe":
+        """This recipe with single fields of one GEMM changed: `with_fields("fprop", accumulator_bits=14)`."""
+        words = ", ".join(f"{key}={value}" for key, value in fields.items())
+        return replace(self, name=f"{self.name}({gemm}: {words})", **{gemm: replace(self.gemm(gemm), **fields)})
 
 
 def _applied(source: OperandSource, symbol: str) -> str:

@@ -4,13 +4,15 @@
 """
 
 from collections.abc import Mapping
+from dataclasses import fields, replace
 from typing import Any
 
 from lowprec.errors import UserError, nearest
-from lowprec.formats.element import BF16, E2M1, E4M3, E5M2, FP16, FP32, INT4, INT8, ElementFormat
+from lowprec.formats.element import BF16, E2M1, E2M3, E3M2, E4M3, E5M2, FP16, FP32, INT4, INT8, ElementFormat
+from lowprec.formats.hadamard import NVFP4_SIGNS, Hadamard
 from lowprec.formats.scaling import ALL, BlockScaling
 from lowprec.quant import OperandSpec
-from lowprec.recipe.base import FROM_FPROP, GEMMS, GemmSpec, Recipe
+from lowprec.recipe.base import FROM_FPROP, GEMMS, FromFprop, GemmSpec, Recipe
 
 
 def _scaled(element: ElementFormat, block: tuple[int, int], **scaling: Any) -> OperandSpec:
@@ -26,17 +28,33 @@ def _everywhere(name: str, spec: OperandSpec, **fields: Any) -> Recipe:
 
 
 def _deepseek(name: str, tile: OperandSpec, block: OperandSpec, about: str) -> Recipe:
-    weight = GemmSpec(a=tile, b=block)
-    return Recipe(name=name, fprop=weight, dgrad=weight, wgrad=_same(tile), about=about)
+    weight, tokens = GemmSpec(a=tile, b=block, promote_every=128), GemmSpec(a=tile, b=tile, promote_every=128)
+    return Recipe(name=name, fprop=weight, dgrad=weight, wgrad=tokens, about=about)
+
+
+def _nvfp4(name: str, about: str, **scaling: Any) -> Recipe:
+    """x, w and g in NVFP4; `scaling` goes to x and w."""
+    x, w = _scaled(E2M1, (1, 16), scale_format="e4m3", **scaling), _scaled(E2M1, (16, 16), scale_format="e4m3", **scaling)
+    g = replace(_scaled(E2M1, (1, 16), scale_format="e4m3"), rounding="stochastic")
+    mixing = Hadamard(size=16, signs=NVFP4_SIGNS)
+    return Recipe(name=name, fprop=GemmSpec(a=x, b=w), dgrad=GemmSpec(a=g, b=w), wgrad=GemmSpec(a=g, b=x, hadamard=mixing), about=about)
 
 
 _TENSOR, _ROW, _TILE, _BLOCK, _MX = (ALL, ALL), (1, ALL), (1, 128), (128, 128), (1, 32)
-_TENSOR_E4M3, _TENSOR_E5M2 = _scaled(E4M3, _TENSOR), _scaled(E5M2, _TENSOR)
+_TENSOR_E4M3, _TENSOR_E5M2, _ROW_E4M3 = _scaled(E4M3, _TENSOR), _scaled(E5M2, _TENSOR), _scaled(E4M3, _ROW)
+_DELAYED_E4M3, _DELAYED_E5M2 = _scaled(E4M3, _TENSOR, history=1024), _scaled(E5M2, _TENSOR, history=1024)
+_BF16 = OperandSpec(element=BF16)
 _STRAIGHT_THROUGH = GemmSpec(a=None, b=FROM_FPROP)
+_UNBIASED_MXFP4 = OperandSpec(
+    element=E2M1,
+    scaling=BlockScaling(block=_MX, scale_format="e8m0", rule="floor", prescale=0.75),
+    rounding="stochastic",
+)
+_QUEST_MXFP4 = _scaled(E2M1, _MX, scale_format="e8m0", rule="quest")
 
 _RECIPES = (
     _everywhere("fp32", OperandSpec(element=FP32), rest=FP32, about="fp32 everywhere; the yardstick"),
-    _everywhere("bf16", OperandSpec(element=BF16), about="bf16 operands, fp32 accumulation (arXiv 1905.12322)"),
+    _everywhere("bf16", _BF16, about="bf16 operands, fp32 accumulation (arXiv 1905.12322)"),
     _everywhere(
         "fp16",
         OperandSpec(element=FP16),
@@ -50,7 +68,21 @@ _RECIPES = (
         wgrad=GemmSpec(a=_TENSOR_E5M2, b=_TENSOR_E4M3),
         about="one current scale per tensor, e5m2 gradients (arXiv 2209.05433, section 3)",
     ),
-    _everywhere("fp8_rowwise", _scaled(E4M3, _ROW), about="one scale per row of each operand, along its contraction axis"),
+    Recipe(
+        name="fp8_delayed",
+        fprop=_same(_DELAYED_E4M3),
+        dgrad=GemmSpec(a=_DELAYED_E5M2, b=_DELAYED_E4M3),
+        wgrad=GemmSpec(a=_DELAYED_E5M2, b=_DELAYED_E4M3),
+        about="fp8_tensorwise with the largest of the last 1024 amaxes for its scale (arXiv 2209.05433, section 3)",
+    ),
+    _everywhere("fp8_rowwise", _ROW_E4M3, about="one scale per row of each operand, along its contraction axis"),
+    Recipe(
+        name="fp8_rowwise_wgrad_hp",
+        fprop=_same(_ROW_E4M3),
+        dgrad=_same(_ROW_E4M3),
+        wgrad=_same(_BF16),
+        about="fp8_rowwise, but weight gradients from bf16 operands (as arXiv 2304.13013, section 2.2, has it for int8)",
+    ),
     _deepseek(
         "fp8_blockwise",
         _scaled(E4M3, _TILE),
@@ -69,9 +101,42 @@ _RECIPES = (
         about="OCP MXFP8, e4m3 everywhere, scales rounded up (arXiv 2506.08027)",
     ),
     _everywhere(
+        "mxfp6_e2m3",
+        _scaled(E2M3, _MX, scale_format="e8m0", rule="floor"),
+        about="OCP MXFP6 with three mantissa bits (OCP MX 1.0, 6.3; arXiv 2310.10537)",
+    ),
+    _everywhere(
+        "mxfp6_e3m2",
+        _scaled(E3M2, _MX, scale_format="e8m0", rule="floor"),
+        about="OCP MXFP6 with three exponent bits (OCP MX 1.0, 6.3; arXiv 2310.10537)",
+    ),
+    _everywhere(
         "mxfp4",
         _scaled(E2M1, _MX, scale_format="e8m0", rule="floor"),
         about="OCP MXFP4 by the specification's floor rule (OCP MX 1.0, 6.3)",
+    ),
+    Recipe(
+        name="mxfp4_aws",
+        fprop=_same(_BF16),
+        dgrad=GemmSpec(a=_UNBIASED_MXFP4, b=_UNBIASED_MXFP4, hadamard=Hadamard.seeded(64)),
+        wgrad=GemmSpec(a=_UNBIASED_MXFP4, b=_UNBIASED_MXFP4, hadamard=Hadamard.seeded(64)),
+        about="MXFP4 in the backward only, unbiased: Hadamard transform, 3/4, stochastic rounding (arXiv 2502.20586, section 3)",
+    ),
+    Recipe(
+        name="mxfp4_quartet",
+        fprop=GemmSpec(a=_QUEST_MXFP4, b=_QUEST_MXFP4, hadamard=Hadamard.plain(32)),
+        dgrad=GemmSpec(a=_UNBIASED_MXFP4, b=FromFprop(requantize=_UNBIASED_MXFP4), hadamard=Hadamard.seeded(32)),
+        wgrad=GemmSpec(a=_UNBIASED_MXFP4, b=FromFprop(requantize=_UNBIASED_MXFP4), hadamard=Hadamard.seeded(32)),
+        about="Quartet: Hadamard and QuEST scales forward, unbiased MXFP4 of fprop's own operands backward (arXiv 2505.14669, section 4)",
+    ),
+    _nvfp4("nvfp4", about="NVIDIA's NVFP4: 16x16 weights, stochastic gradients, Hadamard on wgrad (arXiv 2509.25149, section 4)"),
+    _nvfp4("nvfp4_4over6", about="nvfp4, each block of x and w scaled to 6 or to 4 (arXiv 2512.02010)", four_over_six=True),
+    Recipe(
+        name="int8",
+        fprop=GemmSpec(a=_scaled(INT8, _ROW), b=_scaled(INT8, _TENSOR)),
+        dgrad=GemmSpec(a=_scaled(INT8, _ROW), b=_scaled(INT8, _TENSOR)),
+        wgrad=_same(_BF16),
+        about="SwitchBack: int8 rows of x and g, one scale for w, 16-bit weight gradients (arXiv 2304.13013, section 2.2)",
     ),
     Recipe(
         name="qat_int8dyn_int4",
@@ -97,7 +162,13 @@ def get(name: str) -> Recipe:
 
 
 def resolve(value: Any) -> Recipe:
-    """A recipe from any form a user may give: a Recipe, a name, or {base: NAME, fprop: NAME, dgrad: NAME, wgrad: NAME}."""
+    """A recipe from any form a user may give: a Recipe, a name, or a mapping of changes to one,
+
+    {base: NAME, fprop: NAME, dgrad: {a: OPERAND, b: OPERAND, hadamard: SIZE, accumulator_bits: B, promote_every: N}, wgrad: ...}
+
+    where a GEMM is taken from another recipe by its name, or changed in single fields. An OPERAND is written as in an equation
+    ("e4m3[1x128 fp32]", see `quant/spec.py`), "none" for none.
+    """
     if isinstance(value, Recipe):
         return value
     if isinstance(value, str):
@@ -108,4 +179,27 @@ def resolve(value: Any) -> Recipe:
         raise UserError(f"unknown key '{unknown[0]}' in a recipe{nearest(unknown[0], ('base', *GEMMS))}")
     if "base" not in value:
         raise UserError(f"a recipe given as a mapping needs 'base', the recipe that it changes; got {dict(value)!r}")
-    return resolve(value["base"]).with_gemms(**{gemm: resolve(value[gemm]) for gemm in GEMMS if gemm in value})
+    changed = {gemm: value[gemm] for gemm in GEMMS if isinstance(value.get(gemm), Mapping)}
+    recipe = resolve(value["base"]).with_gemms(**{gemm: resolve(value[gemm]) for gemm in GEMMS if gemm in value and gemm not in changed})
+    for gemm, settings in changed.items():
+        try:
+            recipe = recipe.with_fields(gemm, **{key: _gemm_field(key, setting) for key, setting in settings.items()})
+        except ValueError as error:
+            raise UserError(f"{gemm}: {error}") from None
+    return recipe
+
+
+def _gemm_field(key: str, value: Any) -> Any:
+    """A field of a GemmSpec from its form in a configuration."""
+    known = [field.name for field in fields(GemmSpec)]
+    if key not in known:
+        raise UserError(f"unknown key '{key}'{nearest(key, known)}")
+    if value is None or value == "none":
+        return None
+    if key in ("a", "b"):
+        if value == "from_fprop":
+            return FROM_FPROP
+        return value if isinstance(value, OperandSpec) else OperandSpec.parse(str(value))
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UserError(f"{key} is a whole number, got {value!r}")
+    return Hadamard.seeded(value) if key == "hadamard" else value

@@ -1,0 +1,53 @@
+"""What a recipe keeps between steps: named buffers of the layer, so that they move, are saved and are restored with it.
+
+    rounding_state             int64 [3], for stochastic rounding: a key of two 32-bit words, and the number of forward passes so far. Each
+                               pass derives a new key, each operand one of its own from that (see `formats.random`)
+    amax_history_<gemm>_<a|b>  fp32 [n], for delayed scaling: the last amaxes that this operand had, oldest first, zeros for none
+
+A recipe that needs neither adds no buffer, and the layer's state dict is nn.Linear's. Ranks that start from the same buffers mix their rank
+into the key: were their draws equal, half of the rounding noise would not average out between them.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lowprec.formats.random import derive_key
+from lowprec.quant import OperandSpec
+from lowprec.recipe.base import GEMMS, FromFprop, Recipe
+
+ROUNDING_STATE = "rounding_state"
+OPERANDS = tuple((gemm, side) for gemm in GEMMS for side in ("a", "b"))
+"""The six operands; an operand's number is its place here."""
+
+
+def history_name(gemm: str, side: str) -> str:
+    return f"amax_history_{gemm}_{side}"
+
+
+def operand_spec(recipe: Recipe, gemm: str, side: str) -> OperandSpec | None:
+    """What this operand is quantised to, if it is quantised for this GEMM."""
+    source = getattr(recipe.gemm(gemm), side)
+    return source.requantize if isinstance(source, FromFprop) else source
+
+
+def new_state(recipe: Recipe, device: torch.device, seed: int = 0, layer: int = 0) -> dict[str, Tensor]:
+    """The buffers that `recipe` needs, as they are before the first step.
+
+    Args:
+        seed, layer: what the draws of stochastic rounding depend on; layers of a model should differ.
+    """
+    specs = {(gemm, side): operand_spec(recipe, gemm, side) for gemm, side in OPERANDS}
+    state = {}
+    if any(spec is not None and spec.stochastic for spec in specs.values()):
+        state[ROUNDING_STATE] = torch.tensor([seed % 2**32, layer, 0], dtype=torch.int64, device=device)
+    for (gemm, side), spec in specs.items():
+        if spec is not None and spec.scaling is not None and spec.scaling.history:
+            state[history_name(gemm, side)] = torch.zeros(spec.scaling.history, device=device)
+    return state
+
+
+def pass_key(rounding_state: Tensor) -> Tensor:
+    """The key of the coming forward pass, int64 [2]."""
+    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return derive_key(derive_key(rounding_state[:2], rank), rounding_state[2])
