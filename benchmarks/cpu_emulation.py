@@ -13,7 +13,7 @@ import torch
 
 from lowprec.formats.element import E4M3
 from lowprec.formats.rounding import round_to_format
-from lowprec.quant.qtensor import decode
+from lowprec.quant.qtensor import from_storage
 from trainers.host import keep_freed_memory
 
 
@@ -42,7 +42,7 @@ def main() -> None:
         "amax along columns, as a strided last axis": lambda: columns.abs().amax((1, 3)),
         "amax along columns, in memory order": lambda: columns.permute(2, 3, 0, 1).abs().amax((1, 3)),
         "e4m3 to fp32, torch": codes.float,
-        "e4m3 to fp32, decode": lambda: decode(codes),
+        "e4m3 to fp32, decode": lambda: from_storage(codes, E4M3, 512),
         "fp32 product, 4096 x 512 x 512": lambda: x @ w.t(),
         "bf16 product, the same": lambda: half @ half_w.t(),
         "fp16 product, the same": lambda: ieee @ ieee_w.t(),

@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 # public name -> the module that holds it; an empty attribute is the module itself
 _EXPORTS = {
     "quantize": ("lowprec.quant", "quantize"),
+    "fake_quantize": ("lowprec.quant", "fake_quantize"),
     "QTensor": ("lowprec.quant", "QTensor"),
     "OperandSpec": ("lowprec.quant", "OperandSpec"),
     "recipes": ("lowprec.recipe.library", ""),

@@ -22,7 +22,7 @@ ORDER = (
     ("nn",),
     ("config", "plan"),
     ("conversion",),
-    ("attention", "kernels"),
+    ("attention", "bench", "kernels"),
     ("testing",),
 )
 RANK = {part: rank for rank, row in enumerate(ORDER) for part in row}

@@ -87,6 +87,30 @@ def recipes(as_json: bool) -> None:
     click.echo(json.dumps(described, indent=1, ensure_ascii=False) if as_json else recipes_table(described))
 
 
+@cli.group(cls=_Commands)
+def bench() -> None:
+    """Measure what the parts cost on this machine."""
+
+
+@bench.command("quantize")
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option("--against", default="", help="Rivals to measure in the same run, joined by commas: torchao.")
+@click.option("--shape", default="2048x1024", show_default=True, help="Rows x columns of the fp32 matrix.")
+@click.option("--compile", "compiled", is_flag=True, help="Through torch.compile, rivals as well.")
+@_JSON
+def bench_quantize(device: str, against: str, shape: str, compiled: bool, as_json: bool) -> None:
+    """Quantise and dequantise a matrix in every format, beside a copy of it."""
+    rows, _, columns = shape.partition("x")
+    if not (rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
+        raise UserError(f"--shape: expected ROWSxCOLUMNS like 2048x1024, got '{shape}'")
+    from lowprec.bench import quantize
+    from trainers.show import bench_table
+
+    rivals = tuple(name for name in against.split(",") if name)
+    result = quantize.run(device, rivals, (int(rows), int(columns)), compiled)
+    click.echo(json.dumps(result, indent=1) if as_json else bench_table(result, rivals))
+
+
 def main(args: list[str] | None = None) -> None:
     """Entry point of the console command."""
     try:

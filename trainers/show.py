@@ -52,6 +52,30 @@ def doctor_table(report: dict[str, Any]) -> str:
     return "\n".join(map(_text, (machine, recipes, optional)))
 
 
+def bench_table(result: dict[str, Any], rivals: tuple[str, ...]) -> str:
+    """Quantise and dequantise: milliseconds, and how many times a rival's they are."""
+    rows, columns = result["shape"]
+    how = "compiled" if result["compiled"] else "eager"
+    title = f"quantise + dequantise fp32 {rows} x {columns} on {result['device']}, {how}; ms, median (p20-p80)"
+    table = Table(title=title, title_justify="left")
+    for column in ("operand", "notation", "lowprec", "copies", *(name for rival in rivals for name in (rival, "times", "same bits"))):
+        table.add_column(column)
+    copy = result["copy"]["median"]
+    for row in result["rows"]:
+        cells = [row["name"], escape(row["operand"]), _milliseconds(row["ours"]), f"{row['ours']['median'] / copy:.0f}"]
+        for rival in rivals:
+            theirs = row[rival]
+            ratio = "-" if theirs is None else f"{theirs['median'] / row['ours']['median']:.1f}"
+            cells += [_milliseconds(theirs), ratio, {True: "yes", False: "no", None: "-"}[row["equal"]]]
+        table.add_row(*cells)
+    table.add_row("a copy", "", _milliseconds(result["copy"]), "1", *[""] * (3 * len(rivals)))
+    return _text(table)
+
+
+def _milliseconds(timing: dict[str, float] | None) -> str:
+    return "-" if timing is None else f"{timing['median']:.2f} ({timing['p20']:.2f}-{timing['p80']:.2f})"
+
+
 def recipes_table(recipes: list[dict[str, Any]]) -> str:
     """The recipes, as equations."""
     lines = []

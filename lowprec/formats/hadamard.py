@@ -55,19 +55,20 @@ class Hadamard:
 
     def invert(self, x_RK: Tensor, length: int) -> Tensor:
         """x T^t, the first `length` columns of it: fp32 [R, length]."""
-        groups = _butterfly(x_RK.to(torch.float32).unflatten(1, (-1, self.size)), 2)
-        return (groups * self._scaled_signs(x_RK.device)).flatten(1, 2)[:, :length]
+        groups = _butterfly(x_RK.to(torch.float32).unflatten(1, (-1, self.size)), 2).mul_(self.size**-0.5)
+        return (groups * self._signs(x_RK.device)).flatten(1, 2)[:, :length]
 
     def _apply(self, x: Tensor, dim: int) -> Tensor:
         if short := -x.shape[dim] % self.size:
             x = torch.nn.functional.pad(x, (0, 0, 0, short) if dim == 0 else (0, short))
         groups = x.unflatten(dim, (-1, self.size))
-        signs = self._scaled_signs(x.device)
+        signs = self._signs(x.device)
         groups = groups * (signs[:, None] if dim == 0 else signs)
-        return _butterfly(groups, dim + 1).flatten(dim, dim + 1)
+        # Scaled at the end: a product before the additions would be fused with them into one rounding on some devices.
+        return _butterfly(groups, dim + 1).mul_(self.size**-0.5).flatten(dim, dim + 1)
 
-    def _scaled_signs(self, device: torch.device) -> Tensor:
-        return torch.tensor([sign * self.size**-0.5 for sign in self.signs], dtype=torch.float32, device=device)
+    def _signs(self, device: torch.device) -> Tensor:
+        return torch.tensor(self.signs, dtype=torch.float32, device=device)
 
 
 def _butterfly(x: Tensor, dim: int) -> Tensor:

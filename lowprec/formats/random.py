@@ -1,6 +1,6 @@
 """Random numbers for stochastic rounding: a function of a key and an element's place, nothing else.
 
-    u[r, c] = mix(mix(r + key_low) xor mix(c + key_high)) / 2^24                         in [0, 1)
+    u[r, c] = floor(mix(mix(r + key_low) xor mix(mix(c + key_high) + 0x632BE5AB)) / 2^8) / 2^24                         in [0, 1)
 
 So the draws are the same on every device, in eager and in compiled code, whatever the memory layout, and a fused kernel can make them
 where it needs them. `mix` is a bijection of 32-bit integers in which every input bit flips each output bit with a probability close to 1/2
@@ -33,7 +33,7 @@ def uniform(key: Tensor, shape: tuple[int, int], *, transposed: bool = False) ->
     """
     rows, cols = (torch.arange(n, dtype=torch.int32, device=key.device) for n in shape)
     key = key.to(torch.int32)
-    row, col = mix(rows + key[0])[:, None], mix(cols + key[1])[None, :]
+    row, col = mix(rows + key[0])[:, None], mix(mix(cols + key[1]) + 0x632BE5AB)[None, :]
     bits = mix((row.t() ^ col.t()) if transposed else (row ^ col))
     u = (_shift(bits, 8)).to(torch.float32).mul_(2.0**-24)
     return u.t() if transposed else u

@@ -48,6 +48,16 @@ def round_to_format(
     return _cast(x, fmt) if rounding == "nearest" else _cast_to_neighbour(x, fmt, noise if rounding == "stochastic" else None)
 
 
+def round_to_integers(x: Tensor, rounding: Rounding = "nearest", *, noise: Tensor | None = None) -> Tensor:
+    """Each element as an integer of any size, fp32 in and out; arguments as above."""
+    if rounding == "nearest":
+        return x.round()
+    if rounding == "toward_zero":
+        return x.trunc()
+    assert noise is not None
+    return _raise_at_random(x, noise)
+
+
 def exceeds_range(x: Tensor, fmt: ElementFormat) -> Tensor:
     """Where the unbounded grid of `fmt` rounds `x` to a value outside [min, max]: there the clamp cuts the straight-through gradient.
 
@@ -69,7 +79,7 @@ def _to_grid(x: Tensor, fmt: ElementFormat) -> Tensor:
 def _to_neighbour(x: Tensor, fmt: ElementFormat, noise: Tensor | None) -> Tensor:
     """Toward zero, or with noise to one of the two neighbours."""
     if fmt.is_integer:
-        return x.trunc() if noise is None else _raise_at_random(x, noise)
+        return round_to_integers(x, "toward_zero" if noise is None else "stochastic", noise=noise)
     power = _power(x, fmt)
     steps = x.abs().mul_(_reciprocal(power)).mul_(2.0**fmt.mantissa_bits)  # exact
     steps = steps.floor_() if noise is None else _raise_at_random(steps, noise)

@@ -17,7 +17,8 @@ An asymmetric integer scale covers the range [low, high] that the block spans to
 zero_point = min - round(low / s).
 
 What the specifications leave open, and the choice made here:
-* a block of zeros (or smaller than the smallest scale) gets the smallest scale: 2^-126 in fp32, so that 1 / s is finite, 2^-127 in e8m0;
+* a block of zeros (or smaller than the smallest scale) gets the smallest scale: 2^-126 in fp32, so that 1 / s is finite, 2^-127 in e8m0
+  (`quest` adds 1e-8 before it takes the logarithm, so its smallest is 2^-27);
 * NaN or infinity in a block makes its scale NaN, so the whole block dequantises to NaN. Saturating an infinity instead would hide an
   overflow from dynamic loss scaling.
 """
@@ -78,7 +79,7 @@ class BlockScaling:
         block = {(ALL, ALL): "tensor", (1, ALL): "row"}.get(self.block, "x".join("all" if n == ALL else str(n) for n in self.block))
         words = [block, f"{self.scale_format}:{self.rule}" if self.scale_format == "e8m0" else self.scale_format]
         words += ["asymmetric"] * (not self.symmetric) + ["4/6"] * self.four_over_six
-        words += [f"prescale:{self.prescale:g}"] * (self.prescale != 1.0) + [f"delayed:{self.history}"] * (self.history > 0)
+        words += [f"prescale:{self.prescale!r}"] * (self.prescale != 1.0) + [f"delayed:{self.history}"] * (self.history > 0)
         return " ".join(words)
 
 
@@ -114,19 +115,18 @@ def power_of_two_scale(amax: Tensor, fmt: ElementFormat, rule: str) -> Tensor:
     else:
         fmt_emax = fmt.emax
     bits = amax.contiguous().view(torch.int32)
-    # A subnormal amax reads as 2^-127: below every scale anyway.
-    exponent, mantissa = (bits >> 23) - _E8M0_BIAS, bits & 0x7FFFFF
+    # Added to the bits, this carries into the exponent just where the mantissa calls for the bump.
     if rule == "floor":
-        bump = torch.zeros_like(bits, dtype=torch.bool)
+        carry = 0
     elif rule == "even":
-        bump = mantissa >= (0x7FFFFF + 1) - (1 << (22 - fmt.mantissa_bits))
+        carry = 1 << (22 - fmt.mantissa_bits)
     else:
         threshold = 0.0 if rule == "ceil" else fmt.max / 2.0**fmt.emax - 1.0
-        bump = mantissa > int(threshold * 2**23)
-    scale_exponent = (exponent - fmt_emax + bump).clamp(-_E8M0_BIAS, _E8M0_BIAS)
+        carry = 0x7FFFFF - int(threshold * 2**23)
+    # A subnormal amax reads as 2^-127: below every scale anyway.
+    biased = ((bits + carry) >> 23).sub_(fmt_emax).clamp_(0, 2 * _E8M0_BIAS)
     # 2^E by its bits; the smallest one, 2^-127, is subnormal.
-    scale_bits = torch.where(scale_exponent == -_E8M0_BIAS, 1 << 22, (scale_exponent + _E8M0_BIAS) << 23)
-    return scale_bits.view(torch.float32).masked_fill(~amax.isfinite(), torch.nan)
+    return (biased << 23).clamp_(min=1 << 22).view(torch.float32).masked_fill_(~amax.isfinite(), torch.nan)
 
 
 def reciprocal(scale: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """The reference backend: dequantise, multiply in fp32. The oracle of every other backend, on any device.
 
-It can also sum as a narrower accumulator does. A matrix unit contracts a few elements at once; their products are summed in fp32 here, and
-the sum is added to an accumulator that keeps only B significant bits and cuts the rest (arXiv 2412.19437, section 3.3.2, reports about
-14 for Hopper's FP8). What such an accumulator loses grows with its value, so DeepSeek-V3 adds it to an fp32 sum every 128 elements and
-starts again.
+It can also sum as a narrower accumulator does. One step of the matrix unit takes 32 products and the accumulator, aligns them all to the
+largest exponent among them, keeps B significant bits of each there, cuts the rest towards zero, and adds exactly. So small terms lose most
+of their bits beside a large accumulator, and what is lost grows with its value: DeepSeek-V3 adds the accumulator to an fp32 sum every 128
+elements and starts again (arXiv 2412.19437, sections 3.3.2 and 3.5). With B = 14 this is what an H100 does (docs/numerics.md).
 """
 
 import torch
@@ -14,6 +14,9 @@ from lowprec.quant import OperandSpec, QTensor
 
 MMA_K = 32
 """Elements that one step contracts: those of Hopper's FP8 instruction (PTX ISA, wgmma.mma_async with .e4m3 operands: k = 32)."""
+
+_PIECE = 1 << 20
+"""Products that are held at once."""
 
 
 class ReferenceBackend(GemmBackend):
@@ -31,20 +34,25 @@ class ReferenceBackend(GemmBackend):
         return _narrow_sums(a, b, sums.bits, sums.promote_every or a.shape[1]).to(out_dtype)
 
 
-def truncate_to_bits(x: Tensor, bits: int) -> Tensor:
-    """The `bits` highest significant bits of each fp32 number, the rest cut."""
-    dropped = 24 - bits
-    return (x.view(torch.int32) & -(1 << dropped)).view(torch.float32)
-
-
 def _narrow_sums(a_MK: Tensor, b_NK: Tensor, bits: int, promote_every: int) -> Tensor:
     c_MN = a_MK.new_zeros(a_MK.shape[0], b_NK.shape[0])
-    for a, b in zip(a_MK.split(promote_every, 1), b_NK.split(promote_every, 1), strict=True):
-        sums = torch.zeros_like(c_MN)
-        for a_step, b_step in zip(a.split(MMA_K, 1), b.split(MMA_K, 1), strict=True):
-            sums = truncate_to_bits(torch.addmm(sums, a_step, b_step.t()), bits)
-        c_MN += sums
+    rows = max(1, _PIECE // (MMA_K * max(len(b_NK), 1)))
+    for c, a_rows in zip(c_MN.split(rows), a_MK.split(rows), strict=True):
+        for a, b in zip(a_rows.split(promote_every, 1), b_NK.split(promote_every, 1), strict=True):
+            sums = torch.zeros_like(c)
+            for a_step, b_step in zip(a.split(MMA_K, 1), b.split(MMA_K, 1), strict=True):
+                sums = _aligned_sum(torch.cat((sums[:, :, None], a_step[:, None, :] * b_step), 2), bits)
+            c += sums
     return c_MN
+
+
+def _aligned_sum(terms: Tensor, bits: int) -> Tensor:
+    """The sum over the last axis of terms aligned to the largest one's exponent and cut to `bits` significant bits there."""
+    largest = terms.abs().amax(2, keepdim=True)
+    power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(2.0**-100, 2.0**120)  # 2^exponent
+    unit = power * 2.0 ** (1 - bits)
+    # Whole multiples of the unit, each below 2^24: their sum is exact.
+    return (terms * (1.0 / unit)).trunc_().sum(2).mul_(unit[:, :, 0])
 
 
 def _fp32(operand: Operand) -> Tensor:

@@ -21,12 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lowprec.formats.hadamard import Hadamard
 from lowprec.formats.random import derive_key
 from lowprec.gemm import GemmBackend, Operand, select
-from lowprec.quant import OperandSpec, QTensor, quantize
+from lowprec.quant import OperandSpec, QTensor, fake_quantize, quantize
 from lowprec.recipe import GEMMS, FromFprop, Recipe
-from lowprec.recipe.state import OPERANDS, ROUNDING_STATE, history_name, new_state, pass_key
+from lowprec.recipe.state import OPERANDS, ROUNDING_STATE, history_name, new_state, next_key, this_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,19 +69,20 @@ class LinearFunction(torch.autograd.Function):
     ) -> Tensor:
         # needs_input_grad knows nothing of no_grad, and inside a Function it can't be asked for.
         recipe, (needs_dx, needs_dw) = gemms.recipe, (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
-        masks_dx = needs_dx and isinstance(recipe.dgrad.b, FromFprop)
+        masks_dx = needs_dx and isinstance(recipe.wgrad.b, FromFprop)  # x is differentiated as the operand that fprop made of it
         state = (key, histories)
-        x = _operand(x_MK, recipe.fprop.a, "fprop", "a", gemms, state, saturation=masks_dx)
+        keeps_fprops_x = needs_dw and isinstance(recipe.wgrad.b, FromFprop)
+        x = _operand(x_MK, recipe.fprop.a, "fprop", "a", gemms, state, saturation=masks_dx, codes=keeps_fprops_x)
         w = _operand(w_NK, recipe.fprop.b, "fprop", "b", gemms, state)
         y_MN = gemms.mm("fprop", x, w, x_MK.dtype)
         if bias_N is not None:
             y_MN = y_MN + bias_N.to(y_MN.dtype)
 
         kept_x: Operand | None = None
-        if needs_dw and isinstance(recipe.wgrad.b, FromFprop):
+        if keeps_fprops_x:
             kept_x = x.stored() if isinstance(x, QTensor) else x
         elif needs_dw:
-            kept_x = _operand(x_MK.t(), recipe.wgrad.b, "wgrad", "b", gemms, state, kept=True)
+            kept_x = _operand(x_MK.t(), recipe.wgrad.b, "wgrad", "b", gemms, state, stored=True)
         ctx.gemms, ctx.x_dtype, ctx.length, ctx.histories = gemms, x_MK.dtype, x_MK.shape[1], histories
         ctx.x_spec, ctx.x_shape = (kept_x.spec, kept_x.shape) if isinstance(kept_x, QTensor) else (None, None)
         ctx.bias_dtype = None if bias_N is None else bias_N.dtype
@@ -92,37 +92,36 @@ class LinearFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (g_MN,) = grad_outputs
-        gemms, recipe = ctx.gemms, ctx.gemms.recipe
-        w_NK, key, x_saturated, *kept = ctx.saved_tensors
-        kept_x = _from_tensors(kept, ctx.x_spec, ctx.x_shape)
-        state = (key, ctx.histories)
-        needs_dx, needs_dw, needs_db, *_ = ctx.needs_input_grad
-        masks_dw = needs_dw and isinstance(recipe.wgrad.b, FromFprop)
-        w_fprop = None
-        if masks_dw or (needs_dx and isinstance(recipe.dgrad.b, FromFprop)):
-            w_fprop = _operand(w_NK, recipe.fprop.b, "fprop", "b", gemms, state, saturation=masks_dw)
+        return _backward(ctx, grad_outputs[0])
 
-        dx_MK = dw_NK = db_N = None
-        if needs_dx:
-            g = _operand(g_MN, recipe.dgrad.a, "dgrad", "a", gemms, state)
-            if isinstance(recipe.dgrad.b, FromFprop):
-                w_KN = _fprop_operand(w_fprop, recipe.dgrad.b, "dgrad", gemms, state)
-                dx_MK = _straight_through(gemms.mm("dgrad", g, w_KN, ctx.x_dtype), x_saturated, recipe.fprop.hadamard, ctx.length)
-            else:
-                dx_MK = gemms.mm("dgrad", g, _operand(w_NK.t(), recipe.dgrad.b, "dgrad", "b", gemms, state), ctx.x_dtype)
-        if needs_dw:
-            assert kept_x is not None
-            g = _operand(g_MN.t(), recipe.wgrad.a, "wgrad", "a", gemms, state)
-            if isinstance(recipe.wgrad.b, FromFprop):
-                x_KM = _fprop_operand(kept_x, recipe.wgrad.b, "wgrad", gemms, state)
-                w_saturated = w_fprop.saturated if isinstance(w_fprop, QTensor) else None
-                dw_NK = _straight_through(gemms.mm("wgrad", g, x_KM, w_NK.dtype), w_saturated, recipe.fprop.hadamard, ctx.length)
-            else:
-                dw_NK = gemms.mm("wgrad", g, kept_x, w_NK.dtype)
-        if needs_db:
-            db_N = g_MN.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        return dx_MK, dw_NK, db_N, None, None, None, *(None for _ in ctx.histories)
+
+def _backward(ctx: Any, g_MN: Tensor) -> tuple[Tensor | None, ...]:
+    gemms, recipe = ctx.gemms, ctx.gemms.recipe
+    w_NK, key, x_saturated, *kept = ctx.saved_tensors
+    kept_x = _from_tensors(kept, ctx.x_spec, ctx.x_shape)
+    state = (key, ctx.histories)
+    needs_dx, needs_dw, needs_db, *_ = ctx.needs_input_grad
+    w_fprop = None
+    if isinstance(recipe.dgrad.b, FromFprop) and (needs_dx or needs_dw):
+        w_fprop = _operand(w_NK, recipe.fprop.b, "fprop", "b", gemms, state, saturation=needs_dw)
+
+    dx_MK = dw_NK = db_N = None
+    if needs_dx:
+        g = _operand(g_MN, recipe.dgrad.a, "dgrad", "a", gemms, state)
+        w_KN = _backward_operand(w_NK, w_fprop, "dgrad", gemms, state)
+        dx_MK = _straight_through(gemms.mm("dgrad", g, w_KN, ctx.x_dtype), x_saturated)
+        if isinstance(recipe.dgrad.b, FromFprop) and recipe.fprop.hadamard is not None:
+            dx_MK = recipe.fprop.hadamard.invert(dx_MK, ctx.length).to(ctx.x_dtype)
+    if needs_dw:
+        assert kept_x is not None
+        g = _operand(g_MN.t(), recipe.wgrad.a, "wgrad", "a", gemms, state)
+        x_KM = _backward_operand(None, kept_x, "wgrad", gemms, state)
+        dw_NK = _straight_through(gemms.mm("wgrad", g, x_KM, w_NK.dtype), w_fprop.saturated if isinstance(w_fprop, QTensor) else None)
+        if isinstance(recipe.wgrad.b, FromFprop) and recipe.fprop.hadamard is not None:
+            dw_NK = recipe.fprop.hadamard.invert(dw_NK, ctx.length).to(w_NK.dtype)
+    if needs_db:
+        db_N = g_MN.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+    return dx_MK, dw_NK, db_N, None, None, None, *(None for _ in ctx.histories)
 
 
 class LowPrecisionLinear(nn.Linear):
@@ -182,9 +181,7 @@ class LowPrecisionLinear(nn.Linear):
         key = self._buffers.get(ROUNDING_STATE)
         histories = [self._buffers.get(history_name(*operand)) for operand in OPERANDS]
         if key is not None:
-            rounding_state, key = key, pass_key(key)
-            if self.training:
-                rounding_state[2] += 1
+            key = next_key(key, this_rank(), self.training)
         if not self.training:
             histories = [None if history is None else history.clone() for history in histories]
         return key, *histories
@@ -216,11 +213,21 @@ _State = tuple[Tensor | None, tuple[Tensor | None, ...]]
 
 
 def _operand(
-    t: Tensor, source: Any, gemm: str, side: str, gemms: LinearGemms, state: _State, *, saturation: bool = False, kept: bool = False
+    t: Tensor,
+    source: Any,
+    gemm: str,
+    side: str,
+    gemms: LinearGemms,
+    state: _State,
+    *,
+    saturation: bool = False,
+    codes: bool = False,
+    stored: bool = False,
 ) -> Operand:
     """`t` as the operand `side` of `gemm`: transformed, and quantised as its source says.
 
-    Decoded if the backend would decode it at once anyway; not if it is `kept` for later.
+    For a backend that would decode it at once it is the values themselves, or, if its codes or saturation are asked for, a QTensor that
+    holds them decoded; `stored` for later, it is a QTensor in the fewest bytes.
     """
     hadamard = gemms.recipe.gemm(gemm).hadamard
     if hadamard is not None:
@@ -229,30 +236,31 @@ def _operand(
         return t
     key, histories = state
     number = OPERANDS.index((gemm, side))
-    return quantize(
-        t,
-        source,
-        key=derive_key(key, number) if key is not None and source.stochastic else None,
-        history=histories[number],
-        decoded=gemms.decodes(gemm) and not kept,
-        saturation=saturation,
-    )
+    key, history = derive_key(key, number) if key is not None and source.stochastic else None, histories[number]
+    decoded = gemms.decodes(gemm) and not stored
+    if decoded and not (saturation or codes):
+        return fake_quantize(t, source, key=key, history=history)
+    return quantize(t, source, key=key, history=history, decoded=decoded, saturation=saturation)
 
 
-def _fprop_operand(operand: Operand | None, source: FromFprop, gemm: str, gemms: LinearGemms, state: _State) -> Operand:
-    """fprop's operand, transposed, as b of `gemm`; quantised again if its source says so."""
-    assert operand is not None
+def _backward_operand(w_NK: Tensor | None, made: Operand | None, gemm: str, gemms: LinearGemms, state: _State) -> Operand:
+    """b of dgrad or wgrad: of fprop's operand, transposed and perhaps quantised again; or made of w now, of x in the forward."""
+    source = gemms.recipe.gemm(gemm).b
+    if not isinstance(source, FromFprop):
+        if made is not None:
+            return made
+        assert w_NK is not None
+        return _operand(w_NK.t(), source, gemm, "b", gemms, state)
+    assert made is not None
     if source.requantize is None:
-        return operand.t()
-    plain = operand.dequantize() if isinstance(operand, QTensor) else operand
+        return made.t()
+    plain = made.dequantize() if isinstance(made, QTensor) else made
     return _operand(plain.t(), source.requantize, gemm, "b", gemms, state)
 
 
-def _straight_through(grad: Tensor, saturated: Tensor | None, hadamard: Hadamard | None, length: int) -> Tensor:
-    """The gradient through fprop's rounding, itself, but zero where the clamp cut; then back through fprop's transform."""
-    if saturated is not None:
-        grad = grad.masked_fill(saturated, 0)
-    return grad if hadamard is None else hadamard.invert(grad, length).to(grad.dtype)
+def _straight_through(grad: Tensor, saturated: Tensor | None) -> Tensor:
+    """The gradient through a rounding: itself, but zero where the clamp cut."""
+    return grad if saturated is None else grad.masked_fill(saturated, 0)
 
 
 def _tensors(operand: Operand | None) -> tuple[Tensor | None, ...]:

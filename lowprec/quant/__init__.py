@@ -1,7 +1,8 @@
 """From tensors to quantised tensors."""
 
+from lowprec.quant.fake import fake_quantize
 from lowprec.quant.qtensor import QTensor
 from lowprec.quant.quantize import quantize
 from lowprec.quant.spec import OperandSpec
 
-__all__ = ["OperandSpec", "QTensor", "quantize"]
+__all__ = ["OperandSpec", "QTensor", "fake_quantize", "quantize"]

@@ -40,7 +40,7 @@ class QTensor:
 
     @property
     def decoded(self) -> bool:
-        return self.data.dtype == torch.float32 and self.spec.scaling is not None
+        return self.data.dtype == torch.float32 and self.spec.element.storage != torch.float32
 
     @property
     def values(self) -> Tensor:
@@ -63,12 +63,10 @@ class QTensor:
         """This matrix in the fewest bytes."""
         if not self.decoded:
             return self
-        assert self.scale_data is not None
-        assert self.spec.scaling is not None
-        scale = self.scale_data
-        if self.spec.scaling.scale_format == "e8m0":
+        scale, kind = self.scale_data, None if self.spec.scaling is None else self.spec.scaling.scale_format
+        if scale is not None and kind == "e8m0":
             scale = encoding.encode_scale(scale)
-        elif self.spec.scaling.scale_format == "e4m3":
+        elif scale is not None and kind == "e4m3":
             scale = scale.to(torch.float8_e4m3fn)
         zero_point = None if self.zero_point is None else self.zero_point.nan_to_num().to(torch.int8)
         return replace(self, data=to_storage(self.data, self.spec.element), scale_data=scale, zero_point=zero_point)

@@ -16,8 +16,9 @@ from torch import Tensor
 from lowprec.formats import nvfp4
 from lowprec.formats.element import ElementFormat
 from lowprec.formats.random import key_from_generator, uniform
-from lowprec.formats.rounding import exceeds_range, round_to_format
+from lowprec.formats.rounding import exceeds_range, round_to_format, round_to_integers
 from lowprec.formats.scaling import BlockScaling, asymmetric_scale, power_of_two_scale, reciprocal, scale_from_amax
+from lowprec.quant.delayed import delayed_amax
 from lowprec.quant.qtensor import QTensor, block_extents, from_blocks, is_transposed, swapped, to_blocks
 from lowprec.quant.spec import OperandSpec
 
@@ -68,12 +69,12 @@ def quantize(
     if transposed:
         x, block, noise = x.t(), swapped(block), None if noise is None else noise.t()
     blocks = to_blocks(x, block)
-    scaled = _scale_blocks(blocks, fmt, scaling, history)
+    noise = None if noise is None else to_blocks(noise, block)
+    scaled = _scale_asymmetrically(blocks, spec, noise) if not scaling.symmetric else _scale_blocks(blocks, fmt, scaling, history)
     saturated = None
     if saturation:
         quest = scaling.scale_format == "e8m0" and scaling.rule == "quest"  # which masks what reaches the largest value
         saturated = from_blocks(scaled.x.abs() >= fmt.max if quest else exceeds_range(scaled.x, fmt), x.shape)
-    noise = None if noise is None else to_blocks(noise, block)
     values = from_blocks(round_to_format(scaled.x, fmt, spec.rounding, noise=noise, inplace=True), x.shape)
     parts = {"data": values, "scale_data": scaled.scale, "zero_point": scaled.zero_point, "saturated": saturated}
     if transposed:
@@ -93,19 +94,21 @@ class _Scaled:
     tensor_scale: Tensor | None = None
 
 
+def _scale_asymmetrically(blocks: Tensor, spec: OperandSpec, noise: Tensor | None) -> _Scaled:
+    scale, zero_point = asymmetric_scale(blocks.amin((1, 3)), blocks.amax((1, 3)), spec.element)
+    rounded = round_to_integers(_times(blocks, reciprocal(scale)), spec.rounding, noise=noise)
+    return _Scaled(x=rounded.add_(zero_point[:, None, :, None]), scale=scale, zero_point=zero_point)
+
+
 def _scale_blocks(blocks: Tensor, fmt: ElementFormat, scaling: BlockScaling, history: Tensor | None) -> _Scaled:
-    if not scaling.symmetric:
-        scale, zero_point = asymmetric_scale(blocks.amin((1, 3)), blocks.amax((1, 3)), fmt)
-        rounded = _times(blocks, reciprocal(scale)).round_().add_(zero_point[:, None, :, None])
-        return _Scaled(x=rounded, scale=scale, zero_point=zero_point)
     if scaling.scale_format == "e8m0" and scaling.rule == "quest":
         scale = power_of_two_scale(_standard_deviation(blocks), fmt, "quest")
         return _Scaled(x=_times(blocks, reciprocal(scale)), scale=scale)
     amax = _amax(blocks)
     if scaling.scale_format == "e4m3":
         return _two_level(blocks, amax, fmt, scaling)
-    if scaling.history:
-        amax = _delayed(amax, history)
+    if scaling.history and history is not None and amax.numel():
+        amax = delayed_amax(history, amax)
     scale = scale_from_amax(amax, fmt, scaling)
     tensor_scale = None
     factor = reciprocal(scale)
@@ -122,14 +125,17 @@ def _two_level(blocks: Tensor, amax: Tensor, fmt: ElementFormat, scaling: BlockS
     if scaling.four_over_six:
         scale_4 = nvfp4.block_scale(amax, s_enc, fmt, stretch=1.5)
         scaled_4 = _times(blocks, nvfp4.encoding_scale(scale_4, s_dec))
-        smaller = _squared_error(blocks, scaled_4, scale_4, s_dec, fmt) < _squared_error(blocks, scaled, scale, s_dec, fmt)
+        # In units of about 1 / s_enc: the squares of tiny or huge numbers would leave fp32's range.
+        power = (s_enc.view(torch.int32) & 0x7F800000).view(torch.float32)
+        four, six = (_squared_error(blocks, x, s, s_dec, power, fmt) for x, s in ((scaled_4, scale_4), (scaled, scale)))
+        smaller = four < six
         scale = torch.where(smaller, scale_4, scale)
         scaled = torch.where(smaller[:, None, :, None], scaled_4, scaled)
     return _Scaled(x=scaled, scale=scale, tensor_scale=s_dec)
 
 
-def _squared_error(blocks: Tensor, scaled: Tensor, scale: Tensor, s_dec: Tensor, fmt: ElementFormat) -> Tensor:
-    return (_times(round_to_format(scaled, fmt), scale).mul_(s_dec) - blocks).square_().sum((1, 3))
+def _squared_error(blocks: Tensor, scaled: Tensor, scale: Tensor, s_dec: Tensor, power: Tensor, fmt: ElementFormat) -> Tensor:
+    return (_times(round_to_format(scaled, fmt), scale).mul_(s_dec) - blocks).mul_(power).square_().sum((1, 3))
 
 
 def _amax(blocks: Tensor) -> Tensor:
@@ -138,19 +144,8 @@ def _amax(blocks: Tensor) -> Tensor:
 
 def _standard_deviation(blocks: Tensor) -> Tensor:
     """About the block's mean, over its n elements; NaN if one is not finite."""
-    mean = blocks.mean((1, 3), keepdim=True)
-    return (blocks - mean).square_().mean((1, 3)).sqrt()
-
-
-def _delayed(amax: Tensor, history: Tensor | None) -> Tensor:
-    """The amax that scales a tensor now, given those of the calls before, to which the current one is added unless it is not finite."""
-    if history is None:
-        return amax
-    current = amax.reshape(())
-    largest = history.amax()
-    history.copy_(torch.cat((history[1:], torch.where(current.isfinite(), current, largest).reshape(1))))
-    chosen = torch.where((largest > 0) & current.isfinite(), largest, current)
-    return chosen.reshape(amax.shape)
+    wide = blocks.double()  # in fp32 the squares of large numbers would overflow
+    return (wide - wide.mean((1, 3), keepdim=True)).square_().mean((1, 3)).sqrt().float()
 
 
 def _times(blocks: Tensor, factor: Tensor) -> Tensor:

@@ -61,9 +61,13 @@ class OperandSpec:
         name, words = match[1], (match[2] or "").split()
         if name not in FORMATS:
             raise UserError(f"unknown element format '{name}'{nearest(name, FORMATS)}")
-        rounding: Any = words.pop() if words and words[-1] in ROUNDINGS else "nearest"
+        roundings: list[Any] = [word for word in words if word in ROUNDINGS]
+        words = [word for word in words if word not in ROUNDINGS]
+        if len(roundings) > 1:
+            raise UserError(f"'{text}' names two roundings: {roundings[0]} and {roundings[1]}")
         try:
-            return cls(element=FORMATS[name], scaling=_parse_scaling(words) if words else None, rounding=rounding)
+            scaling = _parse_scaling(words) if words else None
+            return cls(element=FORMATS[name], scaling=scaling, rounding=roundings[0] if roundings else "nearest")
         except ValueError as error:
             raise UserError(f"'{text}': {error}") from None
 
@@ -71,23 +75,29 @@ class OperandSpec:
 def _parse_scaling(words: list[str]) -> BlockScaling:
     fields: dict[str, Any] = {"block": _parse_block(words[0])}
     for word in words[1:]:
-        key, _, value = word.partition(":")
-        if word in ("fp32", "e4m3"):
-            fields["scale_format"] = word
-        elif key == "e8m0" and (value in RULES or word == "e8m0"):
-            fields |= {"scale_format": "e8m0"} | ({"rule": value} if value else {})
-        elif word == "asymmetric":
-            fields["symmetric"] = False
-        elif word == "4/6":
-            fields["four_over_six"] = True
-        elif key == "prescale" and re.fullmatch(r"0?\.\d+", value):
-            fields["prescale"] = float(value)
-        elif key == "delayed" and value.isdecimal():
-            fields["history"] = int(value)
-        else:
-            known = ("fp32", "e4m3", *(f"e8m0:{rule}" for rule in RULES), "asymmetric", "4/6", "prescale:0.75", "delayed:1024", *ROUNDINGS)
-            raise UserError(f"unknown word '{word}'{nearest(word, known)}")
+        new = _parse_word(word)
+        if twice := fields.keys() & new.keys():
+            raise UserError(f"'{word}' sets {twice.pop()} a second time")
+        fields |= new
     return BlockScaling(**fields)
+
+
+def _parse_word(word: str) -> dict[str, Any]:
+    key, _, value = word.partition(":")
+    if word in ("fp32", "e4m3"):
+        return {"scale_format": word}
+    if word == "e8m0" or (key == "e8m0" and value in RULES):
+        return {"scale_format": "e8m0"} | ({"rule": value} if value else {})
+    if word == "asymmetric":
+        return {"symmetric": False}
+    if word == "4/6":
+        return {"four_over_six": True}
+    if key == "prescale" and re.fullmatch(r"\d*\.?\d+(e-?\d+)?", value):
+        return {"prescale": float(value)}
+    if key == "delayed" and value.isdecimal():
+        return {"history": int(value)}
+    known = ("fp32", "e4m3", *(f"e8m0:{rule}" for rule in RULES), "asymmetric", "4/6", "prescale:0.75", "delayed:1024", *ROUNDINGS)
+    raise UserError(f"unknown word '{word}'{nearest(word, known)}")
 
 
 def _parse_block(word: str) -> tuple[int, int]:

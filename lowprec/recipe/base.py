@@ -81,6 +81,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if any(isinstance(source, FromFprop) for source in (self.fprop.a, self.fprop.b, self.dgrad.a, self.wgrad.a)):
             raise ValueError(f"recipe {self.name}: FROM_FPROP is a source for b of dgrad and wgrad only")
+        if self.fprop.hadamard is not None and isinstance(self.dgrad.b, FromFprop) != isinstance(self.wgrad.b, FromFprop):
+            raise ValueError(f"recipe {self.name}: fprop is transformed, so dgrad and wgrad both take its operands, or neither does")
         for operand, reader in ((self.fprop.b, self.dgrad.b), (self.fprop.a, self.wgrad.b)):
             delayed = isinstance(operand, OperandSpec) and operand.scaling is not None and operand.scaling.history
             if delayed and isinstance(reader, FromFprop):

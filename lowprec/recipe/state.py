@@ -47,7 +47,21 @@ def new_state(recipe: Recipe, device: torch.device, seed: int = 0, layer: int = 
     return state
 
 
-def pass_key(rounding_state: Tensor) -> Tensor:
-    """The key of the coming forward pass, int64 [2]."""
-    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-    return derive_key(derive_key(rounding_state[:2], rank), rounding_state[2])
+# An operator of its own, because it must run once: compiled code may otherwise derive the key again in the backward, when the count has
+# moved on.
+@torch.library.custom_op("lowprec::next_key", mutates_args={"rounding_state"})
+def next_key(rounding_state: Tensor, rank: int, advance: bool) -> Tensor:
+    """The key of the coming forward pass, int64 [2]; counts the pass if `advance`."""
+    key = derive_key(derive_key(rounding_state[:2], rank), rounding_state[2])
+    if advance:
+        rounding_state[2] += 1
+    return key
+
+
+@next_key.register_fake
+def _(rounding_state: Tensor, rank: int, advance: bool) -> Tensor:
+    return rounding_state.new_empty(2)
+
+
+def this_rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

@@ -6,7 +6,15 @@ A bound is written once, here, beside the reason for it; so loosening one shows 
 from lowprec.testing.cases import EDGE_BLOCKS, EdgeBlock
 from lowprec.testing.data import DISTRIBUTIONS, gaussian, heavy_tailed
 from lowprec.testing.metrics import fp32_accumulation_bound, sqnr_db
-from lowprec.testing.oracles import e8m0_scale, quantize_by_numpy, round_by_ml_dtypes
+from lowprec.testing.oracles import (
+    e8m0_scale,
+    neighbours,
+    non_negative_values,
+    nvfp4_by_numpy,
+    quantize_by_numpy,
+    round_by_ml_dtypes,
+    round_by_search,
+)
 from lowprec.testing.shapes import ODD_SHAPES, RECIPE_SHAPE, SQNR_SHAPE
 from lowprec.testing.tolerances import SQNR_CEILING_ABOVE_FLOOR_DB, SQNR_FLOORS_DB
 
@@ -23,7 +31,11 @@ __all__ = [
     "fp32_accumulation_bound",
     "gaussian",
     "heavy_tailed",
+    "neighbours",
+    "non_negative_values",
+    "nvfp4_by_numpy",
     "quantize_by_numpy",
     "round_by_ml_dtypes",
+    "round_by_search",
     "sqnr_db",
 ]

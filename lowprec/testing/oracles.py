@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowprec.formats.element import ElementFormat
+from lowprec.formats.element import E2M1, E4M3, E5M6, ElementFormat
 from lowprec.formats.scaling import ALL
 from lowprec.quant import OperandSpec
 
@@ -33,6 +33,86 @@ def e8m0_scale(amax: float, fmt: ElementFormat, rule: str) -> float:
         ulp = Fraction(2) ** (_floor_log2(a) - fmt.mantissa_bits)
         exponent = _floor_log2(round(a / ulp) * ulp) - fmt.emax
     return 2.0 ** min(max(exponent, -127), 127)
+
+
+def non_negative_values(fmt: ElementFormat) -> Any:
+    """The values 0 <= v <= max(max, -min) of a format in ascending order, float64, from the definition in `formats.element`.
+
+    The index of a float is its code without the sign; of an integer, itself. So a value is even if its index is.
+    """
+    if fmt.is_integer:
+        return np.arange(0.0, 1 - fmt.min)
+    mantissas = np.arange(2**fmt.mantissa_bits) / 2**fmt.mantissa_bits
+    exponents = 2.0 ** (np.arange(1, min(2**fmt.exponent_bits, 1024)) - fmt.bias)
+    values = np.concatenate([mantissas * 2.0 ** (1 - fmt.bias), (exponents[:, None] * (1 + mantissas)).ravel()])
+    return values[values <= fmt.max]
+
+
+def neighbours(x: Any, fmt: ElementFormat) -> tuple[Any, Any, Any]:
+    """(toward zero, away from zero, index of the former) of fp32 numbers without NaN: the values of a format between which they lie.
+
+    float64, equal where x is a value of the format. By a search in the list of all values: no arithmetic that could round. A format that
+    overflows has infinity as its last value.
+    """
+    values = non_negative_values(fmt)
+    x = np.asarray(x, np.float64)
+    if fmt.saturates:
+        x = np.clip(x, fmt.min, fmt.max)
+    else:
+        values = np.append(values, np.inf)
+    index = np.searchsorted(values, np.abs(x), side="right") - 1
+    low = values[index]
+    high = np.where(low == np.abs(x), low, values[np.minimum(index + 1, len(values) - 1)])
+    return np.copysign(low, x), np.copysign(high, x), index
+
+
+def round_by_search(x: Any, fmt: ElementFormat, rounding: str) -> Any:
+    """fp32 numpy array without NaN -> the nearest values of a format (ties to even), or the ones toward zero; fp32."""
+    low, high, index = neighbours(x, fmt)
+    if rounding == "toward_zero":
+        return low.astype(np.float32)
+    top = np.copysign(2.0 ** (fmt.emax + 1), high)  # what infinity stands for in the unbounded grid
+    with np.errstate(invalid="ignore"):  # infinity has no distance to itself
+        below, above = np.abs(x - low), np.abs(np.where(np.isinf(high), top, high) - x)
+    up = (above < below) | ((above == below) & (index % 2 == 1)) | (np.abs(x) >= np.abs(top)) & np.isinf(high)
+    return np.where(up, high, low).astype(np.float32)
+
+
+def nvfp4_by_numpy(x_RK: Tensor, block: tuple[int, int], *, four_over_six: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(codes, block scales, tensor scale, dequantised) of NVFP4, all fp32, block by block; every number an fp32 scalar.
+
+    The order of operations is Transformer Engine's (arXiv 2509.25149, appendix B; arXiv 2512.02010 for four over six), in numpy's fp32,
+    whose every operation is correctly rounded. A matrix with NaN or infinity: NaN codes and scales.
+    """
+    f32, flt_max = np.float32, np.finfo(np.float32).max
+    x = x_RK.float().numpy()
+    (rows, cols), (r, c) = x.shape, block
+    grid = (-(-rows // r), -(-cols // c))
+    codes, scales, out = np.zeros_like(x), np.zeros(grid, f32), np.zeros_like(x)
+    if not np.isfinite(x).all():
+        dead = [np.full(shape, np.nan, f32) for shape in (x.shape, grid, (), x.shape)]
+        return tuple(torch.from_numpy(np.asarray(part)) for part in dead)  # pyright: ignore[reportReturnType]
+    amax = f32(np.abs(x).max()) if x.size else f32(0)
+    bound = f32(6 * 256 if four_over_six else 6 * 448)
+    with np.errstate(over="ignore", divide="ignore"):
+        encode = f32(1) if amax == 0 else min(bound / amax, flt_max)
+        decode = f32(1) / encode
+        for i in range(grid[0]):
+            for j in range(grid[1]):
+                place = np.s_[i * r : (i + 1) * r, j * c : (j + 1) * c]
+                best = None
+                base = min(np.abs(x[place]).max() * (encode * (f32(1) / f32(6))), flt_max)
+                for stretch in (f32(1), f32(1.5)) if four_over_six else (f32(1),):
+                    scale = f32(round_by_search(base * stretch, E4M3, "nearest"))
+                    factor = min(f32(1) / (scale * decode), flt_max)
+                    code = round_by_search(np.clip(x[place] * factor, f32(-6), f32(6)), E2M1, "nearest")
+                    value = code * scale * decode
+                    error = np.square((value - x[place]).astype(np.float64)).sum()
+                    if best is None or error < best[0]:
+                        best = error, code, scale, value
+                assert best is not None
+                _, codes[place], scales[i, j], out[place] = best
+    return torch.from_numpy(codes), torch.from_numpy(scales), torch.tensor(float(decode)), torch.from_numpy(out)
 
 
 def quantize_by_numpy(x_RK: Tensor, spec: OperandSpec) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -77,7 +157,8 @@ def _symmetric(block: Any, spec: OperandSpec) -> tuple[Any, Any]:
     else:
         steps = {"int8": 127.5, "int4": 7.5}.get(fmt.name, fmt.max)
         scale = max(np.float32(amax / steps), SMALLEST_FP32_SCALE)
-    return round_by_ml_dtypes(_times_reciprocal(block, scale), fmt), scale
+    scaled = _times_reciprocal(block, scale)
+    return round_by_search(scaled, fmt, "nearest") if fmt == E5M6 else round_by_ml_dtypes(scaled, fmt), scale  # ml_dtypes lacks e5m6
 
 
 def _asymmetric(block: Any, fmt: ElementFormat) -> tuple[Any, Any, Any]:

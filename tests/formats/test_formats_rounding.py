@@ -9,7 +9,8 @@ import torch
 
 from lowprec.formats.element import BF16, E2M1, E2M3, E3M2, E4M3, E5M2, FORMATS, FP16, FP32, INT4, INT8
 from lowprec.formats.rounding import exceeds_range, round_to_format
-from lowprec.testing import round_by_ml_dtypes
+from lowprec.quant.qtensor import from_storage, to_storage
+from lowprec.testing import non_negative_values, round_by_ml_dtypes, round_by_search
 
 ML_DTYPES = {
     "e4m3": ml_dtypes.float8_e4m3fn,
@@ -45,7 +46,7 @@ def random_bits(count: int = 2**16) -> torch.Tensor:
     return torch.randint(-(2**31), 2**31, (count,), generator=torch.Generator().manual_seed(0)).to(torch.int32).view(torch.float32)
 
 
-def non_negative_values(name: str) -> np.ndarray:
+def values_by_code(name: str) -> np.ndarray:
     """The finite values >= 0 of a format in ascending order, from its codes; fp64."""
     dtype = np.dtype(ML_DTYPES[name])
     bits = FORMATS[name].bits
@@ -99,7 +100,8 @@ def test_integers_round_half_to_even_and_saturate(fmt):
 @pytest.mark.parametrize("name", ML_DTYPES)
 def test_midpoints_and_their_neighbours(name):
     """Between neighbouring values lo < hi of a format: below the midpoint lo, above it hi, on it the one with an even code."""
-    values = non_negative_values(name)
+    values = values_by_code(name)
+    assert np.array_equal(values, non_negative_values(FORMATS[name]))  # the search in the tests below goes through the right list
     assert len(values) == 2 ** (FORMATS[name].bits - 1) - {"e4m3": 1, "e5m2": 4, "fp16": 1024, "bf16": 128}.get(name, 0)
     lo, hi = values[:-1], values[1:]
     mid = ((lo + hi) / 2).astype(np.float32)
@@ -111,9 +113,27 @@ def test_midpoints_and_their_neighbours(name):
             assert_same_bits(got, torch.from_numpy((sign * expected).astype(np.float32)))
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "toward_zero"])
+@pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS.values() if fmt != FP32], ids=str)
+def test_every_bf16_value_and_every_midpoint_round_as_a_search_through_the_format_says(fmt, rounding):
+    """The search knows no arithmetic: it finds the two values between which a number lies, and which of them is nearer."""
+    values = non_negative_values(fmt)
+    with np.errstate(over="ignore"):
+        middle = ((values[:-1] + values[1:]) / 2).astype(np.float32)
+        last = np.float32(values[-1] + (values[-1] - values[-2]) / 2)  # where rounding would leave the range
+    zero, inf = np.float32(0), np.float32(np.inf)
+    points = np.concatenate([middle, values.astype(np.float32), [last]])
+    points = np.concatenate([points, np.nextafter(points, zero), np.nextafter(points, inf)]).astype(np.float32)
+    x = torch.cat([all_bf16(), random_bits(), torch.from_numpy(points), torch.from_numpy(-points)])
+    x = x[~x.isnan()]
+    got, expected = round_to_format(x, fmt, rounding), torch.from_numpy(round_by_search(x.numpy(), fmt, rounding))
+    assert_same_bits(got, expected)
+    assert round_to_format(torch.tensor([torch.nan]), fmt, rounding).isnan().all()
+
+
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
 def test_every_value_of_a_format_is_a_fixed_point(fmt):
-    x = all_bf16() if fmt.name not in ML_DTYPES else torch.from_numpy(non_negative_values(fmt.name).astype(np.float32))
+    x = all_bf16() if fmt.name not in ML_DTYPES else torch.from_numpy(values_by_code(fmt.name).astype(np.float32))
     once = round_to_format(torch.cat([x, -x]), fmt)
     assert_same_bits(round_to_format(once, fmt), once)
     if fmt.name in ML_DTYPES:
@@ -140,8 +160,10 @@ def test_strides_do_not_matter(fmt):
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
 def test_storage_holds_every_value(fmt):
     values = round_to_format(all_bf16(), fmt)
-    values = values[values.isfinite()]
-    assert_same_bits(values.to(fmt.storage).float(), values if not fmt.is_integer else values + 0.0)  # integers have no -0
+    values = values[values.isfinite()][None]
+    assert to_storage(values, fmt).dtype == fmt.storage
+    got = from_storage(to_storage(values, fmt), fmt, values.shape[1])
+    assert_same_bits(got, values if not fmt.is_integer else values + 0.0)  # integers have no -0
 
 
 @pytest.mark.parametrize("fmt, expected", [(E4M3, 8), (E5M2, 15), (E3M2, 4), (E2M3, 2), (E2M1, 2), (FP16, 15), (BF16, 127)], ids=str)

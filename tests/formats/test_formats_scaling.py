@@ -1,16 +1,18 @@
 """Scales from amax against exact rational arithmetic (`lowprec.testing.oracles`) and against numbers worked out by hand."""
 
+import numpy as np
 import pytest
 import torch
 
-from lowprec.formats.element import E2M1, E2M3, E3M2, E4M3, E5M2, INT4, INT8, ElementFormat
-from lowprec.formats.scaling import ALL, SMALLEST_FP32_SCALE, BlockScaling, asymmetric_scale, scale_from_amax
-from lowprec.testing import e8m0_scale
+from lowprec.formats.element import E2M1, E2M3, E3M2, E4M3, E5M2, E5M6, INT4, INT8, ElementFormat
+from lowprec.formats.scaling import ALL, SMALLEST_FP32_SCALE, BlockScaling, asymmetric_scale, power_of_two_scale, scale_from_amax
+from lowprec.quant import OperandSpec, quantize
+from lowprec.testing import e8m0_scale, heavy_tailed
 from lowprec.testing.cases import LARGEST_FP32, SMALLEST_NORMAL, SMALLEST_SUBNORMAL
 
-FLOATS = (E4M3, E5M2, E3M2, E2M3, E2M1)
+FLOATS = (E5M6, E4M3, E5M2, E3M2, E2M3, E2M1)
 RULES = ("floor", "ceil", "even", "rceil")
-EXPONENTS = (-149, -148, -130, -127, -126, -125, -119, -118, -20, -1, 0, 1, 7, 8, 9, 15, 16, 100, 126, 127)
+EXPONENTS = (*range(-149, -110), *range(-30, 31), *range(100, 128))
 
 
 def with_neighbours(values: list[float]) -> torch.Tensor:
@@ -28,12 +30,14 @@ def amaxes(fmt: ElementFormat) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("fmt", FLOATS, ids=str)
+@pytest.mark.parametrize("fmt", [*FLOATS, INT8, INT4], ids=str)
 def test_power_of_two_scales_follow_their_definition(fmt, rule):
+    if fmt.is_integer and rule == "even":
+        return  # which OperandSpec refuses
     scaling = BlockScaling(block=(1, 32), scale_format="e8m0", rule=rule)
     random = torch.rand(500, generator=torch.Generator().manual_seed(0)) * 1000
     amax = torch.cat([amaxes(fmt), random, torch.zeros(1)])
-    assert len(amax) > 600
+    assert len(amax) > 1000
     expected = torch.tensor([e8m0_scale(a, fmt, rule) for a in amax.tolist()], dtype=torch.float64).to(torch.float32)
     got = scale_from_amax(amax, fmt, scaling)
     assert got.dtype == torch.float32
@@ -71,6 +75,73 @@ def test_fp32_scale_is_the_rounded_quotient(fmt):
     got = scale_from_amax(amax, fmt, BlockScaling(block=(1, ALL)))
     assert torch.equal(got, expected)
     assert got.reciprocal().isfinite().all()
+
+
+QUEST = BlockScaling(block=(1, 32), scale_format="e8m0", rule="quest")
+
+
+@pytest.mark.parametrize("fmt", FLOATS, ids=str)
+def test_quests_scale_is_the_float64_formulas(fmt):
+    """2^floor(log2(c std / max + 1e-8)); what lies within fp32's rounding of a power of two may go either way."""
+    std = torch.cat([2.0 ** (torch.rand(4000, generator=torch.Generator().manual_seed(0)) * 60 - 40), amaxes(fmt), torch.zeros(1)])
+    std = std[std < 1e30]
+    exact = (std.double() * 2.92247856 / fmt.max + 1e-8).log2()
+    clear = (exact - exact.round()).abs() > 1e-6
+    assert clear.sum() > 4000
+    got = power_of_two_scale(std, fmt, "quest")
+    assert torch.equal(got[clear].double(), 2.0 ** exact[clear].floor())
+    near = ~clear
+    assert ((got[near].double().log2() - exact[near]).abs() < 1 + 1e-6).all()
+    assert power_of_two_scale(torch.zeros(1), fmt, "quest").item() == 2.0**-27  # 1e-8 alone
+
+
+def test_quests_scale_by_hand():
+    """Of e2m1: c / 6 = 0.487, so a standard deviation of 1 gets 1/4, one of 2.06 gets 1."""
+    std = torch.tensor([1.0, 2.05, 2.06, 4.2, torch.nan])
+    got = power_of_two_scale(std, E2M1, "quest")
+    assert got[:4].tolist() == [0.25, 0.5, 1.0, 2.0]
+    assert got[4].isnan()
+
+
+@pytest.mark.parametrize("fmt", [E2M1, E4M3], ids=str)
+def test_quest_takes_each_blocks_deviation_about_its_mean(fmt):
+    x = heavy_tailed(40, 128, seed=0) * torch.logspace(-3, 3, 40)[:, None] + 5
+    q = quantize(x, OperandSpec(element=fmt, scaling=QUEST))
+    std = x.double().unflatten(1, (4, 32)).var(2, correction=0).sqrt()
+    exact = (std * 2.92247856 / fmt.max + 1e-8).log2()
+    clear = (exact - exact.round()).abs() > 1e-4
+    assert clear.float().mean() > 0.9
+    assert q.scale is not None
+    assert torch.equal(q.scale[clear].double(), 2.0 ** exact[clear].floor())
+
+
+@pytest.mark.parametrize("magnitude", [1e17, 1e19, 3e19, 1e30, 1e38])
+def test_quest_of_a_large_finite_block_is_finite(magnitude):
+    """The square of a deviation leaves fp32's range long before the deviation does."""
+    x = torch.tensor([[1.0, -1.0] * 16]) * magnitude
+    q = quantize(x, OperandSpec(element=E2M1, scaling=QUEST))
+    expected = 2.0 ** np.floor(np.log2(magnitude * 2.92247856 / 6))
+    assert q.scale is not None
+    assert q.scale.item() == expected
+    assert q.dequantize().isfinite().all()
+
+
+def test_quest_saturates_and_says_where():
+    """Its mask holds whatever reaches the largest value, not only what rounds beyond it."""
+    x = torch.zeros(1, 32)
+    x[0, ::2], x[0, 1::2] = 2.06, -2.06  # their deviation gets scale 1
+    q = quantize(x, OperandSpec(element=E2M1, scaling=QUEST), saturation=True)
+    assert q.scale is not None
+    assert q.scale.item() == 1.0
+    assert not q.saturated.any()  # pyright: ignore[reportOptionalMemberAccess]
+    spike = torch.zeros(1, 32)
+    spike[0, :5] = torch.tensor([9.0, -9.0, 5.9, 6.0, -6.5])  # 6.5 rounds to 6: inside the range, but masked
+    q = quantize(spike, OperandSpec(element=E2M1, scaling=QUEST), saturation=True)
+    assert q.scale is not None
+    assert q.scale.item() == 1.0
+    assert q.saturated is not None
+    assert q.saturated[0].nonzero().flatten().tolist() == [0, 1, 3, 4]
+    assert q.values[0, :5].tolist() == [6.0, -6.0, 6.0, 6.0, -6.0]
 
 
 @pytest.mark.parametrize(
@@ -123,6 +194,16 @@ def test_wrong_scalings_are_refused():
         BlockScaling(block=(1, -2))
     with pytest.raises(ValueError, match="a zero point goes with an fp32 scale"):
         BlockScaling(block=(1, 32), scale_format="e8m0", symmetric=False)
+    for prescale in (0.0, -0.75, 1.5):
+        with pytest.raises(ValueError, match="a prescale lies between 0 and 1"):
+            BlockScaling(block=(1, 32), scale_format="e8m0", prescale=prescale)
+    with pytest.raises(ValueError, match="a prescale lies between 0 and 1 and goes with an e8m0 scale"):
+        BlockScaling(block=(1, 32), prescale=0.75)
+    for wrong in ({"block": (1, ALL)}, {"scale_format": "e8m0"}, {"symmetric": False}, {"history": -1}):
+        with pytest.raises(ValueError, match="delayed scaling keeps the amax of a whole tensor"):
+            BlockScaling(**{"block": (ALL, ALL), "history": 4} | wrong)
+    with pytest.raises(ValueError, match="four over six chooses between two e4m3 scales"):
+        BlockScaling(block=(1, 16), four_over_six=True)
 
 
 def test_names():

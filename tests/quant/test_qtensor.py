@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lowprec.formats.element import BF16, E2M1, E3M2, E4M3, E5M2, INT4, INT8
+from lowprec.formats.element import BF16, E2M1, E3M2, E4M3, E5M2, E5M6, INT4, INT8
+from lowprec.formats.packing import packed_length
 from lowprec.formats.rounding import round_to_format
 from lowprec.formats.scaling import ALL, BlockScaling
 from lowprec.quant import OperandSpec, QTensor, quantize
@@ -19,6 +20,7 @@ SPECS = [
     OperandSpec(element=E2M1, scaling=BlockScaling(block=(1, 32), scale_format="e8m0", rule="floor")),
     OperandSpec(element=INT8, scaling=BlockScaling(block=(1, ALL), symmetric=False)),
     OperandSpec(element=INT4, scaling=BlockScaling(block=(1, 32))),
+    OperandSpec(element=E5M6, scaling=BlockScaling(block=(1, 128), scale_format="e8m0")),
 ]
 every_spec = pytest.mark.parametrize("spec", SPECS, ids=str)
 
@@ -46,17 +48,24 @@ def test_invariants(spec, decoded):
     r, c = (n if extent == ALL else extent for n, extent in zip(x.shape, spec.scaling.block, strict=True))
     assert q.block == (r, c)
 
-    # values: of the element format, in its storage dtype or fp32
-    assert q.values.dtype == (torch.float32 if decoded else spec.element.storage)
+    # values: of the element format, in its storage dtype or fp32; codes that share bytes are packed
+    assert q.data.dtype == (torch.float32 if decoded else spec.element.storage)
+    assert q.decoded == decoded
+    assert q.values.dtype == torch.float32
     assert q.shape == q.values.shape == x.shape
+    width = packed_length(cols, spec.element.bits) if spec.element.packed and not decoded else cols
+    assert q.data.shape == (rows, width)
     alive = ~expanded(q.scale, q).isnan()
     values = q.values.float()[alive]
     assert torch.equal(values, round_to_format(values, spec.element))
     assert ((values >= spec.element.min) & (values <= spec.element.max)).all()
 
-    # scale: fp32, one a block, positive or NaN
+    # scale: one a block, positive or NaN
     assert q.scale.dtype == torch.float32
-    assert q.scale.shape == (-(-rows // r), -(-cols // c))
+    assert q.scale_data is not None
+    stored_dtype = {"fp32": torch.float32, "e8m0": torch.uint8, "e4m3": torch.float8_e4m3fn}[spec.scaling.scale_format]
+    assert q.scale_data.dtype == (torch.float32 if decoded else stored_dtype)
+    assert q.scale.shape == q.scale_data.shape == (-(-rows // r), -(-cols // c))
     scales = q.scale[~q.scale.isnan()]
     assert (scales > 0).all()
     assert scales.isfinite().all()
@@ -72,7 +81,8 @@ def test_invariants(spec, decoded):
     else:
         assert q.zero_point is not None
         assert q.zero_point.shape == q.scale.shape
-        zeros = q.zero_point[~q.scale.isnan()]
+        assert q.zero_point.dtype == (torch.float32 if decoded else torch.int8)
+        zeros = q.zero_point[~q.scale.isnan()].float()
         assert torch.equal(zeros, zeros.round().clamp(spec.element.min, spec.element.max))
 
     assert q.saturated is not None
@@ -92,12 +102,15 @@ def test_dequantize_is_values_less_zero_point_times_scale(spec):
 
 
 @every_spec
-def test_transpose_is_a_view_of_the_transposed_matrix(spec):
-    q = quantize(matrix(), spec, saturation=True)
+@pytest.mark.parametrize("decoded", [False, True])
+def test_transpose_is_a_view_of_the_transposed_matrix_or_a_decoded_copy_of_packed_codes(spec, decoded):
+    q = quantize(matrix(), spec, decoded=decoded, saturation=True)
     t = q.t()
     assert t.shape == (q.shape[1], q.shape[0])
     assert t.block == (q.block[1], q.block[0])
-    assert t.values.data_ptr() == q.values.data_ptr()
+    copied = spec.element.packed and not decoded
+    assert (t.data.data_ptr() == q.data.data_ptr()) == (not copied)
+    assert t.decoded == (decoded or copied)
     torch.testing.assert_close(t.dequantize(), q.dequantize().t(), rtol=0, atol=0, equal_nan=True)
     assert t.saturated is not None
     assert q.saturated is not None
@@ -130,7 +143,7 @@ def test_nbytes_by_hand():
         SPECS[0]: count + 256 * 3 * 4,  # 1x128 tiles of fp8, fp32 scales
         SPECS[1]: count + 2 * 3 * 4,
         SPECS[2]: count + 4,
-        SPECS[6]: count + 256 * (4 + 4),  # a scale and a zero point per row
+        SPECS[6]: count + 256 * (4 + 1),  # an fp32 scale and an int8 zero point per row
     }
     for spec, nbytes in expected.items():
         assert quantize(x, spec).nbytes == nbytes
@@ -154,9 +167,10 @@ def test_blocks_are_a_partition(shape, block):
 def test_every_e4m3_code_decodes_as_torch_casts_it():
     """The fast path for CPUs; e4m3's NaN, 0x7F, is the documented exception, since only a block with a NaN scale can hold it."""
     codes = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(torch.float8_e4m3fn).view(2, 128)
-    q = QTensor(values=codes, scale=torch.ones(2, 1), spec=SPECS[0])
+    q = QTensor(data=codes, scale_data=torch.ones(2, 1), spec=SPECS[0], shape=codes.shape)
     expected = codes.float()
     finite = ~expected.isnan()
     assert finite.sum() == 254
     assert torch.equal(q.dequantize()[finite].view(torch.int32), expected[finite].view(torch.int32))
-    assert QTensor(values=codes, scale=torch.full((2, 1), torch.nan), spec=SPECS[0]).dequantize().isnan().all()
+    dead = QTensor(data=codes, scale_data=torch.full((2, 1), torch.nan), spec=SPECS[0], shape=codes.shape)
+    assert dead.dequantize().isnan().all()

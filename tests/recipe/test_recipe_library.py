@@ -11,7 +11,8 @@ from lowprec.recipe.rules import Rule, check_rules
 
 def test_names_and_their_recipes():
     assert library.names() == [
-        "fp32", "bf16", "fp16", "fp8_tensorwise", "fp8_rowwise", "fp8_blockwise", "fp8_blockwise_ue8m0", "mxfp8", "mxfp4",
+        "fp32", "bf16", "fp16", "fp8_tensorwise", "fp8_delayed", "fp8_rowwise", "fp8_rowwise_wgrad_hp", "fp8_blockwise",
+        "fp8_blockwise_ue8m0", "mxfp8", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4", "mxfp4_aws", "mxfp4_quartet", "nvfp4", "nvfp4_4over6", "int8",
         "qat_int8dyn_int4",
     ]  # fmt: skip
     for name in library.names():
@@ -28,9 +29,17 @@ def test_names_and_their_recipes():
         (
             "fp8_blockwise",
             (
-                "y = e4m3[1x128 fp32](x) · e4m3[128x128 fp32](w)ᵀ",
-                "dx = e4m3[1x128 fp32](g) · e4m3[128x128 fp32](wᵀ)ᵀ",
-                "dw = e4m3[1x128 fp32](gᵀ) · e4m3[1x128 fp32](xᵀ)ᵀ",
+                "y = e4m3[1x128 fp32](x) · e4m3[128x128 fp32](w)ᵀ  (fp32 sums, promoted every 128)",
+                "dx = e4m3[1x128 fp32](g) · e4m3[128x128 fp32](wᵀ)ᵀ  (fp32 sums, promoted every 128)",
+                "dw = e4m3[1x128 fp32](gᵀ) · e4m3[1x128 fp32](xᵀ)ᵀ  (fp32 sums, promoted every 128)",
+            ),
+        ),
+        (
+            "nvfp4",
+            (
+                "y = e2m1[1x16 e4m3](x) · e2m1[16x16 e4m3](w)ᵀ",
+                "dx = e2m1[1x16 e4m3 stochastic](g) · e2m1[16x16 e4m3](wᵀ)ᵀ",
+                "dw = e2m1[1x16 e4m3 stochastic](H16·gᵀ) · e2m1[1x16 e4m3](H16·xᵀ)ᵀ",
             ),
         ),
         (
@@ -157,3 +166,57 @@ def test_a_rule_that_applies_to_some_of_its_matches_is_fine():
 def test_a_rule_that_is_no_expression():
     with pytest.raises(UserError, match=r"rule 'layers\.\(' is not a regular expression: "):
         Rule(modules="layers.(", recipe=None)
+
+
+# Recipes as lines of a configuration
+
+
+def test_single_fields_of_a_gemm_can_be_changed():
+    recipe = library.resolve({"base": "fp8_blockwise", "fprop": {"accumulator_bits": 14, "promote_every": 512}, "dgrad": "bf16"})
+    assert (recipe.fprop.accumulator_bits, recipe.fprop.promote_every) == (14, 512)
+    assert recipe.fprop.a == library.get("fp8_blockwise").fprop.a
+    assert recipe.dgrad == library.get("bf16").dgrad
+    assert recipe.wgrad == library.get("fp8_blockwise").wgrad
+    assert recipe.equation("fprop").endswith("(14-bit sums, promoted every 512)")
+
+
+def test_a_published_recipe_can_be_written_out():
+    """NVFP4's wgrad from its notation, but for the published signs, which have no number."""
+    g, x = "e2m1[1x16 e4m3 stochastic]", "e2m1[1x16 e4m3]"
+    written = library.resolve({"base": "fp32", "wgrad": {"a": g, "b": x, "hadamard": 16}})
+    assert (written.wgrad.a, written.wgrad.b) == (library.get("nvfp4").wgrad.a, library.get("nvfp4").wgrad.b)
+    assert written.wgrad.hadamard is not None
+    assert written.wgrad.hadamard.size == 16
+    straight = library.resolve({"base": "bf16", "fprop": {"b": "int4[1x32 fp32]"}, "dgrad": {"a": "none", "b": "from_fprop"}})
+    assert straight.dgrad == library.get("qat_int8dyn_int4").dgrad
+
+
+@pytest.mark.parametrize(
+    "fprop, words",
+    [
+        ({"accumulator_bit": 14}, "did you mean 'accumulator_bits'"),
+        ({"accumulator_bits": "many"}, "accumulator_bits is a whole number"),
+        ({"accumulator_bits": True}, "accumulator_bits is a whole number"),
+        ({"accumulator_bits": 99}, "between 2 and 24"),
+        ({"promote_every": 0}, "positive number"),
+        ({"hadamard": 24}, "16, 32, 64, 128"),
+        ({"a": "e4m4[1x128 fp32]"}, "did you mean 'e4m3'"),
+        ({"a": "e4m3"}, "needs a scaling"),
+        ({"a": "e4m3[1x128 fp23]"}, "did you mean 'fp32'"),
+        ({"a": "from_fprop"}, "for b of dgrad and wgrad only"),
+    ],
+)
+def test_what_a_gemm_may_not_be(fprop, words):
+    with pytest.raises(UserError, match=words) as caught:
+        library.resolve({"base": "bf16", "fprop": fprop})
+    assert "\n" not in str(caught.value)
+
+
+def test_impossible_combinations_are_refused():
+    quartet = library.get("mxfp4_quartet")
+    with pytest.raises(ValueError, match="both take its operands"):
+        quartet.with_gemms(dgrad=library.get("bf16"))
+    with pytest.raises(ValueError, match="delayed scaling"):
+        library.get("fp8_delayed").with_gemms(dgrad=library.get("qat_int8dyn_int4"))
+    with pytest.raises(ValueError, match="quantised already"):
+        GemmSpec(b=FROM_FPROP, hadamard=quartet.fprop.hadamard)

@@ -39,7 +39,7 @@ def test_plan_of_a_large_model_builds_no_weights():
 def test_recipes_as_json():
     recipes = {recipe["name"]: recipe for recipe in json.loads(command("recipes", "--json", check=True).stdout)}
     assert list(recipes) == lowprec.recipes.names()
-    assert recipes["fp8_blockwise"]["fprop"] == "y = e4m3[1x128 fp32](x) · e4m3[128x128 fp32](w)ᵀ"
+    assert recipes["fp8_blockwise"]["fprop"] == "y = e4m3[1x128 fp32](x) · e4m3[128x128 fp32](w)ᵀ  (fp32 sums, promoted every 128)"
     assert recipes["qat_int8dyn_int4"]["dgrad"] == "dx = g · int4[1x32 fp32](w)"
     assert all(recipe["about"] for recipe in recipes.values())
 
@@ -52,6 +52,33 @@ def test_doctor_as_json():
     assert report["versions"]["torch"]
     missing = [part for part in report["optional"] if part["version"] is None]
     assert all(part["install"].startswith("pip install") for part in missing)
+
+
+def test_bench_quantize_as_json():
+    result = json.loads(command("bench", "quantize", "--shape", "64x128", "--json", check=True).stdout)
+    assert result["shape"] == [64, 128]
+    rows = {row["name"]: row for row in result["rows"]}
+    assert {"mxfp4", "nvfp4", "fp8 tiles", "int8 rows"} <= rows.keys()
+    for row in rows.values():
+        assert 0 < row["ours"]["p20"] <= row["ours"]["median"] <= row["ours"]["p80"]
+
+
+def test_bench_quantize_against_torchao_compares_the_bits():
+    result = json.loads(command("bench", "quantize", "--shape", "64x128", "--against", "torchao", "--json", check=True).stdout)
+    rows = {row["name"]: row for row in result["rows"]}
+    assert all(rows[name]["equal"] for name in ("mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8"))
+    assert rows["mxfp4"]["torchao"]["median"] > 0
+    assert rows["fp8 tiles"]["torchao"] is None
+
+
+def test_bench_refuses_what_it_does_not_know():
+    for arguments, message in (
+        (("--against", "torchoa"), "--against: unknown rival 'torchoa'; did you mean 'torchao'?"),
+        (("--shape", "64"), "--shape: expected ROWSxCOLUMNS like 2048x1024, got '64'"),
+        (("--device", "gpu"), "--device: unknown device 'gpu'; known: cpu, cuda"),
+    ):
+        result = command("bench", "quantize", *arguments)
+        assert (result.returncode, result.stderr) == (2, f"lowprec: {message}\n")
 
 
 def test_an_unknown_command_is_one_line():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -175,6 +176,22 @@ def test_killed_and_resumed_is_the_same_run_bit_for_bit(corpus: Path, finished: 
     assert losses(output) == losses(whole)
     assert len({step for step in losses(output) if step > 6}) == 6
     assert json.loads((output / "summary.json").read_text())["val_loss"] == json.loads((whole / "summary.json").read_text())["val_loss"]
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4", "fp8_delayed", "mxfp4_quartet"])
+def test_a_checkpoint_holds_what_a_recipe_keeps_between_steps(recipe: str, corpus: Path, tmp_path: Path):
+    """Draws of stochastic rounding and amax histories go on after resuming as if nothing had happened, bit for bit."""
+    output = tmp_path / "run"
+    settings = {"precision__recipe": recipe, "trainer__max_steps": 6, "trainer__save_steps": 3, "trainer__output_dir": str(output)}
+    arguments = ["train", str(CONFIG), *overrides(corpus, **settings)]
+    lowprec(*arguments, check=True)
+    whole = losses(output)
+    shutil.rmtree(output / "checkpoint-6")
+    (output / "metrics.jsonl").unlink()
+    lowprec(*arguments, "trainer.resume_from_checkpoint=true", check=True)
+    resumed = losses(output)
+    assert set(resumed) == {4, 5, 6}
+    assert resumed == {step: whole[step] for step in resumed}
 
 
 def test_wandb_offline_keeps_the_metrics(corpus: Path, tmp_path: Path):
