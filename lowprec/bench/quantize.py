@@ -52,7 +52,7 @@ def run(
         if importlib.util.find_spec(rival) is None:
             raise UserError(f"--against: {rival} is not installed: pip install {rival}")
     if device not in ("cpu", "cuda"):
-        raise UserError(f"--device: unknown device '{device}'{nearest(device, ('cpu', 'cuda'))}")
+        raise UserError(f"--device: unknown device '{device}'; known: cpu, cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device: this machine has no CUDA device; known: cpu")
     place = torch.device(device)
