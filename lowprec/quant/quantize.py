@@ -103,13 +103,13 @@ def _scale_asymmetrically(blocks: Tensor, spec: OperandSpec, noise: Tensor | Non
 def _scale_blocks(blocks: Tensor, fmt: ElementFormat, scaling: BlockScaling, history: Tensor | None) -> _Scaled:
     if scaling.scale_format == "e8m0" and scaling.rule == "quest":
         scale = power_of_two_scale(_standard_deviation(blocks), fmt, "quest")
-        return _Scaled(x=_times(blocks, reciprocal(scale)), scale=scale)
-    amax = _amax(blocks)
-    if scaling.scale_format == "e4m3":
-        return _two_level(blocks, amax, fmt, scaling)
-    if scaling.history and history is not None and amax.numel():
-        amax = delayed_amax(history, amax)
-    scale = scale_from_amax(amax, fmt, scaling)
+    else:
+        amax = _amax(blocks)
+        if scaling.scale_format == "e4m3":
+            return _two_level(blocks, amax, fmt, scaling)
+        if scaling.history and history is not None and amax.numel():
+            amax = delayed_amax(history, amax)
+        scale = scale_from_amax(amax, fmt, scaling)
     tensor_scale = None
     factor = reciprocal(scale)
     if scaling.prescale != 1.0:

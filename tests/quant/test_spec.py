@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as hnp
 
 from lowprec.errors import UserError
 from lowprec.formats.element import E2M1, FORMATS
-from lowprec.formats.rounding import ROUNDINGS
+from lowprec.formats.rounding import ROUNDINGS, round_to_format
 from lowprec.formats.scaling import ALL, RULES, BlockScaling
 from lowprec.quant import OperandSpec, quantize
 
@@ -132,3 +132,15 @@ def test_text_that_is_no_spec_names_the_nearest_word(text, message):
         OperandSpec.parse(text)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_prescale_shrinks_the_codes_under_every_rule():
+    """Quest's scale comes from the standard deviation, but the codes are of prescale * x there too."""
+    x = torch.full((1, 32), 1.0)
+    x[:, ::2] = -1.0
+    for rule in RULES:
+        plain, prescaled = (quantize(x, OperandSpec.parse(f"e2m1[1x32 e8m0:{rule}{words}]")) for words in ("", " prescale:0.75"))
+        assert plain.scale is not None
+        assert prescaled.scale is not None
+        assert torch.equal(plain.scale, prescaled.scale)
+        assert torch.equal(prescaled.values, round_to_format(x / plain.scale * 0.75, E2M1))
