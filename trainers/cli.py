@@ -17,6 +17,15 @@ _CONFIG = click.argument("config", metavar="CONFIG")
 _OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
+_DEVICE = click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+_SHAPES = click.option(
+    "--shape", default="512x512x512", show_default=True, help="Layers: tokens x outputs x inputs, MxNxK, joined by commas."
+)
+_RECIPE = click.option("--recipe", default="fp8_blockwise", show_default=True, help="The recipe.")
+_SECONDS = click.option(
+    "--seconds", default=0.5, show_default=True, type=click.FloatRange(min=0.0), help="Time that each row is measured for."
+)
+
 
 class _Commands(click.Group):
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
@@ -93,7 +102,7 @@ def bench() -> None:
 
 
 @bench.command("quantize")
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@_DEVICE
 @click.option("--against", default="", help="Rivals to measure in the same run, joined by commas: torchao.")
 @click.option("--shape", default="2048x1024", show_default=True, help="Rows x columns of the fp32 matrix.")
 @click.option("--compile", "compiled", is_flag=True, help="Through torch.compile, rivals as well.")
@@ -106,9 +115,84 @@ def bench_quantize(device: str, against: str, shape: str, compiled: bool, as_jso
     from lowprec.bench import quantize
     from trainers.show import bench_table
 
-    rivals = tuple(name for name in against.split(",") if name)
+    rivals = _names(against)
     result = quantize.run(device, rivals, (int(rows), int(columns)), compiled)
     click.echo(json.dumps(result, indent=1) if as_json else bench_table(result, rivals))
+
+
+@bench.command("gemm")
+@_DEVICE
+@_SHAPES
+@_RECIPE
+@click.option("--against", default="", help="Rivals to measure in the same run, joined by commas: torchao. bf16 always runs.")
+@click.option("--backend", default="", help="Backends to measure, joined by commas; all that are native by default.")
+@_SECONDS
+@_JSON
+def bench_gemm(device: str, shape: str, recipe: str, against: str, backend: str, seconds: float, as_json: bool) -> None:
+    """Multiply a recipe's operands, as each GEMM of a linear layer does, by every backend that can, beside torch in bf16."""
+    shapes = _shapes(shape)
+    from lowprec.bench import gemm
+    from trainers.show import gemm_table
+
+    result = gemm.run(device, shapes, recipe, _names(against), _names(backend), seconds)
+    click.echo(json.dumps(result, indent=1) if as_json else gemm_table(result))
+
+
+@bench.command("linear")
+@_DEVICE
+@_SHAPES
+@_RECIPE
+@click.option("--against", default="", help="Rivals to measure in the same run, joined by commas: torchao, te. bf16 always runs.")
+@click.option("--compile", "compiled", is_flag=True, help="Also ours through torch.compile.")
+@_SECONDS
+@_JSON
+def bench_linear(device: str, shape: str, recipe: str, against: str, compiled: bool, seconds: float, as_json: bool) -> None:
+    """Run one linear layer forward and backward, beside nn.Linear in bf16."""
+    shapes = _shapes(shape)
+    from lowprec.bench import linear
+    from trainers.show import linear_table
+
+    result = linear.run(device, shapes, recipe, _names(against), compiled, seconds)
+    click.echo(json.dumps(result, indent=1) if as_json else linear_table(result))
+
+
+@bench.command("train")
+@_DEVICE
+@click.option("--model", default="llama-tiny", show_default=True, help="A preset.")
+@click.option("--recipe", default="fp8_blockwise", show_default=True, help="Recipes, joined by commas. bf16 always runs.")
+@click.option("--against", default="", help="Rivals to measure in the same run, joined by commas: torchao.")
+@click.option("--batch", default=1, show_default=True, type=click.IntRange(min=1), help="Sequences in a step.")
+@click.option("--seq", default=128, show_default=True, type=click.IntRange(min=2), help="Tokens in a sequence.")
+@click.option("--vocab", default=32000, show_default=True, type=click.IntRange(min=1), help="Size of the vocabulary.")
+@click.option("--compile", "compiled", is_flag=True, help="torch.compile each decoder block.")
+@click.option("--liger", is_flag=True, help="Use those of Liger's kernels that apply.")
+@click.option("--steps", default=10, show_default=True, type=click.IntRange(min=2), help="Steps that are timed, after four to warm up.")
+@_JSON
+def bench_train(recipe: str, against: str, as_json: bool, **settings: Any) -> None:
+    """Run training steps of a model on random tokens, weights in bf16."""
+    from trainers import bench_train
+    from trainers.show import train_table
+
+    result = bench_train.run(recipes=_names(recipe), against=_names(against), **settings)
+    click.echo(json.dumps(result, indent=1) if as_json else train_table(result))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """The words of a list joined by commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _shapes(text: str) -> list[tuple[int, int, int]]:
+    """[(M, N, K)] from 'MxNxK,MxNxK'; UserError if it can't be read."""
+    shapes = []
+    for word in _names(text):
+        parts = word.split("x")
+        if len(parts) != 3 or not all(part.isdecimal() and int(part) for part in parts):
+            raise UserError(f"--shape: expected MxNxK like 512x512x512, joined by commas, got '{text}'")
+        shapes.append((int(parts[0]), int(parts[1]), int(parts[2])))
+    if not shapes:
+        raise UserError("--shape: expected MxNxK like 512x512x512, joined by commas, got none")
+    return shapes
 
 
 def main(args: list[str] | None = None) -> None:

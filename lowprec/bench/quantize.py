@@ -1,7 +1,6 @@
 """Quantising and dequantising a matrix: every kind of operand, beside a copy of it and beside other libraries in the same run."""
 
 import importlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -9,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowprec.bench import rivals
+from lowprec.bench.ceilings import Ceilings, Floor
+from lowprec.bench.inputs import describe, open_device
 from lowprec.bench.timing import measure
-from lowprec.errors import UserError, nearest
 from lowprec.quant import OperandSpec, fake_quantize
 
 OPERANDS = {
@@ -41,39 +42,35 @@ def run(
         against: rivals to run as well, of `RIVALS`; eager if ours is.
         compiled: put both through torch.compile.
     Returns:
-        {"device", "shape", "copy": timing, "rows": [{"name", "operand", "ours": timing, RIVAL: timing or None, "equal": whether a rival's
-        result has the same bits}]}; a timing is {"median", "p20", "p80"} in milliseconds.
+        {"device", "threads", "torch", "shape", "copy": timing, "rows": [{"name", "operand", "ours": timing, "floor", "of_floor",
+        RIVAL: timing or None, "equal": whether a rival's result has the same bits}], "ceilings"}; a timing is {"median", "p20", "p80"} in
+        milliseconds. The floor: the fp32 matrix read and written, at the rate of a copy.
     Raises:
         UserError: an unknown or missing rival, or no such device.
     """
-    for rival in against:
-        if rival not in RIVALS:
-            raise UserError(f"--against: unknown rival '{rival}'{nearest(rival, RIVALS)}")
-        if importlib.util.find_spec(rival) is None:
-            raise UserError(f"--against: {rival} is not installed: pip install {rival}")
-    if device not in ("cpu", "cuda"):
-        raise UserError(f"--device: unknown device '{device}'; known: cpu, cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device: this machine has no CUDA device; known: cpu")
-    place = torch.device(device)
+    rivals.check(against, RIVALS)
+    place = open_device(device)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(place)
+    ceilings = Ceilings(place)
+    floor = Floor(quantisers=ceilings.copy(x.nbytes).floor(2 * x.nbytes), ceilings=("copy",))
     rows = []
     for name, text in OPERANDS.items():
         spec = OperandSpec.parse(text)
         ours = _ours(spec, place, compiled)
-        row: dict[str, Any] = {"name": name, "operand": text, "ours": asdict(measure(lambda f=ours: f(x), place))}
+        time = measure(lambda f=ours: f(x), place)
+        row: dict[str, Any] = {"name": name, "operand": text, "ours": asdict(time), **floor.beside(time)}
         for rival in against:
             theirs = _torchao(spec, compiled)
             row[rival] = None if theirs is None else asdict(measure(lambda f=theirs: f(x), place))
             row["equal"] = None if theirs is None else bool(torch.equal(ours(x), theirs(x)))
         rows.append(row)
     return {
-        "device": _device_name(place),
-        "threads": torch.get_num_threads(),
+        **describe(place),
         "shape": list(shape),
         "compiled": compiled,
         "copy": asdict(measure(x.clone, place)),
         "rows": rows,
+        "ceilings": ceilings.to_list(),
     }
 
 
@@ -108,7 +105,3 @@ def _torchao(spec: OperandSpec, compiled: bool) -> Callable[[Tensor], Tensor] | 
     else:
         return None
     return torch.compile(round_trip) if compiled else round_trip
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

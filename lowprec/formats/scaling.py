@@ -115,18 +115,21 @@ def power_of_two_scale(amax: Tensor, fmt: ElementFormat, rule: str) -> Tensor:
     else:
         fmt_emax = fmt.emax
     bits = amax.contiguous().view(torch.int32)
-    # Added to the bits, this carries into the exponent just where the mantissa calls for the bump.
-    if rule == "floor":
-        carry = 0
-    elif rule == "even":
-        carry = 1 << (22 - fmt.mantissa_bits)
-    else:
-        threshold = 0.0 if rule == "ceil" else fmt.max / 2.0**fmt.emax - 1.0
-        carry = 0x7FFFFF - int(threshold * 2**23)
+    carry = e8m0_carry(fmt, rule)
     # A subnormal amax reads as 2^-127: below every scale anyway.
     biased = ((bits + carry) >> 23).sub_(fmt_emax).clamp_(0, 2 * _E8M0_BIAS)
     # 2^E by its bits; the smallest one, 2^-127, is subnormal.
     return (biased << 23).clamp_(min=1 << 22).view(torch.float32).masked_fill_(~amax.isfinite(), torch.nan)
+
+
+def e8m0_carry(fmt: ElementFormat, rule: str) -> int:
+    """What, added to the bits of an fp32 amax, carries into the exponent just where the mantissa calls for the rule's bump."""
+    if rule == "floor":
+        return 0
+    if rule == "even":
+        return 1 << (22 - fmt.mantissa_bits)
+    threshold = 0.0 if rule == "ceil" else fmt.max / 2.0**fmt.emax - 1.0
+    return 0x7FFFFF - int(threshold * 2**23)
 
 
 def reciprocal(scale: Tensor) -> Tensor:

@@ -2,12 +2,17 @@
 
 from lowprec.errors import UserError, nearest
 from lowprec.gemm.base import FP32_SUMS, Accumulation, GemmBackend, Operand, Support
+from lowprec.gemm.hopper import HopperBackend
 from lowprec.gemm.reference import ReferenceBackend
+from lowprec.gemm.scaled_mm import ScaledMMBackend
 from lowprec.gemm.torch_mm import TorchBackend
+from lowprec.gemm.triton_mm import TritonBackend
 from lowprec.quant import OperandSpec
 
-BACKENDS: dict[str, GemmBackend] = {backend.name: backend for backend in (TorchBackend(), ReferenceBackend())}
-"""Fastest first: `auto` takes the first that supports a product."""
+BACKENDS: dict[str, GemmBackend] = {
+    backend.name: backend for backend in (TorchBackend(), ScaledMMBackend(), HopperBackend(), TritonBackend(), ReferenceBackend())
+}
+"""Fastest first, but for what a backend's `rank` says: `auto` takes the first that supports a product."""
 
 __all__ = ["BACKENDS", "FP32_SUMS", "Accumulation", "GemmBackend", "Operand", "Support", "select"]
 
@@ -30,7 +35,7 @@ def select(
             raise UserError(f"precision.backend: '{backend}' can't multiply {a} by {b} on {device_type}: {support.reason}")
         return BACKENDS[backend], support
     refusals = []
-    for candidate in BACKENDS.values():
+    for candidate in sorted(BACKENDS.values(), key=lambda candidate: (candidate.name == "reference", candidate.rank(a, b))):
         support = candidate.supports(a, b, device_type, sums)
         if support.ok:
             return candidate, Support(ok=True, native=support.native, reason="; ".join([support.reason, *refusals]))

@@ -57,6 +57,10 @@ class GemmBackend(ABC):
     decoded: ClassVar[bool] = False
     """Whether `mm` wants codes in fp32 (see `quantize`), because it would decode them at once."""
 
+    def rank(self, a: OperandSpec | None, b: OperandSpec | None) -> int:
+        """Where `auto` asks this backend for such a product, beside those listed with it: lower is earlier, being faster."""
+        return 0
+
     @abstractmethod
     def supports(self, a: OperandSpec | None, b: OperandSpec | None, device_type: str, sums: Accumulation = FP32_SUMS) -> Support:
         """Whether a product of operands so represented and so summed runs here, on a device of this type ("cpu", "cuda"), or why not."""

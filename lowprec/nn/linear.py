@@ -8,13 +8,16 @@ What is kept for the backward follows from the recipe too:
 
 * x: its codes as wgrad will contract them (quantised in fprop, along the tokens), so that the high-precision x can be freed; or fprop's
   own codes (quantisation-aware training) and where they saturated; or x itself. Nothing of it for wgrad if the weight is frozen.
-* w: the parameter itself. It is quantised again in the backward: that costs less than holding one more copy of every weight, and
-  keeps FSDP free to drop the gathered parameter.
+* w: the parameter itself, quantised again in the backward, so that FSDP is free to drop the gathered parameter; or the codes of w^T that
+  fprop's read of w made as well, kept until the weight changes (`codes.py`).
+
+An operand and its transpose, x for fprop and wgrad, g for dgrad and wgrad, w for fprop and dgrad, are quantised from one read where a fused
+kernel can (`quant/triton_quantize.py`). Layers that are called with the same tensor, as q, k and v are, share its codes.
 
 Gradients come out in the dtype of what they belong to; the bias gradient is summed in fp32.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,9 +26,15 @@ from torch.autograd.function import once_differentiable
 
 from lowprec.formats.random import derive_key
 from lowprec.gemm import GemmBackend, Operand, select
+from lowprec.nn.codes import shared_codes, weight_codes
 from lowprec.quant import OperandSpec, QTensor, fake_quantize, quantize
+from lowprec.quant.triton_quantize import Directions, directions, quantize_both, takes
+from lowprec.quant.triton_whole import is_whole, quantize_whole
 from lowprec.recipe import GEMMS, FromFprop, Recipe
 from lowprec.recipe.state import OPERANDS, ROUNDING_STATE, history_name, new_state, next_key, this_rank
+
+_PAIRS = {"x": (("fprop", "a"), ("wgrad", "b")), "w": (("fprop", "b"), ("dgrad", "b")), "g": (("dgrad", "a"), ("wgrad", "a"))}
+"""What is quantised as it is and transposed: (gemm, side) of both."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +45,23 @@ class LinearGemms:
     fprop: GemmBackend
     dgrad: GemmBackend
     wgrad: GemmBackend
+    pairs: dict[str, Directions | None] = field(default_factory=dict, compare=False)
+    """Of x, w and g: how a fused kernel quantises the matrix and its transpose from one read, where both are made from high precision as
+    they are, and for backends that take codes. None otherwise."""
+    whole: frozenset[str] = frozenset()
+    """Those of x, w and g that a fused kernel quantises with one scale per tensor or per row, both directions at once."""
 
     @classmethod
     def on(cls, device_type: str, recipe: Recipe, backend: str = "auto") -> "LinearGemms":
-        chosen = {gemm: select(*recipe.operands(gemm), device_type, backend, recipe.gemm(gemm).sums)[0] for gemm in GEMMS}
-        return cls(recipe=recipe, **chosen)
+        fprop, dgrad, wgrad = (select(*recipe.operands(gemm), device_type, backend, recipe.gemm(gemm).sums)[0] for gemm in GEMMS)
+        gemms = cls(recipe=recipe, fprop=fprop, dgrad=dgrad, wgrad=wgrad)
+        plain = {name: specs for name, operands in _PAIRS.items() if (specs := _plain(gemms, *operands)) is not None}
+        found = {name: directions(*specs) for name, specs in plain.items()}
+        return replace(
+            gemms,
+            pairs={name: None if isinstance(pair := found.get(name), str) else pair for name in _PAIRS},
+            whole=frozenset(name for name, specs in plain.items() if all(map(is_whole, specs))),
+        )
 
     def mm(self, gemm: str, a: Operand, b: Operand, out_dtype: torch.dtype) -> Tensor:
         backend: GemmBackend = getattr(self, gemm)
@@ -50,10 +71,23 @@ class LinearGemms:
         return getattr(self, gemm).decoded
 
 
+def _plain(gemms: LinearGemms, *operands: tuple[str, str]) -> tuple[OperandSpec, OperandSpec] | None:
+    """The specs of a matrix and its transpose if both are quantised from high precision as they are, for backends that take codes."""
+    specs = []
+    for gemm, side in operands:
+        spec = gemms.recipe.gemm(gemm)
+        source = getattr(spec, side)
+        if not isinstance(source, OperandSpec) or spec.hadamard is not None or gemms.decodes(gemm):
+            return None
+        specs.append(source)
+    return specs[0], specs[1]
+
+
 class LinearFunction(torch.autograd.Function):
     """y = x . w^T + bias under a recipe. x [M, K], w [N, K], bias [N] or None -> y [M, N] of x's dtype.
 
-    `key` [2] and `histories`, one for each of `OPERANDS`, are the recipe's state (see `recipe/state.py`), None where it needs none.
+    `made_x`, `made_w`: the codes of x and x^T, of w and w^T, if they are there already. `key` [2] and `histories`, one for each of
+    `OPERANDS`, are the recipe's state (see `recipe/state.py`), None where it needs none.
     """
 
     @staticmethod
@@ -64,6 +98,8 @@ class LinearFunction(torch.autograd.Function):
         bias_N: Tensor | None,
         gemms: LinearGemms,
         grad_enabled: bool,
+        made_x: "_Pair",
+        made_w: "_Pair",
         key: Tensor | None,
         *histories: Tensor | None,
     ) -> Tensor:
@@ -72,17 +108,21 @@ class LinearFunction(torch.autograd.Function):
         masks_dx = needs_dx and isinstance(recipe.wgrad.b, FromFprop)  # x is differentiated as the operand that fprop made of it
         state = (key, histories)
         keeps_fprops_x = needs_dw and isinstance(recipe.wgrad.b, FromFprop)
-        x = _operand(x_MK, recipe.fprop.a, "fprop", "a", gemms, state, saturation=masks_dx, codes=keeps_fprops_x)
-        w = _operand(w_NK, recipe.fprop.b, "fprop", "b", gemms, state)
+        x, kept_x = made_x
+        if x is None:
+            wanted = needs_dw and not keeps_fprops_x
+            x, kept_x = _both(x_MK, "x", (True, wanted), gemms, state, saturation=masks_dx, codes=keeps_fprops_x)
+        w, ctx.w_t = made_w
+        if w is None:
+            w, _ = _both(w_NK, "w", (True, False), gemms, state)
         y_MN = gemms.mm("fprop", x, w, x_MK.dtype)
         if bias_N is not None:
             y_MN = y_MN + bias_N.to(y_MN.dtype)
 
-        kept_x: Operand | None = None
         if keeps_fprops_x:
             kept_x = x.stored() if isinstance(x, QTensor) else x
-        elif needs_dw:
-            kept_x = _operand(x_MK.t(), recipe.wgrad.b, "wgrad", "b", gemms, state, stored=True)
+        elif not needs_dw:
+            kept_x = None
         ctx.gemms, ctx.x_dtype, ctx.length, ctx.histories = gemms, x_MK.dtype, x_MK.shape[1], histories
         ctx.x_spec, ctx.x_shape = (kept_x.spec, kept_x.shape) if isinstance(kept_x, QTensor) else (None, None)
         ctx.bias_dtype = None if bias_N is None else bias_N.dtype
@@ -106,22 +146,26 @@ def _backward(ctx: Any, g_MN: Tensor) -> tuple[Tensor | None, ...]:
         w_fprop = _operand(w_NK, recipe.fprop.b, "fprop", "b", gemms, state, saturation=needs_dw)
 
     dx_MK = dw_NK = db_N = None
+    g, g_t = _both(g_MN, "g", (needs_dx, needs_dw), gemms, state)
     if needs_dx:
-        g = _operand(g_MN, recipe.dgrad.a, "dgrad", "a", gemms, state)
-        w_KN = _backward_operand(w_NK, w_fprop, "dgrad", gemms, state)
+        assert g is not None
+        if w_fprop is not None:
+            w_KN = _backward_operand(w_fprop, "dgrad", gemms, state)
+        else:
+            w_KN = ctx.w_t if ctx.w_t is not None else _both(w_NK, "w", (False, True), gemms, state)[1]
         dx_MK = _straight_through(gemms.mm("dgrad", g, w_KN, ctx.x_dtype), x_saturated)
         if isinstance(recipe.dgrad.b, FromFprop) and recipe.fprop.hadamard is not None:
             dx_MK = recipe.fprop.hadamard.invert(dx_MK, ctx.length).to(ctx.x_dtype)
     if needs_dw:
         assert kept_x is not None
-        g = _operand(g_MN.t(), recipe.wgrad.a, "wgrad", "a", gemms, state)
-        x_KM = _backward_operand(None, kept_x, "wgrad", gemms, state)
-        dw_NK = _straight_through(gemms.mm("wgrad", g, x_KM, w_NK.dtype), w_fprop.saturated if isinstance(w_fprop, QTensor) else None)
+        assert g_t is not None
+        x_KM = _backward_operand(kept_x, "wgrad", gemms, state) if isinstance(recipe.wgrad.b, FromFprop) else kept_x
+        dw_NK = _straight_through(gemms.mm("wgrad", g_t, x_KM, w_NK.dtype), w_fprop.saturated if isinstance(w_fprop, QTensor) else None)
         if isinstance(recipe.wgrad.b, FromFprop) and recipe.fprop.hadamard is not None:
             dw_NK = recipe.fprop.hadamard.invert(dw_NK, ctx.length).to(w_NK.dtype)
     if needs_db:
         db_N = g_MN.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    return dx_MK, dw_NK, db_N, None, None, None, *(None for _ in ctx.histories)
+    return dx_MK, dw_NK, db_N, None, None, None, None, None, *(None for _ in ctx.histories)
 
 
 class LowPrecisionLinear(nn.Linear):
@@ -131,6 +175,7 @@ class LowPrecisionLinear(nn.Linear):
     recipe: Recipe
     backend: str
     seed: tuple[int, int]
+    sharded: bool
 
     @classmethod
     def from_linear(
@@ -154,14 +199,21 @@ class LowPrecisionLinear(nn.Linear):
         assert isinstance(linear, LowPrecisionLinear)
         linear._drop_state()
         linear.recipe, linear.backend, linear.gemms, linear.seed = recipe, backend, chosen, (seed, layer)
+        linear.sharded = type(linear.weight).__name__ == "DTensor"
         for name, buffer in new_state(recipe, linear.weight.device, seed, layer).items():
             linear.register_buffer(name, buffer)
         return linear
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # FSDP2 puts the sharded and the gathered weight in place by this; its gathered memory is written where no version counts it.
+        if name == "weight" and type(value).__name__ == "DTensor":
+            self.sharded = True
+        super().__setattr__(name, value)
+
     def to_linear(self) -> nn.Linear:
         """Undo `from_linear`, in place."""
         self._drop_state()
-        del self.recipe, self.backend, self.gemms, self.seed
+        del self.recipe, self.backend, self.gemms, self.seed, self.sharded
         self.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue]
         return self
 
@@ -201,15 +253,54 @@ class LowPrecisionLinear(nn.Linear):
             self.gemms[device_type] = LinearGemms.on(device_type, self.recipe, self.backend)
         x_MK = x.reshape(-1, self.in_features)
         gemms, grad_enabled = self.gemms[device_type], torch.is_grad_enabled()
-        y_MN = LinearFunction.apply(x_MK, self.weight, self.bias, gemms, grad_enabled, *self._state())
+        made_x, made_w = self._made(x, x_MK, gemms) if device_type == "cuda" and not torch.compiler.is_compiling() else (_NOTHING, _NOTHING)
+        y_MN = LinearFunction.apply(x_MK, self.weight, self.bias, gemms, grad_enabled, made_x, made_w, *self._state())
         return y_MN.view(*x.shape[:-1], self.out_features)
+
+    def _made(self, x: Tensor, x_MK: Tensor, gemms: LinearGemms) -> "tuple[_Pair, _Pair]":
+        """The codes that outlive this call: of an input that other layers take too, of a weight that has not changed."""
+        training = torch.is_grad_enabled()
+        made_x = made_w = _NOTHING
+        if (pair := gemms.pairs["x"]) and takes(x_MK):
+            needs_x_t = training and self.weight.requires_grad
+            made_x = shared_codes(x, x_MK.detach(), pair if needs_x_t else pair.only(True, False))
+        if (pair := gemms.pairs["w"]) and takes(self.weight):
+            needs_w_t = training and x.requires_grad
+            made_w = weight_codes(self, self.weight.detach(), pair if needs_w_t else pair.only(True, False))
+        return made_x, made_w
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, recipe={self.recipe.name}"
 
 
+_Pair = tuple[Operand | None, Operand | None]
+"""A matrix's operand, and its transpose's."""
+_NOTHING: _Pair = (None, None)
+
 _State = tuple[Tensor | None, tuple[Tensor | None, ...]]
 """A pass's key and the histories of `OPERANDS`."""
+
+
+def _both(
+    t: Tensor, name: str, wanted: tuple[bool, bool], gemms: LinearGemms, state: _State, *, saturation: bool = False, codes: bool = False
+) -> "tuple[Any, Any]":
+    """`t` and `t`^T as the operands that `_PAIRS` names, those that are wanted; from one read where a kernel can."""
+    pair = gemms.pairs[name]
+    if pair is not None and not saturation and takes(t):
+        return quantize_both(t, pair if all(wanted) else pair.only(*wanted)) if any(wanted) else _NOTHING
+    (gemm, side), (gemm_t, side_t) = _PAIRS[name]
+    recipe, operand, transposed = gemms.recipe, None, None
+    if name in gemms.whole and not saturation and not codes and takes(t):
+        sources = getattr(recipe.gemm(gemm), side), getattr(recipe.gemm(gemm_t), side_t)
+        histories = state[1][OPERANDS.index((gemm, side))], state[1][OPERANDS.index((gemm_t, side_t))]
+        first, second = (source if want else None for source, want in zip(sources, wanted, strict=True))
+        return quantize_whole(t, first, second, histories) if any(wanted) else _NOTHING
+    if wanted[0]:
+        operand = _operand(t, getattr(recipe.gemm(gemm), side), gemm, side, gemms, state, saturation=saturation, codes=codes)
+    if wanted[1]:
+        source = getattr(recipe.gemm(gemm_t), side_t)
+        transposed = _operand(t.t(), source, gemm_t, side_t, gemms, state, stored=name == "x")
+    return operand, transposed
 
 
 def _operand(
@@ -243,15 +334,10 @@ def _operand(
     return quantize(t, source, key=key, history=history, decoded=decoded, saturation=saturation)
 
 
-def _backward_operand(w_NK: Tensor | None, made: Operand | None, gemm: str, gemms: LinearGemms, state: _State) -> Operand:
-    """b of dgrad or wgrad: of fprop's operand, transposed and perhaps quantised again; or made of w now, of x in the forward."""
+def _backward_operand(made: Operand, gemm: str, gemms: LinearGemms, state: _State) -> Operand:
+    """b of dgrad or wgrad from fprop's operand: transposed, and perhaps quantised again."""
     source = gemms.recipe.gemm(gemm).b
-    if not isinstance(source, FromFprop):
-        if made is not None:
-            return made
-        assert w_NK is not None
-        return _operand(w_NK.t(), source, gemm, "b", gemms, state)
-    assert made is not None
+    assert isinstance(source, FromFprop)
     if source.requantize is None:
         return made.t()
     plain = made.dequantize() if isinstance(made, QTensor) else made

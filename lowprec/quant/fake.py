@@ -1,7 +1,8 @@
 """fake_quantize: quantise and dequantise at once, which is what emulation does to every operand.
 
-It gives exactly `quantize(x, spec).dequantize()`, but on a CPU piece by piece: a piece's temporaries stay in the cache, and the allocator
-hands out the same memory again instead of fresh pages for a chain of whole matrices. Compiled code fuses the chain by itself.
+It gives exactly `quantize(x, spec).dequantize()`, but on a GPU in one pass where there is a kernel (`triton_quantize`), and on a CPU piece
+by piece: a piece's temporaries stay in the cache, and the allocator hands out the same memory again instead of fresh pages for a chain of
+whole matrices. Compiled code fuses the chain by itself.
 """
 
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from lowprec.quant.qtensor import block_extents, is_transposed, swapped, to_blocks
 from lowprec.quant.quantize import quantize
 from lowprec.quant.spec import OperandSpec
+from lowprec.quant.triton_quantize import fake_quantize_fused, why_not_fake
 
 PIECE = 1 << 19
 """Elements of a piece. Smaller ones drown in the overhead of small operations, larger ones leave the cache (docs/experiments.md)."""
@@ -26,6 +28,8 @@ def fake_quantize(x_RK: Tensor, spec: OperandSpec, **state: Any) -> Tensor:
     Returns:
         fp32 [R, K], in x's memory order.
     """
+    if x_RK.is_cuda and why_not_fake(x_RK, spec) is None and (not spec.stochastic or state.get("key") is not None):
+        return fake_quantize_fused(x_RK, spec, key=state.get("key"))
     if x_RK.device.type != "cpu" or torch.compiler.is_compiling() or not _splits(spec) or x_RK.numel() <= PIECE:
         return _whole(x_RK, spec, **state)
     transposed = is_transposed(x_RK)

@@ -35,6 +35,7 @@ SQNR_FLOORS_DB: dict[str, dict[str, tuple[float, float, float]]] = {
     "fp8_rowwise_wgrad_hp": {"gaussian": (28.2, 28.2, 52.2), "heavy_tailed": (28.4, 28.4, 52.2)},
     "fp8_blockwise": {"gaussian": (28.2, 28.2, 28.4), "heavy_tailed": (28.4, 28.4, 28.8)},
     "fp8_blockwise_ue8m0": {"gaussian": (28.2, 28.2, 28.2), "heavy_tailed": (28.2, 28.2, 28.2)},
+    "fp8_blockwise_wgrad2d": {"gaussian": (28.2, 28.2, 28.2), "heavy_tailed": (28.4, 28.4, 28.4)},
     "mxfp8": {"gaussian": (28.2, 28.2, 28.2), "heavy_tailed": (28.2, 28.2, 28.2)},
     "mxfp4": {"gaussian": (15.4, 15.4, 15.4), "heavy_tailed": (14.6, 14.6, 14.6)},
     "mxfp6_e2m3": {"gaussian": (27.6, 27.6, 27.6), "heavy_tailed": (27.0, 27.0, 27.0)},

@@ -148,8 +148,8 @@ def test_the_reference_tells_the_recipes_apart():
     # The same values but for what underflows, since both scales are powers of two; and recipes that share operands by definition.
     twins = [{"fp8_blockwise_ue8m0", "mxfp8"}, {"fp8_tensorwise", "fp8_delayed"}]
     shared = {
-        "fprop": [{"bf16", "mxfp4_aws"}, {"fp8_rowwise", "fp8_rowwise_wgrad_hp"}],
-        "dgrad": [{"fp8_rowwise", "fp8_rowwise_wgrad_hp"}],
+        "fprop": [{"bf16", "mxfp4_aws"}, {"fp8_rowwise", "fp8_rowwise_wgrad_hp"}, {"fp8_blockwise", "fp8_blockwise_wgrad2d"}],
+        "dgrad": [{"fp8_rowwise", "fp8_rowwise_wgrad_hp"}, {"fp8_blockwise", "fp8_blockwise_wgrad2d"}],
         "wgrad": [{"bf16", "fp8_rowwise_wgrad_hp"}, {"bf16", "int8"}, {"fp8_rowwise_wgrad_hp", "int8"}],
     }
     for gemm in ("fprop", "dgrad", "wgrad"):

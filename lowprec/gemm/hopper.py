@@ -1,0 +1,171 @@
+"""The `hopper` backend: block-scaled FP8 by our own kernel (`hopper_kernel`), promoted to fp32 every 128 elements."""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowprec.formats import encoding
+from lowprec.formats.element import E4M3, E5M2
+from lowprec.gemm.base import FP32_SUMS, Accumulation, GemmBackend, Operand, Support
+from lowprec.quant import OperandSpec, QTensor
+
+TILE = 128
+_ACCUMULATOR_BITS = 14
+
+
+def block_scaled(spec: OperandSpec | None) -> tuple[int, int] | None:
+    """The block of an fp8 operand with fp32 or power-of-two scales of 1x128 or 128x128; None for any other."""
+    scaling = None if spec is None else spec.scaling
+    if spec is None or scaling is None or spec.element not in (E4M3, E5M2) or scaling.scale_format == "e4m3":
+        return None
+    return scaling.block if scaling.block in ((1, TILE), (TILE, TILE)) and scaling.prescale == 1.0 and scaling.symmetric else None
+
+
+def why_not_sums(sums: Accumulation) -> str | None:
+    """Why Hopper's block-scaled products can't sum as told: each 128 elements are summed in 14 bits, and those sums in fp32."""
+    if sums.promote_every not in (None, TILE):
+        return f"promotes every {TILE} elements, not every {sums.promote_every}"
+    if sums.bits is not None and (sums.bits, sums.promote_every) != (_ACCUMULATOR_BITS, TILE):
+        return f"sums in {_ACCUMULATOR_BITS} bits, promoted every {TILE}"
+    return None
+
+
+class HopperBackend(GemmBackend):
+    name = "hopper"
+
+    def rank(self, a: OperandSpec | None, b: OperandSpec | None) -> int:
+        """Before cuBLASLt (0) where both sides have a scale per row: 3 to 7% faster. After it elsewhere: 0 to 5% slower."""
+        return -1 if block_scaled(b) == (1, TILE) else 1
+
+    def supports(self, a: OperandSpec | None, b: OperandSpec | None, device_type: str, sums: Accumulation = FP32_SUMS) -> Support:
+        if block_scaled(a) != (1, TILE) or block_scaled(b) is None:
+            return Support(ok=False, reason="takes fp8 with scales of 1x128 on the left, of 1x128 or 128x128 on the right")
+        if reason := why_not_sums(sums) or why_not_hopper(device_type) or _why_no_gluon():
+            return Support(ok=False, reason=reason)
+        return Support(ok=True, native=True, reason=f"fp8 on the matrix units, promoted to fp32 every {TILE}")
+
+    def mm(
+        self, a_MK: Operand, b_NK: Operand, out_dtype: torch.dtype, sums: Accumulation = FP32_SUMS, *, bias: Tensor | None = None
+    ) -> Tensor:
+        assert isinstance(a_MK, QTensor)
+        assert isinstance(b_NK, QTensor)
+        by_rows = block_scaled(b_NK.spec) == (1, TILE)
+        call = torch.ops.lowprec.scaled_gemm if torch.compiler.is_compiling() else _scaled_gemm
+        scale_b = tile_scales(b_NK) if by_rows else block_scales(b_NK)
+        return call(a_MK.data, tile_scales(a_MK), b_NK.data, scale_b, by_rows, bias, out_dtype)
+
+
+def why_not_hopper(device_type: str) -> str | None:
+    if device_type != "cuda":
+        return f"needs a Hopper GPU, not {device_type}"
+    if not torch.cuda.is_available():
+        return "needs a Hopper GPU, and this machine has none"
+    major, minor = torch.cuda.get_device_capability()
+    return None if major == 9 else f"needs a Hopper GPU (compute capability 9.0), this one has {major}.{minor}"
+
+
+@cache
+def _why_no_gluon() -> str | None:
+    try:
+        from lowprec.gemm import hopper_kernel  # noqa: F401
+    except (ImportError, AttributeError) as error:
+        return f"needs Triton's Gluon: {error}"
+    return None
+
+
+def tile_scales(q: QTensor) -> Tensor:
+    """The 1x128 scales of q [M, K], fp32 in memory [K / 128, M], rows starting on 16 bytes."""
+    if q.kernel_scales is not None:
+        return q.kernel_scales
+    scale = _fp32(q).t()
+    if scale.stride(1) == 1 and scale.stride(0) % 4 == 0 and scale.data_ptr() % 16 == 0:
+        return scale
+    blocks, M = scale.shape
+    padded = scale.new_empty(blocks, -(-M // 4) * 4)
+    padded[:, :M] = scale
+    return padded[:, :M]
+
+
+def block_scales(q: QTensor) -> Tensor:
+    """The 128x128 scales of q [N, K], fp32 [N / 128, K / 128] with contiguous rows."""
+    scale = _fp32(q)
+    return scale if scale.stride(1) == 1 else scale.contiguous()
+
+
+def _fp32(q: QTensor) -> Tensor:
+    scale = q.scale_data
+    assert scale is not None
+    return encoding.decode_scale(scale) if scale.dtype == torch.uint8 else scale
+
+
+def padded_codes(codes: Tensor) -> Tensor:
+    """The codes with rows that start on 16 bytes, as tensor maps need them."""
+    if codes.stride(1) == 1 and codes.stride(0) % 16 == 0 and codes.data_ptr() % 16 == 0:
+        return codes
+    R, K = codes.shape
+    padded = codes.new_empty(R, -(-K // 16) * 16)
+    padded[:, :K] = codes
+    return padded[:, :K]
+
+
+def _scaled_gemm(
+    a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, column_scales: bool, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    (M, K), N = a.shape, b.shape[0]
+    if M == 0 or N == 0 or K == 0:
+        zeros = a.new_zeros((M, N), dtype=out_dtype)
+        return zeros if bias is None else zeros + bias
+    dtype = out_dtype if out_dtype in (torch.bfloat16, torch.float32) else torch.float32
+    step = 16 // dtype.itemsize
+    padded_N = -(-N // step) * step
+    c = torch.empty((M, padded_N), dtype=dtype, device=a.device)
+    if padded_N != N:
+        c = c[:, :N]
+    launch = _launch_function()
+    launch(padded_codes(a), scale_a, padded_codes(b), scale_b, column_scales, bias, c, choose_tile(M, N, a.device.index or 0))
+    if padded_N != N:
+        c = c.contiguous()
+    return c if dtype == out_dtype else c.to(out_dtype)
+
+
+@cache
+def _launch_function() -> Any:
+    from lowprec.gemm import hopper_launch
+
+    return hopper_launch.launch
+
+
+@torch.library.custom_op("lowprec::scaled_gemm", mutates_args=())
+def _scaled_gemm_op(
+    a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, column_scales: bool, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    return _scaled_gemm(a, scale_a, b, scale_b, column_scales, bias, out_dtype)
+
+
+@_scaled_gemm_op.register_fake
+def _(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, column_scales: bool, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """BLOCK_M x 128 results by two warp groups, each of `waves` times 64 rows."""
+
+    rows: int
+    waves: int
+
+
+LARGE, SMALL = Tile(256, 2), Tile(128, 1)
+_SMALL_COSTS = 1.08
+"""Time of two small tiles over that of a large one, measured (docs/experiments.md)."""
+
+
+@cache
+def choose_tile(M: int, N: int, device: int) -> Tile:
+    """The tile whose rounds over the processors take less time."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    rounds = {tile: -(-(-(-M // tile.rows) * -(-N // 128)) // processors) for tile in (LARGE, SMALL)}
+    return LARGE if 2 * rounds[LARGE] <= _SMALL_COSTS * rounds[SMALL] else SMALL

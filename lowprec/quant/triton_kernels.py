@@ -1,0 +1,204 @@
+"""Triton kernels that quantise, for any GPU that Triton knows, and for a CPU through its interpreter.
+
+They do the arithmetic of the reference (`formats/scaling.py`, `formats/rounding.py`) step for step, so the results have the same bits.
+Three things to keep in mind when reading them:
+
+* the largest magnitude is found among the bits, as integers: so NaN counts as larger than infinity and reaches the scale;
+* a product is never followed by an addition, which the compiler would contract to one rounding; a clamp lies between;
+* rounding is arithmetic, not the conversion instruction: it serves every format, and the interpreter's conversions are wrong where a
+  carry reaches the exponent.
+"""
+
+import triton
+import triton.language as tl
+
+E8M0, FP32, E4M3 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+"""Kinds of scales."""
+
+
+@triton.jit
+def _bits(x):
+    return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _float(bits):
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def scale_of(amax_bits, KIND: tl.constexpr, LARGEST: tl.constexpr, EMAX: tl.constexpr, CARRY: tl.constexpr):
+    """The scale of blocks by their largest magnitude's bits: `formats.scaling.scale_from_amax`."""
+    if KIND == 0:
+        biased = tl.minimum(tl.maximum(((amax_bits + CARRY) >> 23) - EMAX, 0), 254)
+        scale = _float(tl.maximum(biased << 23, 1 << 22))
+    else:
+        scale = tl.div_rn(_float(amax_bits), tl.full(amax_bits.shape, LARGEST, tl.float32))
+        scale = tl.where(scale < 1.1754943508222875e-38, 1.1754943508222875e-38, scale)
+    return tl.where(amax_bits >= 0x7F800000, float("nan"), scale)
+
+
+@triton.jit
+def reciprocal(scale):
+    return tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+
+
+@triton.jit
+def _mix(x):
+    """`formats.random.mix`, on uint32."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def uniform(key_ptr, rows, cols):
+    """`formats.random.uniform` of the elements at `rows` and `cols` (which broadcast)."""
+    low = tl.load(key_ptr).to(tl.uint32)
+    high = tl.load(key_ptr + 1).to(tl.uint32)
+    bits = _mix(_mix(rows.to(tl.uint32) + low) ^ _mix(_mix(cols.to(tl.uint32) + high) + 0x632BE5AB))
+    return (bits >> 8).to(tl.float32) * 5.9604644775390625e-08
+
+
+@triton.jit
+def round_to_element(v, noise, MANTISSA: tl.constexpr, MIN_NORMAL: tl.constexpr, LARGEST: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """`formats.rounding.round_to_format` for a saturating floating-point format. NaN becomes anything: its block's scale is NaN."""
+    v = tl.minimum(tl.maximum(v, -LARGEST), LARGEST)
+    power = tl.maximum(_float(_bits(v) & 0x7F800000), MIN_NORMAL)
+    if STOCHASTIC:
+        steps = tl.abs(v) * _float(0x7F000000 - _bits(power)) * (2.0**MANTISSA)
+        low = tl.floor(steps)
+        magnitude = (low + (noise < steps - low).to(tl.float32)) * (power * (2.0**-MANTISSA))
+    else:
+        magic = power * (1.5 * 2.0 ** (23 - MANTISSA))
+        magnitude = tl.abs((v + magic) - magic)
+    return _float(_bits(magnitude) | (_bits(v) & -0x80000000))
+
+
+@triton.jit
+def fake_quantize_blocks(
+    x_ptr, out_ptr, tensor_scales_ptr, key_ptr, R, C, x_stride, out_stride,
+    KIND: tl.constexpr, MANTISSA: tl.constexpr, MIN_NORMAL: tl.constexpr, LARGEST: tl.constexpr, EMAX: tl.constexpr, CARRY: tl.constexpr,
+    PRESCALE: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, ALONG_ROWS: tl.constexpr, EXACT: tl.constexpr,
+    TILE_R: tl.constexpr, TILE_C: tl.constexpr,
+):  # fmt: skip
+    """Quantise and dequantise a matrix [R, C] in blocks of BLOCK along a row (ALONG_ROWS) or down a column.
+
+    tensor_scales: (s_enc * RN(1 / LARGEST), s_dec) of two-level scales. EXACT: no tile reaches beyond the matrix.
+    """
+    tiles_c = tl.cdiv(C, TILE_C)
+    pid = tl.program_id(0)
+    rows = (pid // tiles_c) * TILE_R + tl.arange(0, TILE_R)
+    cols = (pid % tiles_c) * TILE_C + tl.arange(0, TILE_C)
+    offsets = rows[:, None].to(tl.int64) * x_stride + cols[None, :]
+    inside = (rows < R)[:, None] & (cols < C)[None, :]
+    if EXACT:
+        x = tl.load(x_ptr + offsets).to(tl.float32)
+    else:
+        x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    noise = x
+    if STOCHASTIC:
+        # The draws belong to places of the operand, whose rows are this memory's columns if its blocks go down them.
+        noise = uniform(key_ptr, rows[:, None], cols[None, :]) if ALONG_ROWS else uniform(key_ptr, cols[None, :], rows[:, None])
+    AXIS: tl.constexpr = 2 if ALONG_ROWS else 1
+    SHAPE: tl.constexpr = (TILE_R, TILE_C // BLOCK, BLOCK) if ALONG_ROWS else (TILE_R // BLOCK, BLOCK, TILE_C)
+    blocks = tl.reshape(x, SHAPE)
+    noise = tl.reshape(noise, SHAPE)
+    amax_bits = tl.max(_bits(blocks) & 0x7FFFFFFF, AXIS)
+    if KIND == 2:
+        per_unit = tl.load(tensor_scales_ptr)
+        s_dec = tl.load(tensor_scales_ptr + 1)
+        base = tl.minimum(_float(amax_bits) * per_unit, 3.4028234663852886e38)
+        scale = round_to_element(base, base, 3, 0.015625, 448.0, False)
+        factor = tl.minimum(reciprocal(scale * s_dec), 3.4028234663852886e38)
+    else:
+        s_dec = 1.0 / PRESCALE
+        scale = scale_of(amax_bits, KIND, LARGEST, EMAX, CARRY)
+        factor = reciprocal(scale) * PRESCALE
+    codes = round_to_element(blocks * tl.expand_dims(factor, AXIS), noise, MANTISSA, MIN_NORMAL, LARGEST, STOCHASTIC)
+    plain = codes * tl.expand_dims(scale, AXIS)
+    if KIND == 2 or PRESCALE != 1.0:
+        plain = plain * s_dec
+    out = tl.reshape(plain, (TILE_R, TILE_C)).to(out_ptr.dtype.element_ty)
+    offsets = rows[:, None].to(tl.int64) * out_stride + cols[None, :]
+    if EXACT:
+        tl.store(out_ptr + offsets, out)
+    else:
+        tl.store(out_ptr + offsets, out, mask=inside)
+
+
+@triton.jit
+def quantize_tiles(
+    x_ptr, y_ptr, x_stride, row_codes, row_stride, row_scales, row_scale_stride, col_codes, col_stride, col_scales, col_scale_stride, R, C,
+    INPUTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, KIND: tl.constexpr, MANTISSA: tl.constexpr, MIN_NORMAL: tl.constexpr,
+    LARGEST: tl.constexpr, EMAX: tl.constexpr, CARRY: tl.constexpr,
+):  # fmt: skip
+    """x [R, C] (INPUTS = 2: silu(x) * y) -> codes [R, row_stride] and, transposed, [C, col_stride]; zeros beyond x.
+
+    One program a 128 x 128 tile. ROWS, COLS: 0 none, 1 scales of 128 elements along the result's rows, 2 of the whole tile.
+    """
+    tiles_c = tl.cdiv(C, 128)
+    row_tile = tl.program_id(0) // tiles_c
+    col_tile = tl.program_id(0) % tiles_c
+    r = row_tile * 128 + tl.arange(0, 128)
+    c = col_tile * 128 + tl.arange(0, 128)
+    offsets = r[:, None].to(tl.int64) * x_stride + c[None, :]
+    inside = (r < R)[:, None] & (c < C)[None, :]
+    x = tl.load(x_ptr + offsets, mask=inside, other=0.0)
+    if INPUTS == 2:
+        y = tl.load(y_ptr + offsets, mask=inside, other=0.0)
+        gate = x.to(tl.float32)
+        x = (gate / (1.0 + tl.exp(-gate))).to(x.dtype) * y
+    x = x.to(tl.float32)
+    magnitudes = _bits(x) & 0x7FFFFFFF
+    if ROWS != 0:
+        amax = tl.max(magnitudes, 1)
+        if ROWS == 2:
+            amax = tl.max(amax, 0)[None] + tl.zeros((128,), tl.int32)
+        scale = scale_of(amax, KIND, LARGEST, EMAX, CARRY)
+        codes = round_to_element(x * reciprocal(scale)[:, None], x, MANTISSA, MIN_NORMAL, LARGEST, False)
+        codes = tl.where((scale != scale)[:, None], float("nan"), codes)
+        if ROWS == 2:
+            tl.store(row_scales + row_tile * row_scale_stride + col_tile + 0 * r, scale, mask=r == row_tile * 128)
+        else:
+            tl.store(row_scales + col_tile.to(tl.int64) * row_scale_stride + r, scale, mask=r < R)
+        to = row_codes + r[:, None].to(tl.int64) * row_stride + c[None, :]
+        tl.store(to, codes.to(row_codes.dtype.element_ty), mask=(r < R)[:, None] & (c < row_stride)[None, :])
+    if COLS != 0:
+        amax = tl.max(magnitudes, 0)
+        if COLS == 2:
+            amax = tl.max(amax, 0)[None] + tl.zeros((128,), tl.int32)
+        scale = scale_of(amax, KIND, LARGEST, EMAX, CARRY)
+        codes = round_to_element(x * reciprocal(scale)[None, :], x, MANTISSA, MIN_NORMAL, LARGEST, False)
+        codes = tl.where((scale != scale)[None, :], float("nan"), codes)
+        if COLS == 2:
+            tl.store(col_scales + col_tile * col_scale_stride + row_tile + 0 * c, scale, mask=c == col_tile * 128)
+        else:
+            tl.store(col_scales + row_tile.to(tl.int64) * col_scale_stride + c, scale, mask=c < C)
+        to = col_codes + c[:, None].to(tl.int64) * col_stride + r[None, :]
+        tl.store(to, tl.trans(codes).to(col_codes.dtype.element_ty), mask=(c < C)[:, None] & (r < col_stride)[None, :])
+
+
+@triton.jit
+def quantize_given(
+    x_ptr, x_stride, row_amax, row_step, row_codes, row_stride, col_amax, col_step, col_codes, col_stride, R, C,
+    ROWS: tl.constexpr, COLS: tl.constexpr, MANTISSA: tl.constexpr, MIN_NORMAL: tl.constexpr, LARGEST: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """x [R, C] -> codes [R, row_stride] by the amax of each row (row_step 1) or of all (0), and the same of the transpose."""
+    tiles_c = tl.cdiv(C, TILE)
+    r = (tl.program_id(0) // tiles_c) * TILE + tl.arange(0, TILE)
+    c = (tl.program_id(0) % tiles_c) * TILE + tl.arange(0, TILE)
+    inside = (r < R)[:, None] & (c < C)[None, :]
+    x = tl.load(x_ptr + r[:, None].to(tl.int64) * x_stride + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    if ROWS:
+        scale = scale_of(_bits(tl.load(row_amax + r * row_step, mask=r < R, other=0.0)), 1, LARGEST, 0, 0)
+        codes = round_to_element(x * reciprocal(scale)[:, None], x, MANTISSA, MIN_NORMAL, LARGEST, False)
+        codes = tl.where((scale != scale)[:, None], float("nan"), codes)
+        to = row_codes + r[:, None].to(tl.int64) * row_stride + c[None, :]
+        tl.store(to, codes.to(row_codes.dtype.element_ty), mask=(r < R)[:, None] & (c < row_stride)[None, :])
+    if COLS:
+        scale = scale_of(_bits(tl.load(col_amax + c * col_step, mask=c < C, other=0.0)), 1, LARGEST, 0, 0)
+        codes = round_to_element(x * reciprocal(scale)[None, :], x, MANTISSA, MIN_NORMAL, LARGEST, False)
+        codes = tl.where((scale != scale)[None, :], float("nan"), codes)
+        to = col_codes + c[:, None].to(tl.int64) * col_stride + r[None, :]
+        tl.store(to, tl.trans(codes).to(col_codes.dtype.element_ty), mask=(c < C)[:, None] & (r < col_stride)[None, :])

@@ -1,0 +1,263 @@
+"""Fused quantisers: what `quantize` and `fake_quantize` do, in one pass over memory, on a GPU.
+
+    quantize_both(x, directions(a, b))  x along its rows as `a` says and x^T along its rows as `b` says, both from one read
+    fake_quantize_fused(x, spec)        codes times scales, for emulation
+
+The results have the bits of the reference, in every mode: the same fp32 operations in the same order, each correctly rounded. Where the
+kernels can't, `directions` and `why_not_fake` say why, and the caller takes the reference.
+
+Two kernels do the first: one in Gluon for Hopper and later (`tile_kernels`), one in plain Triton for the rest (`triton_kernels`). They are
+torch library operators, so compiled code may call them; eager code calls the functions beneath, which is cheaper for the host.
+"""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowprec.formats import nvfp4
+from lowprec.formats.element import E4M3, E5M2
+from lowprec.formats.scaling import BlockScaling, e8m0_carry
+from lowprec.quant.qtensor import QTensor, is_transposed
+from lowprec.quant.spec import OperandSpec
+
+TILE = 128
+_KINDS = {"e8m0": 0, "fp32": 1, "e4m3": 2}
+_NONE, _TILE_SCALES, _BLOCK_SCALES = 0, 1, 2
+_BLOCKS = {(1, TILE): _TILE_SCALES, (TILE, TILE): _BLOCK_SCALES}
+
+
+class Directions(NamedTuple):
+    """What the kernels are told of the two operands that they make from one read. Made by `directions`."""
+
+    along_rows: OperandSpec | None
+    along_cols: OperandSpec | None
+    rows: int
+    cols: int
+    kind: int
+    e5m2: bool
+    carry: int
+
+    def only(self, rows: bool, cols: bool) -> "Directions":
+        """With only those operands that are wanted."""
+        return self._replace(
+            along_rows=self.along_rows if rows else None,
+            along_cols=self.along_cols if cols else None,
+            rows=self.rows if rows else _NONE,
+            cols=self.cols if cols else _NONE,
+        )
+
+
+@cache
+def directions(a: OperandSpec | None, b: OperandSpec | None) -> Directions | str:
+    """What it takes to quantise a matrix as `a` says and its transpose as `b` says (None: not at all) from one read; or why it can't be."""
+    specs = [spec for spec in (a, b) if spec is not None]
+    if reason := next(filter(None, map(_why_not_tiles, specs)), None):
+        return reason
+    scalings = [spec.scaling for spec in specs if spec.scaling is not None]
+    if len({(spec.element.name, scaling.scale_format, scaling.rule) for spec, scaling in zip(specs, scalings, strict=True)}) != 1:
+        return "the two directions differ in more than their blocks"
+    rows, cols = (_NONE if spec is None or spec.scaling is None else _BLOCKS[spec.scaling.block] for spec in (a, b))
+    scaling, fmt = scalings[0], specs[0].element
+    carry = e8m0_carry(fmt, scaling.rule) if scaling.scale_format == "e8m0" else 0
+    return Directions(a, b, rows, cols, _KINDS[scaling.scale_format], fmt == E5M2, carry)
+
+
+def _why_not_tiles(spec: OperandSpec) -> str | None:
+    scaling = spec.scaling
+    if spec.element not in (E4M3, E5M2) or spec.rounding != "nearest":
+        return f"{spec} is no fp8 rounded to nearest"
+    if (
+        scaling is None
+        or scaling.block not in _BLOCKS
+        or scaling.scale_format == "e4m3"
+        or scaling.rule == "quest"
+        or scaling.prescale != 1.0
+    ):
+        return f"{spec} has neither 1x128 nor 128x128 scales"
+    return None
+
+
+def takes(x_RC: Tensor) -> bool:
+    """Whether the kernels take such a matrix: on a GPU, floating-point, not empty."""
+    return x_RC.is_cuda and x_RC.dtype in (torch.bfloat16, torch.float32, torch.float16) and x_RC.numel() > 0
+
+
+def quantize_both(x_RC: Tensor, wanted: Directions, *, times_silu_of: Tensor | None = None) -> tuple[QTensor | None, QTensor | None]:
+    """(quantize(x, along_rows), quantize(x^T, along_cols)) from one read of x; None for a direction that is not wanted.
+
+    Args:
+        x_RC: fp32, bf16 or fp16 [R, C] on a GPU (`takes`).
+        times_silu_of: a matrix like x: quantise silu(it) * x instead, which is never written (SwiGLU).
+    """
+    if times_silu_of is None and is_transposed(x_RC):
+        a, b, rows, cols = wanted[:4]
+        back, forth = quantize_both(x_RC.t(), wanted._replace(along_rows=b, along_cols=a, rows=cols, cols=rows))
+        return forth, back
+    inputs = (x_RC, None) if times_silu_of is None else (times_silu_of, x_RC)
+    call = torch.ops.lowprec.quantize_tiles if torch.compiler.is_compiling() else _quantize_tiles
+    codes_r, scales_r, codes_c, scales_c = call(*inputs, *wanted[2:])
+    R, C = x_RC.shape
+    a, b = wanted.along_rows, wanted.along_cols
+    along_rows = None if a is None else _result(codes_r, scales_r, wanted.rows, a, R, C)
+    return along_rows, None if b is None else _result(codes_c, scales_c, wanted.cols, b, C, R)
+
+
+def _result(codes: Tensor, scales: Tensor, kind: int, spec: OperandSpec, R: int, K: int) -> QTensor:
+    """Codes [R, >= K] and scales as the kernels lay them out: 1x128 ones as [K / 128, >= R], so that a GEMM finds those of its next 128
+    elements side by side; 128x128 ones as [R / 128, >= K / 128]."""
+    kernel_scales = None
+    if kind == _TILE_SCALES:
+        kernel_scales = scales if scales.shape[1] == R else scales[:, :R]
+        scale = kernel_scales.t()
+    else:
+        blocks = -(-K // TILE)
+        scale = scales if scales.shape[1] == blocks else scales[:, :blocks]
+    data = codes if codes.shape[1] == K else codes[:, :K]
+    return QTensor(data=data, scale_data=scale, kernel_scales=kernel_scales, spec=spec, shape=torch.Size((R, K)))
+
+
+def _empty_results(x: Tensor, rows: int, cols: int, e5m2: bool) -> list[Tensor]:
+    """Codes and scales of both directions. Rows of codes are padded to 16 bytes and rows of scales too: what tensor maps ask for."""
+    R, C = x.shape
+    dtype = torch.float8_e5m2 if e5m2 else torch.float8_e4m3fn
+    results = []
+    for kind, r, k in ((rows, R, C), (cols, C, R)):
+        blocks = -(-k // TILE)
+        scales = (blocks, -(-r // 4) * 4) if kind == _TILE_SCALES else (-(-r // TILE), -(-blocks // 4) * 4) if kind else (0, 0)
+        results.append(torch.empty((r, -(-k // 16) * 16) if kind else (0, 0), dtype=dtype, device=x.device))
+        results.append(torch.empty(scales, dtype=torch.float32, device=x.device))
+    return results
+
+
+def _quantize_tiles(x: Tensor, y: Tensor | None, rows: int, cols: int, kind: int, e5m2: bool, carry: int) -> list[Tensor]:
+    """See `quantize_both`; with y: silu(x) * y."""
+    x, y = _unit_stride(x), None if y is None else _unit_stride(y)
+    results = _empty_results(x, rows, cols, e5m2)
+    fmt = E5M2 if e5m2 else E4M3
+    fits = x.element_size() * (1 if y is None else 2) <= 4  # two tiles of each input in shared memory, beside two of each result
+    if fits and _gluon_works(x.device.index or 0) and all(t is None or _has_tensor_map(t) for t in (x, y)):
+        _launch_function()(x, y, results, rows, cols, kind == 0, fmt.max, fmt.emax, carry)
+        return results
+    from lowprec.quant import triton_kernels as kernels
+
+    R, C = x.shape
+    same = x if y is None else y
+    codes_r, scales_r, codes_c, scales_c = results
+    kernel: Any = kernels.quantize_tiles  # whose constants a type checker can't know
+    kernel[(-(-R // TILE) * -(-C // TILE),)](
+        x, same, x.stride(0), codes_r, codes_r.stride(0), scales_r, scales_r.stride(0), codes_c, codes_c.stride(0), scales_c,
+        scales_c.stride(0), R, C, 1 if y is None else 2, rows, cols, kind, fmt.mantissa_bits, fmt.min_normal, fmt.max, fmt.emax, carry,
+    )  # fmt: skip
+    return results
+
+
+@cache
+def _launch_function() -> Any:
+    from lowprec.quant import tile_launch
+
+    return tile_launch.launch
+
+
+@torch.library.custom_op("lowprec::quantize_tiles", mutates_args=())
+def _quantize_tiles_op(x: Tensor, y: Tensor | None, rows: int, cols: int, kind: int, e5m2: bool, carry: int) -> list[Tensor]:
+    return _quantize_tiles(x, y, rows, cols, kind, e5m2, carry)
+
+
+@_quantize_tiles_op.register_fake
+def _(x: Tensor, y: Tensor | None, rows: int, cols: int, kind: int, e5m2: bool, carry: int) -> list[Tensor]:
+    return _empty_results(x, rows, cols, e5m2)
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _has_tensor_map(x: Tensor) -> bool:
+    """Whether the hardware's tensor loads can address it: 16-byte alignment of its start and its rows."""
+    return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 and x.dtype != torch.float16
+
+
+@cache
+def _gluon_works(device: int) -> bool:
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    try:
+        from lowprec.quant import tile_launch  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def why_not_fake(x_RK: Tensor, spec: OperandSpec) -> str | None:
+    """Why `fake_quantize_fused` can't; None if it can."""
+    scaling = spec.scaling
+    if not x_RK.is_cuda or x_RK.numel() == 0 or x_RK.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return "not a matrix on a GPU"
+    return _why_not_fake(spec) if scaling is not None else "no scaling"
+
+
+@cache
+def _why_not_fake(spec: OperandSpec) -> str | None:
+    scaling = spec.scaling
+    assert scaling is not None
+    block = scaling.block
+    if spec.element.is_integer or not spec.element.saturates or spec.rounding == "toward_zero":
+        return f"{spec.element.name} rounded {spec.rounding} has no kernel"
+    if block[0] != 1 or block[1] not in (16, 32, 64, 128):
+        return f"blocks of {block[0]}x{block[1]} have no kernel"
+    if scaling.rule == "quest" or scaling.four_over_six or scaling.history or not scaling.symmetric:
+        return f"{spec} has no kernel"
+    return None
+
+
+def fake_quantize_fused(x_RK: Tensor, spec: OperandSpec, *, key: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`fake_quantize(x, spec, key=key)` as a `dtype` tensor in x's memory order; `why_not_fake` is None.
+
+    `dtype`: bf16 holds the result exactly where the element has at most 8 significant bits and the scale is a power of two (MX).
+    """
+    along_rows = not is_transposed(x_RK)
+    x = x_RK if along_rows else x_RK.t()
+    assert spec.scaling is not None
+    tensor_scales = _tensor_scales(x, spec) if spec.scaling.scale_format == "e4m3" else None
+    call = torch.ops.lowprec.fake_quantize_blocks if torch.compiler.is_compiling() else _fake_quantize_blocks
+    out = call(x, tensor_scales, key if spec.stochastic else None, str(spec), along_rows, dtype)
+    return out if along_rows else out.t()
+
+
+def _tensor_scales(x: Tensor, spec: OperandSpec) -> Tensor:
+    """(s_enc * RN(1 / max), s_dec) of a two-level scale."""
+    assert spec.scaling is not None
+    amax = torch.linalg.vector_norm(x, torch.inf, dtype=torch.float32)
+    s_enc, s_dec = nvfp4.tensor_scales(amax, spec.element, spec.scaling)
+    return torch.stack((s_enc * torch.tensor(1.0 / spec.element.max, dtype=torch.float32, device=x.device), s_dec))
+
+
+_parse = cache(OperandSpec.parse)
+
+
+def _fake_quantize_blocks(
+    x: Tensor, tensor_scales: Tensor | None, key: Tensor | None, spec: str, along_rows: bool, dtype: torch.dtype
+) -> Tensor:
+    from lowprec.quant import triton_kernels as kernels
+
+    x, operand = _unit_stride(x), _parse(spec)
+    scaling: BlockScaling | None = operand.scaling
+    assert scaling is not None
+    fmt, block = operand.element, scaling.block[1]
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    R, C = x.shape
+    stride = x.stride(0)
+    tile_r, tile_c = (16, 256) if along_rows else (max(32, block), 4096 // max(32, block))
+    if along_rows and C % block == 0 and x.is_contiguous() and x.numel() % (tile_r * tile_c) == 0 and not operand.stochastic:
+        R, C, stride = x.numel() // tile_c, tile_c, tile_c  # whole blocks in a row: the matrix's shape makes no difference
+    carry = e8m0_carry(fmt, scaling.rule) if scaling.scale_format == "e8m0" else 0
+    any_pointer = out if tensor_scales is None else tensor_scales
+    kernel: Any = kernels.fake_quantize_blocks
+    kernel[(-(-R // tile_r) * -(-C // tile_c),)](
+        x, out, any_pointer, any_pointer if key is None else key, R, C, stride, C, _KINDS[scaling.scale_format], fmt.mantissa_bits,
+        fmt.min_normal, fmt.max, fmt.emax, carry, scaling.prescale, operand.stochastic, block, along_rows,
+        R % tile_r == 0 and C % tile_c == 0, tile_r, tile_c,
+    )  # fmt: skip
+    return out

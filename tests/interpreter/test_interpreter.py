@@ -1,0 +1,26 @@
+"""The plain Triton kernels on a CPU: `kernel_cases.py`, in a process whose Triton interprets.
+
+Triton decides between compiling and interpreting when it is first imported, so these tests need a process of their own. By hand:
+
+    TRITON_INTERPRET=1 python -m pytest tests/interpreter/kernel_cases.py
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CASES = Path(__file__).with_name("kernel_cases.py")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_the_kernels_by_the_interpreter():
+    command = [sys.executable, "-m", "pytest", str(CASES), "-q", "--tb=short", "-p", "no:cacheprovider"]
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, cwd=CASES.parents[2], env={**os.environ, "TRITON_INTERPRET": "1"}
+    )
+    if result.returncode != 0:
+        pytest.fail(f"{CASES.name}, interpreted:\n{result.stdout[-8000:]}{result.stderr[-2000:]}", pytrace=False)
