@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from lowprec.formats import encoding
-from lowprec.formats.element import E4M3, E5M2
 from lowprec.gemm.base import FP32_SUMS, Accumulation, GemmBackend, Operand, Support
 from lowprec.quant import OperandSpec, QTensor
 
@@ -16,12 +15,9 @@ TILE = 128
 _ACCUMULATOR_BITS = 14
 
 
-def block_scaled(spec: OperandSpec | None) -> tuple[int, int] | None:
-    """The block of an fp8 operand with fp32 or power-of-two scales of 1x128 or 128x128; None for any other."""
-    scaling = None if spec is None else spec.scaling
-    if spec is None or scaling is None or spec.element not in (E4M3, E5M2) or scaling.scale_format == "e4m3":
-        return None
-    return scaling.block if scaling.block in ((1, TILE), (TILE, TILE)) and scaling.prescale == 1.0 and scaling.symmetric else None
+def kind(spec: OperandSpec | None) -> str:
+    """The kind of an FP8 operand's scales (see OperandSpec); "" for any other operand."""
+    return "" if spec is None else spec.kind
 
 
 def why_not_sums(sums: Accumulation) -> str | None:
@@ -38,10 +34,10 @@ class HopperBackend(GemmBackend):
 
     def rank(self, a: OperandSpec | None, b: OperandSpec | None) -> int:
         """Before cuBLASLt (0) where both sides have a scale per row: 3 to 7% faster. After it elsewhere: 0 to 5% slower."""
-        return -1 if block_scaled(b) == (1, TILE) else 1
+        return -1 if kind(b) == "1x128" else 1
 
     def supports(self, a: OperandSpec | None, b: OperandSpec | None, device_type: str, sums: Accumulation = FP32_SUMS) -> Support:
-        if block_scaled(a) != (1, TILE) or block_scaled(b) is None:
+        if kind(a) != "1x128" or kind(b) not in ("1x128", "128x128"):
             return Support(ok=False, reason="takes fp8 with scales of 1x128 on the left, of 1x128 or 128x128 on the right")
         if reason := why_not_sums(sums) or why_not_hopper(device_type) or _why_no_gluon():
             return Support(ok=False, reason=reason)
@@ -52,10 +48,12 @@ class HopperBackend(GemmBackend):
     ) -> Tensor:
         assert isinstance(a_MK, QTensor)
         assert isinstance(b_NK, QTensor)
-        by_rows = block_scaled(b_NK.spec) == (1, TILE)
+        scale_a, scale_b = a_MK.scale_data, b_NK.scale_data
+        assert scale_a is not None
+        assert scale_b is not None
+        by_rows = b_NK.spec.kind == "1x128"
         call = torch.ops.lowprec.scaled_gemm if torch.compiler.is_compiling() else _scaled_gemm
-        scale_b = tile_scales(b_NK) if by_rows else block_scales(b_NK)
-        return call(a_MK.data, tile_scales(a_MK), b_NK.data, scale_b, by_rows, bias, out_dtype)
+        return call(a_MK.data, scale_a, b_NK.data, scale_b, by_rows, bias, out_dtype)
 
 
 def why_not_hopper(device_type: str) -> str | None:
@@ -76,11 +74,9 @@ def _why_no_gluon() -> str | None:
     return None
 
 
-def tile_scales(q: QTensor) -> Tensor:
-    """The 1x128 scales of q [M, K], fp32 in memory [K / 128, M], rows starting on 16 bytes."""
-    if q.kernel_scales is not None:
-        return q.kernel_scales
-    scale = _fp32(q).t()
+def tile_scales(scale_MK: Tensor) -> Tensor:
+    """1x128 scales [M, K / 128] as kernels read them: fp32 in memory [K / 128, M], rows starting on 16 bytes."""
+    scale = _fp32(scale_MK).t()
     if scale.stride(1) == 1 and scale.stride(0) % 4 == 0 and scale.data_ptr() % 16 == 0:
         return scale
     blocks, M = scale.shape
@@ -89,15 +85,13 @@ def tile_scales(q: QTensor) -> Tensor:
     return padded[:, :M]
 
 
-def block_scales(q: QTensor) -> Tensor:
-    """The 128x128 scales of q [N, K], fp32 [N / 128, K / 128] with contiguous rows."""
-    scale = _fp32(q)
+def block_scales(scale_NK: Tensor) -> Tensor:
+    """128x128 scales [N / 128, K / 128] as kernels read them: fp32 with contiguous rows."""
+    scale = _fp32(scale_NK)
     return scale if scale.stride(1) == 1 else scale.contiguous()
 
 
-def _fp32(q: QTensor) -> Tensor:
-    scale = q.scale_data
-    assert scale is not None
+def _fp32(scale: Tensor) -> Tensor:
     return encoding.decode_scale(scale) if scale.dtype == torch.uint8 else scale
 
 
@@ -114,6 +108,7 @@ def padded_codes(codes: Tensor) -> Tensor:
 def _scaled_gemm(
     a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, column_scales: bool, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
+    """Codes [M, K] and [N, K] with scales as QTensors hold them; `column_scales`: those of b are 1x128 too."""
     (M, K), N = a.shape, b.shape[0]
     if M == 0 or N == 0 or K == 0:
         zeros = a.new_zeros((M, N), dtype=out_dtype)
@@ -124,6 +119,7 @@ def _scaled_gemm(
     c = torch.empty((M, padded_N), dtype=dtype, device=a.device)
     if padded_N != N:
         c = c[:, :N]
+    scale_a, scale_b = tile_scales(scale_a), tile_scales(scale_b) if column_scales else block_scales(scale_b)
     launch = _launch_function()
     launch(padded_codes(a), scale_a, padded_codes(b), scale_b, column_scales, bias, c, choose_tile(M, N, a.device.index or 0))
     if padded_N != N:

@@ -8,20 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowprec.formats.element import E4M3, E5M2
-from lowprec.formats.scaling import ALL
+from lowprec.formats.element import E5M2
 from lowprec.gemm.base import FP32_SUMS, Accumulation, GemmBackend, Operand, Support
-from lowprec.gemm.hopper import TILE, block_scaled, block_scales, padded_codes, tile_scales, why_not_sums
+from lowprec.gemm.hopper import TILE, block_scales, kind, padded_codes, tile_scales, why_not_sums
 from lowprec.quant import OperandSpec, QTensor
-
-_WHOLE = {(ALL, ALL): "tensor", (1, ALL): "row"}
 
 
 class ScaledMMBackend(GemmBackend):
     name = "scaled_mm"
 
     def supports(self, a: OperandSpec | None, b: OperandSpec | None, device_type: str, sums: Accumulation = FP32_SUMS) -> Support:
-        kinds = (_kind(a), _kind(b))
+        kinds = (kind(a), kind(b))
         blocks = kinds in (("1x128", "1x128"), ("1x128", "128x128"))
         if not blocks and kinds not in (("tensor", "tensor"), ("row", "row")):
             return Support(ok=False, reason="takes fp8 with scales per tensor, per row, of 1x128, or of 1x128 by 128x128")
@@ -34,38 +31,50 @@ class ScaledMMBackend(GemmBackend):
     def mm(self, a_MK: Operand, b_NK: Operand, out_dtype: torch.dtype, sums: Accumulation = FP32_SUMS) -> Tensor:
         assert isinstance(a_MK, QTensor)
         assert isinstance(b_NK, QTensor)
-        (M, K), N = a_MK.shape, b_NK.shape[0]
-        if M == 0 or N == 0 or K == 0:
-            return a_MK.data.new_zeros((M, N), dtype=out_dtype)
-        a, b = _full_width(_full_height(a_MK.data, 4)), _full_width(_full_height(b_NK.data, 16))
-        kind = _kind(a_MK.spec)
-        if kind in ("tensor", "row"):
-            scale_a, scale_b = _whole_scale(a_MK), _whole_scale(b_NK).t()
-            if kind == "row":
-                scale_a = F.pad(scale_a, (0, 0, 0, a.shape[0] - M), value=1.0)
-                scale_b = F.pad(scale_b, (0, b.shape[0] - N), value=1.0)
-            # Per-row scales want bf16 results
-            dtype = torch.bfloat16 if kind == "row" else out_dtype
-            c = torch._scaled_mm(a, b.t(), scale_a, scale_b, out_dtype=dtype, use_fast_accum=sums.bits is not None)
+        scale_a, scale_b = a_MK.scale_data, b_NK.scale_data
+        assert scale_a is not None
+        assert scale_b is not None
+        fast = sums.bits is not None and sums.promote_every is None
+        # An operator of ours, because torch.compile traces neither torch's for blocks nor the padding
+        call = torch.ops.lowprec.cublaslt if torch.compiler.is_compiling() else _multiply
+        return call(a_MK.data, scale_a, b_NK.data, scale_b, b_NK.spec.kind, fast, out_dtype)
+
+
+def _multiply(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, b_kind: str, fast: bool, out_dtype: torch.dtype) -> Tensor:
+    """Codes [M, K] and [N, K] with scales as QTensors hold them; `b_kind` is b's, and `fast` leaves sums in the matrix unit's 14 bits."""
+    (M, K), N = a.shape, b.shape[0]
+    if M == 0 or N == 0 or K == 0:
+        return a.new_zeros((M, N), dtype=out_dtype)
+    a, b = _full_width(_full_height(a, 4)), _full_width(_full_height(b, 16))
+    if b_kind in ("tensor", "row"):
+        scale_a, scale_b = scale_a.contiguous(), scale_b.contiguous().t()
+        if b_kind == "row":
+            scale_a = F.pad(scale_a, (0, 0, 0, a.shape[0] - M), value=1.0)
+            scale_b = F.pad(scale_b, (0, b.shape[0] - N), value=1.0)
+        dtype = torch.bfloat16 if b_kind == "row" else out_dtype  # per-row scales want bf16 results
+        c = torch._scaled_mm(a, b.t(), scale_a, scale_b, out_dtype=dtype, use_fast_accum=fast)
+    else:
+        kinds = F.ScalingType
+        scale_a = _spread(tile_scales(scale_a), a.shape[0])
+        if b_kind == "1x128":
+            kind_b, scale_b = kinds.BlockWise1x128, _spread(tile_scales(scale_b), b.shape[0])
         else:
-            kinds = F.ScalingType
-            scale_a = _spread(tile_scales(a_MK), a.shape[0])
-            if _kind(b_NK.spec) == "1x128":
-                recipe_b, scale_b = kinds.BlockWise1x128, _spread(tile_scales(b_NK), b.shape[0])
-            else:
-                recipe_b, scale_b = kinds.BlockWise128x128, _padded_blocks(block_scales(b_NK))
-            dtype = out_dtype if out_dtype in (torch.bfloat16, torch.float32) else torch.float32
-            c = F.scaled_mm(a, b.t(), scale_a.t(), kinds.BlockWise1x128, scale_b.t(), recipe_b, output_dtype=dtype)
-        return c[:M, :N].contiguous().to(out_dtype)
+            kind_b, scale_b = kinds.BlockWise128x128, _padded_blocks(block_scales(scale_b))
+        dtype = out_dtype if out_dtype in (torch.bfloat16, torch.float32) else torch.float32
+        c = F.scaled_mm(a, b.t(), scale_a.t(), kinds.BlockWise1x128, scale_b.t(), kind_b, output_dtype=dtype)
+    if c.shape != (M, N):
+        c = c[:M, :N].contiguous()
+    return c if c.dtype == out_dtype else c.to(out_dtype)
 
 
-def _kind(spec: OperandSpec | None) -> str | None:
-    scaling = None if spec is None else spec.scaling
-    if spec is None or scaling is None or spec.element not in (E4M3, E5M2) or not scaling.symmetric:
-        return None
-    if (block := block_scaled(spec)) is not None:
-        return f"{block[0]}x{block[1]}"
-    return _WHOLE.get(scaling.block) if scaling.scale_format == "fp32" else None
+@torch.library.custom_op("lowprec::cublaslt", mutates_args=())
+def _multiply_op(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, b_kind: str, fast: bool, out_dtype: torch.dtype) -> Tensor:
+    return _multiply(a, scale_a, b, scale_b, b_kind, fast, out_dtype)
+
+
+@_multiply_op.register_fake
+def _(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, b_kind: str, fast: bool, out_dtype: torch.dtype) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
 
 
 def _why_not_whole_sums(sums: Accumulation) -> str | None:
@@ -85,11 +94,6 @@ def _why_not_here(device_type: str, blocks: bool) -> str | None:
     if capability < (8, 9):
         return f"needs a GPU with FP8, this one has compute capability {capability[0]}.{capability[1]}"
     return None if not blocks or hasattr(F, "scaled_mm") else "needs torch.nn.functional.scaled_mm"
-
-
-def _whole_scale(q: QTensor) -> Tensor:
-    assert q.scale_data is not None
-    return q.scale_data.contiguous()
 
 
 def _full_width(codes: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowprec.gemm.base import FP32_SUMS, Accumulation, GemmBackend, Operand, Support
-from lowprec.gemm.hopper import TILE, block_scaled, block_scales, tile_scales
+from lowprec.gemm.hopper import TILE, kind
 from lowprec.quant import OperandSpec, QTensor
 
 _INTERVALS = (32, 64, 128)
@@ -21,7 +21,7 @@ class TritonBackend(GemmBackend):
     name = "triton"
 
     def supports(self, a: OperandSpec | None, b: OperandSpec | None, device_type: str, sums: Accumulation = FP32_SUMS) -> Support:
-        if block_scaled(a) != (1, TILE) or block_scaled(b) is None:
+        if kind(a) != "1x128" or kind(b) not in ("1x128", "128x128"):
             return Support(ok=False, reason="takes fp8 with scales of 1x128 on the left, of 1x128 or 128x128 on the right")
         assert a is not None
         assert b is not None
@@ -38,11 +38,13 @@ class TritonBackend(GemmBackend):
     def mm(self, a_MK: Operand, b_NK: Operand, out_dtype: torch.dtype, sums: Accumulation = FP32_SUMS) -> Tensor:
         assert isinstance(a_MK, QTensor)
         assert isinstance(b_NK, QTensor)
+        scale_a, scale_b = a_MK.scale, b_NK.scale
+        assert scale_a is not None
+        assert scale_b is not None
         call = torch.ops.lowprec.block_scaled_mm if torch.compiler.is_compiling() else block_scaled_mm
-        by_rows = block_scaled(b_NK.spec) == (1, TILE)
-        scale_b = tile_scales(b_NK).t() if by_rows else block_scales(b_NK)
+        by_rows = b_NK.spec.kind == "1x128"
         interval = sums.promote_every or TILE
-        return call(a_MK.data, tile_scales(a_MK).t(), b_NK.data, scale_b, 1 if by_rows else TILE, interval, out_dtype)
+        return call(a_MK.data, scale_a, b_NK.data, scale_b, 1 if by_rows else TILE, interval, out_dtype)
 
 
 @cache

@@ -37,6 +37,10 @@ _PAIRS = {"x": (("fprop", "a"), ("wgrad", "b")), "w": (("fprop", "b"), ("dgrad",
 """What is quantised as it is and transposed: (gemm, side) of both."""
 
 
+KEEPS_CODES = ("cuda",)
+"""Where codes outlive a call (`codes.py`)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LinearGemms:
     """A recipe with the backend of each of its GEMMs on one type of device."""
@@ -253,7 +257,8 @@ class LowPrecisionLinear(nn.Linear):
             self.gemms[device_type] = LinearGemms.on(device_type, self.recipe, self.backend)
         x_MK = x.reshape(-1, self.in_features)
         gemms, grad_enabled = self.gemms[device_type], torch.is_grad_enabled()
-        made_x, made_w = self._made(x, x_MK, gemms) if device_type == "cuda" and not torch.compiler.is_compiling() else (_NOTHING, _NOTHING)
+        keeps = device_type in KEEPS_CODES and not torch.compiler.is_compiling()
+        made_x, made_w = self._made(x, x_MK, gemms) if keeps else (_NOTHING, _NOTHING)
         y_MN = LinearFunction.apply(x_MK, self.weight, self.bias, gemms, grad_enabled, made_x, made_w, *self._state())
         return y_MN.view(*x.shape[:-1], self.out_features)
 

@@ -27,8 +27,7 @@ class QTensor:
         * `zero_point` has the shape of `scale_data` and integral values in the element's range, int8 or fp32; None if the scaling is
           symmetric;
         * `tensor_scale` is an fp32 scalar that multiplies every block's scale (NVFP4's, or 1 / prescale); None if there is none;
-        * `saturated` is bool [R, K], true where rounding left the element's range; None unless it was asked for;
-        * `kernel_scales`, if a kernel made the matrix, is the same memory as `scale_data` in the shape in which kernels read it.
+        * `saturated` is bool [R, K], true where rounding left the element's range; None unless it was asked for.
     """
 
     data: Tensor
@@ -36,7 +35,6 @@ class QTensor:
     zero_point: Tensor | None = None
     tensor_scale: Tensor | None = None
     saturated: Tensor | None = None
-    kernel_scales: Tensor | None = None
     spec: OperandSpec
     shape: torch.Size
 

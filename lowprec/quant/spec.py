@@ -9,11 +9,11 @@ e5m2[tensor fp32 delayed:1024]
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lowprec.errors import UserError, nearest
-from lowprec.formats.element import E2M1, FORMATS, ElementFormat
+from lowprec.formats.element import E2M1, E4M3, E5M2, FORMATS, ElementFormat
 from lowprec.formats.rounding import ROUNDINGS, Rounding
 from lowprec.formats.scaling import ALL, RULES, BlockScaling
 
@@ -26,8 +26,11 @@ class OperandSpec:
     scaling: BlockScaling | None = None
     """None: the elements are cast as they are (bf16, fp16, fp32)."""
     rounding: Rounding = "nearest"
+    kind: str = field(init=False, repr=False, compare=False)
+    """How FP8 kernels know the scaling: 1x128, 128x128, tensor, row; "" if they know none like it."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", _kind(self.element, self.scaling))
         element, scaling = self.element, self.scaling
         if self.rounding not in ROUNDINGS:
             raise ValueError(f"unknown rounding '{self.rounding}'{nearest(self.rounding, ROUNDINGS)}")
@@ -70,6 +73,13 @@ class OperandSpec:
             return cls(element=FORMATS[name], scaling=scaling, rounding=roundings[0] if roundings else "nearest")
         except ValueError as error:
             raise UserError(f"'{text}': {error}") from None
+
+
+def _kind(element: ElementFormat, scaling: BlockScaling | None) -> str:
+    if scaling is None or element not in (E4M3, E5M2) or scaling.scale_format == "e4m3" or scaling.prescale != 1.0:
+        return ""
+    kind = {(1, 128): "1x128", (128, 128): "128x128", (ALL, ALL): "tensor", (1, ALL): "row"}.get(scaling.block, "")
+    return kind if scaling.scale_format == "fp32" or kind in ("1x128", "128x128") else ""
 
 
 def _parse_scaling(words: list[str]) -> BlockScaling:

@@ -24,8 +24,9 @@ from lowprec.quant.spec import OperandSpec
 
 TILE = 128
 _KINDS = {"e8m0": 0, "fp32": 1, "e4m3": 2}
-_NONE, _TILE_SCALES, _BLOCK_SCALES = 0, 1, 2
-_BLOCKS = {(1, TILE): _TILE_SCALES, (TILE, TILE): _BLOCK_SCALES}
+_NUMBERS = {"": 0, "1x128": 1, "128x128": 2}
+"""How the kernels know a direction's kind of scales; "": it is not wanted. They are strings elsewhere, because torch.compile makes
+variables of the integers that it finds in objects."""
 
 
 class Directions(NamedTuple):
@@ -33,19 +34,19 @@ class Directions(NamedTuple):
 
     along_rows: OperandSpec | None
     along_cols: OperandSpec | None
-    rows: int
-    cols: int
-    kind: int
+    rows: str
+    cols: str
+    scale: str
+    """fp32, or e8m0: and the rule."""
     e5m2: bool
-    carry: int
 
     def only(self, rows: bool, cols: bool) -> "Directions":
         """With only those operands that are wanted."""
         return self._replace(
             along_rows=self.along_rows if rows else None,
             along_cols=self.along_cols if cols else None,
-            rows=self.rows if rows else _NONE,
-            cols=self.cols if cols else _NONE,
+            rows=self.rows if rows else "",
+            cols=self.cols if cols else "",
         )
 
 
@@ -58,23 +59,17 @@ def directions(a: OperandSpec | None, b: OperandSpec | None) -> Directions | str
     scalings = [spec.scaling for spec in specs if spec.scaling is not None]
     if len({(spec.element.name, scaling.scale_format, scaling.rule) for spec, scaling in zip(specs, scalings, strict=True)}) != 1:
         return "the two directions differ in more than their blocks"
-    rows, cols = (_NONE if spec is None or spec.scaling is None else _BLOCKS[spec.scaling.block] for spec in (a, b))
-    scaling, fmt = scalings[0], specs[0].element
-    carry = e8m0_carry(fmt, scaling.rule) if scaling.scale_format == "e8m0" else 0
-    return Directions(a, b, rows, cols, _KINDS[scaling.scale_format], fmt == E5M2, carry)
+    rows, cols = ("" if spec is None else spec.kind for spec in (a, b))
+    scaling = scalings[0]
+    scale = f"e8m0:{scaling.rule}" if scaling.scale_format == "e8m0" else "fp32"
+    return Directions(a, b, rows, cols, scale, specs[0].element == E5M2)
 
 
 def _why_not_tiles(spec: OperandSpec) -> str | None:
     scaling = spec.scaling
     if spec.element not in (E4M3, E5M2) or spec.rounding != "nearest":
         return f"{spec} is no fp8 rounded to nearest"
-    if (
-        scaling is None
-        or scaling.block not in _BLOCKS
-        or scaling.scale_format == "e4m3"
-        or scaling.rule == "quest"
-        or scaling.prescale != 1.0
-    ):
+    if scaling is None or spec.kind not in ("1x128", "128x128") or scaling.rule == "quest":
         return f"{spec} has neither 1x128 nor 128x128 scales"
     return None
 
@@ -104,41 +99,40 @@ def quantize_both(x_RC: Tensor, wanted: Directions, *, times_silu_of: Tensor | N
     return along_rows, None if b is None else _result(codes_c, scales_c, wanted.cols, b, C, R)
 
 
-def _result(codes: Tensor, scales: Tensor, kind: int, spec: OperandSpec, R: int, K: int) -> QTensor:
+def _result(codes: Tensor, scales: Tensor, kind: str, spec: OperandSpec, R: int, K: int) -> QTensor:
     """Codes [R, >= K] and scales as the kernels lay them out: 1x128 ones as [K / 128, >= R], so that a GEMM finds those of its next 128
     elements side by side; 128x128 ones as [R / 128, >= K / 128]."""
-    kernel_scales = None
-    if kind == _TILE_SCALES:
-        kernel_scales = scales if scales.shape[1] == R else scales[:, :R]
-        scale = kernel_scales.t()
+    if kind == "1x128":
+        scale = (scales if scales.shape[1] == R else scales[:, :R]).t()
     else:
         blocks = -(-K // TILE)
         scale = scales if scales.shape[1] == blocks else scales[:, :blocks]
     data = codes if codes.shape[1] == K else codes[:, :K]
-    return QTensor(data=data, scale_data=scale, kernel_scales=kernel_scales, spec=spec, shape=torch.Size((R, K)))
+    return QTensor(data=data, scale_data=scale, spec=spec, shape=torch.Size((R, K)))
 
 
-def _empty_results(x: Tensor, rows: int, cols: int, e5m2: bool) -> list[Tensor]:
+def _empty_results(x: Tensor, rows: str, cols: str, e5m2: bool) -> list[Tensor]:
     """Codes and scales of both directions. Rows of codes are padded to 16 bytes and rows of scales too: what tensor maps ask for."""
     R, C = x.shape
     dtype = torch.float8_e5m2 if e5m2 else torch.float8_e4m3fn
     results = []
     for kind, r, k in ((rows, R, C), (cols, C, R)):
         blocks = -(-k // TILE)
-        scales = (blocks, -(-r // 4) * 4) if kind == _TILE_SCALES else (-(-r // TILE), -(-blocks // 4) * 4) if kind else (0, 0)
+        scales = (blocks, -(-r // 4) * 4) if kind == "1x128" else (-(-r // TILE), -(-blocks // 4) * 4) if kind else (0, 0)
         results.append(torch.empty((r, -(-k // 16) * 16) if kind else (0, 0), dtype=dtype, device=x.device))
         results.append(torch.empty(scales, dtype=torch.float32, device=x.device))
     return results
 
 
-def _quantize_tiles(x: Tensor, y: Tensor | None, rows: int, cols: int, kind: int, e5m2: bool, carry: int) -> list[Tensor]:
+def _quantize_tiles(x: Tensor, y: Tensor | None, rows: str, cols: str, scale: str, e5m2: bool) -> list[Tensor]:
     """See `quantize_both`; with y: silu(x) * y."""
     x, y = _unit_stride(x), None if y is None else _unit_stride(y)
     results = _empty_results(x, rows, cols, e5m2)
-    fmt = E5M2 if e5m2 else E4M3
+    fmt, e8m0 = E5M2 if e5m2 else E4M3, scale != "fp32"
+    carry = e8m0_carry(fmt, scale.removeprefix("e8m0:")) if e8m0 else 0
     fits = x.element_size() * (1 if y is None else 2) <= 4  # two tiles of each input in shared memory, beside two of each result
     if fits and _gluon_works(x.device.index or 0) and all(t is None or _has_tensor_map(t) for t in (x, y)):
-        _launch_function()(x, y, results, rows, cols, kind == 0, fmt.max, fmt.emax, carry)
+        _launch_function()(x, y, results, _NUMBERS[rows], _NUMBERS[cols], e8m0, fmt.max, fmt.emax, carry)
         return results
     from lowprec.quant import triton_kernels as kernels
 
@@ -148,7 +142,8 @@ def _quantize_tiles(x: Tensor, y: Tensor | None, rows: int, cols: int, kind: int
     kernel: Any = kernels.quantize_tiles  # whose constants a type checker can't know
     kernel[(-(-R // TILE) * -(-C // TILE),)](
         x, same, x.stride(0), codes_r, codes_r.stride(0), scales_r, scales_r.stride(0), codes_c, codes_c.stride(0), scales_c,
-        scales_c.stride(0), R, C, 1 if y is None else 2, rows, cols, kind, fmt.mantissa_bits, fmt.min_normal, fmt.max, fmt.emax, carry,
+        scales_c.stride(0), R, C, 1 if y is None else 2, _NUMBERS[rows], _NUMBERS[cols], 0 if e8m0 else 1, fmt.mantissa_bits,
+        fmt.min_normal, fmt.max, fmt.emax, carry,
     )  # fmt: skip
     return results
 
@@ -161,12 +156,12 @@ def _launch_function() -> Any:
 
 
 @torch.library.custom_op("lowprec::quantize_tiles", mutates_args=())
-def _quantize_tiles_op(x: Tensor, y: Tensor | None, rows: int, cols: int, kind: int, e5m2: bool, carry: int) -> list[Tensor]:
-    return _quantize_tiles(x, y, rows, cols, kind, e5m2, carry)
+def _quantize_tiles_op(x: Tensor, y: Tensor | None, rows: str, cols: str, scale: str, e5m2: bool) -> list[Tensor]:
+    return _quantize_tiles(x, y, rows, cols, scale, e5m2)
 
 
 @_quantize_tiles_op.register_fake
-def _(x: Tensor, y: Tensor | None, rows: int, cols: int, kind: int, e5m2: bool, carry: int) -> list[Tensor]:
+def _(x: Tensor, y: Tensor | None, rows: str, cols: str, scale: str, e5m2: bool) -> list[Tensor]:
     return _empty_results(x, rows, cols, e5m2)
 
 

@@ -12,20 +12,15 @@ import torch
 from torch import Tensor
 
 from lowprec.formats.element import E4M3, E5M2
-from lowprec.formats.scaling import ALL, scale_from_amax
+from lowprec.formats.scaling import scale_from_amax
 from lowprec.quant.delayed import delayed_amax
 from lowprec.quant.qtensor import QTensor, is_transposed
 from lowprec.quant.spec import OperandSpec
 
-_TENSOR, _ROW = (ALL, ALL), (1, ALL)
-
 
 def is_whole(spec: OperandSpec | None) -> bool:
     """Whether an operand is fp8 with a scale per tensor or per row."""
-    scaling = None if spec is None else spec.scaling
-    if spec is None or scaling is None or spec.element not in (E4M3, E5M2) or spec.rounding != "nearest":
-        return False
-    return scaling.block in (_TENSOR, _ROW) and scaling.scale_format == "fp32" and scaling.symmetric
+    return spec is not None and spec.kind in ("tensor", "row") and spec.rounding == "nearest"
 
 
 def quantize_whole(
@@ -53,7 +48,7 @@ def _amaxes(x: Tensor, a: OperandSpec | None, b: OperandSpec | None) -> tuple[Te
     for spec, axis in ((a, 1), (b, 0)):
         if spec is None or spec.scaling is None:
             found.append(None)
-        elif spec.scaling.block == _TENSOR:
+        elif spec.kind == "tensor":
             if whole is None:
                 whole = torch.linalg.vector_norm(x, torch.inf, dtype=torch.float32).reshape(1)
             found.append(whole)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import lowprec
 from lowprec.gemm import BACKENDS, FP32_SUMS, Accumulation
-from lowprec.gemm.hopper import LARGE, SMALL, _scaled_gemm, block_scales, tile_scales
+from lowprec.gemm.hopper import LARGE, SMALL, _scaled_gemm
 from lowprec.nn import LowPrecisionLinear, codes
 from lowprec.quant import OperandSpec, QTensor, fake_quantize, quantize
 from lowprec.quant import triton_quantize as fused
@@ -182,9 +182,8 @@ def test_both_tiles_with_bias(tile, b_block: bool, monkeypatch):
     monkeypatch.setattr("lowprec.gemm.hopper.choose_tile", lambda *_: tile)
     a, b = operands(700, 264, 640, "e4m3[1x128 fp32]", b_block, True)
     bias = torch.randn(264, device="cuda", dtype=torch.bfloat16)
-    scale_b = block_scales(b) if b_block else tile_scales(b)
     exact = BACKENDS["reference"].mm(a, b, torch.float32) + bias.float()
-    ours = _scaled_gemm(a.data, tile_scales(a), b.data, scale_b, not b_block, bias, torch.float32)
+    ours = _scaled_gemm(a.data, a.scale_data, b.data, b.scale_data, not b_block, bias, torch.float32)
     assert (ours - exact).norm() < 8e-4 * exact.norm()
 
 

@@ -11,10 +11,9 @@ from lowprec.recipe.rules import Rule, check_rules
 
 def test_names_and_their_recipes():
     assert library.names() == [
-        "fp32", "bf16", "fp16", "fp8_tensorwise", "fp8_delayed", "fp8_rowwise", "fp8_rowwise_wgrad_hp",
-        "fp8_blockwise",
-        "fp8_blockwise_ue8m0", "fp8_blockwise_wgrad2d", "mxfp8", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4", "mxfp4_aws", "mxfp4_quartet", "nvfp4", "nvfp4_4over6", "int8",
-        "qat_int8dyn_int4",
+        "fp32", "bf16", "fp16", "fp8_tensorwise", "fp8_delayed", "fp8_rowwise", "fp8_rowwise_wgrad_hp", "fp8_blockwise",
+        "fp8_blockwise_ue8m0", "fp8_blockwise_wgrad2d", "mxfp8", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4", "mxfp4_aws", "mxfp4_quartet", "nvfp4",
+        "nvfp4_4over6", "int8", "qat_int8dyn_int4",
     ]  # fmt: skip
     for name in library.names():
         recipe = library.get(name)
