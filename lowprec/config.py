@@ -6,6 +6,7 @@ precision:
     - {modules: 'lm_head', recipe: bf16}      # the first rule that matches a module's whole name decides
     - {modules: '.*\\.down_proj', recipe: none}
   backend: auto
+  skip_slow: true
   strict: false
 """
 
@@ -47,6 +48,9 @@ class PrecisionConfig(StrictConfig):
     a rule names it; embeddings and norms always do."""
     backend: str = "auto"
     """The GEMM backend of every layer: `auto` takes the fastest that supports each product."""
+    skip_slow: bool = True
+    """Leave a layer in high precision where native FP8 would be slower than bf16 (`payoff`), if `auto` chose its backend and no rule
+    names it."""
     strict: bool = False
     """Fail instead of emulating a format, or of leaving alone a layer that was meant to be converted."""
 

@@ -22,6 +22,7 @@ from lowprec.config import PrecisionConfig, parse_precision
 from lowprec.errors import UserError
 from lowprec.gemm import select
 from lowprec.nn import LowPrecisionLinear
+from lowprec.payoff import TOKENS, payoff
 from lowprec.plan import GemmPlan, LayerPlan, Plan
 from lowprec.recipe import GEMMS, Recipe
 from lowprec.recipe.rules import check_rules
@@ -30,7 +31,9 @@ _HEADS = ("lm_head", "embed_out", "output_projection", "score", "classifier")
 """Last parts of the names by which models call their output layer, for those that have no `get_output_embeddings`."""
 
 
-def convert(model: nn.Module, precision: Any, *, device: str | torch.device | None = None) -> Plan:
+def convert(
+    model: nn.Module, precision: Any, *, device: str | torch.device | None = None, tokens: int | None = None, compiled: bool = False
+) -> Plan:
     """Convert the linear layers of `model` in place.
 
     Converting a converted model gives it the new precision; what the new one leaves alone is turned back.
@@ -38,14 +41,16 @@ def convert(model: nn.Module, precision: Any, *, device: str | torch.device | No
     Args:
         precision: a recipe name, a mapping, a YAML path, a Recipe or a PrecisionConfig (see `lowprec.config`).
         device: the device that will train it, if that is not where the parameters are now.
+        tokens: of a forward pass on one device, if known: batch size times sequence length. It decides where FP8 pays (`lowprec.payoff`).
+        compiled: whether the blocks are compiled: then the host's time does not count in that.
     Returns:
         The Plan: every linear layer, its recipe and backend, and the reason where it was left alone.
     Raises:
         UserError: the precision is wrong, a rule matches nothing, or `strict` forbids what would happen. The model is untouched then.
     """
     config = parse_precision(precision)
-    plan = make_plan(model, config, device=device)
-    for number, (name, decision) in enumerate(_decisions(model, config).items()):
+    plan = make_plan(model, config, device=device, tokens=tokens, compiled=compiled)
+    for number, (name, decision) in enumerate(_decisions(model, config, plan.device, tokens, compiled).items()):
         module = model.get_submodule(name)
         if decision.recipe is not None:
             assert isinstance(module, nn.Linear)
@@ -63,13 +68,15 @@ def revert(model: nn.Module) -> int:
     return len(layers)
 
 
-def make_plan(model: nn.Module, precision: Any, *, device: str | torch.device | None = None) -> Plan:
+def make_plan(
+    model: nn.Module, precision: Any, *, device: str | torch.device | None = None, tokens: int | None = None, compiled: bool = False
+) -> Plan:
     """What `convert` would do, without doing it. The model may be on the meta device. Errors are `convert`'s."""
     config = parse_precision(precision)
     device_type = _device_type(model, device)
     layers = tuple(
         _plan_layer(name, model.get_submodule(name), decision, config.backend, device_type)
-        for name, decision in _decisions(model, config).items()
+        for name, decision in _decisions(model, config, device_type, tokens, compiled).items()
     )
     plan = Plan(device=device_type, layers=layers)
     if config.strict:
@@ -87,7 +94,7 @@ class _Decision:
     blocked: bool = False
 
 
-def _decisions(model: nn.Module, config: PrecisionConfig) -> dict[str, _Decision]:
+def _decisions(model: nn.Module, config: PrecisionConfig, device_type: str, tokens: int | None, compiled: bool) -> dict[str, _Decision]:
     """By the full name of each linear layer, in the model's order."""
     linears = dict(_linear_layers(model))
     rules = config.ordered_rules()
@@ -103,10 +110,28 @@ def _decisions(model: nn.Module, config: PrecisionConfig) -> dict[str, _Decision
             decision = _Decision(recipe=None, rule=by, reason="the output head stays in high precision unless a rule names it")
         elif (obstacle := _obstacle(module)) is not None:
             decision = _Decision(recipe=None, rule=by, reason=obstacle, blocked=True)
+        elif rule is None and (loss := _loss(module, recipe, config, device_type, tokens, compiled)) is not None:
+            decision = _Decision(recipe=None, rule=by, reason=loss)
         else:
             decision = _Decision(recipe=recipe, rule=by)
         decisions[name] = decision
     return decisions
+
+
+def _loss(module: nn.Module, recipe: Recipe, config: PrecisionConfig, device_type: str, tokens: int | None, compiled: bool) -> str | None:
+    """Why the recipe would slow the layer down; None if it would not, or if that is not to be asked."""
+    assert isinstance(module, nn.Linear)
+    if not config.skip_slow or config.backend != "auto" or device_type != "cuda":
+        return None
+    chosen = {gemm: select(*recipe.operands(gemm), device_type, "auto", recipe.gemm(gemm).sums)[0].name for gemm in GEMMS}
+    if not {chosen["fprop"], chosen["dgrad"]} <= {"hopper", "scaled_mm"}:
+        return None
+    N, K = module.weight.shape
+    wgrad_x = recipe.operands("wgrad")[1]
+    found = payoff(N, K, "" if wgrad_x is None else wgrad_x.kind, tokens, compiled)
+    if found.pays:
+        return None
+    return f"{recipe.name} would run at {found.speedup:.2f} of bf16's speed with {tokens or TOKENS} tokens a pass: {found.limit}"
 
 
 def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -140,7 +165,7 @@ def _plan_layer(name: str, module: nn.Module, decision: _Decision, backend: str,
     weight: Any = module.weight
     gemms, reason = (), decision.reason
     if decision.recipe is not None:
-        gemms = tuple(_plan_gemm(decision.recipe, gemm, device_type, backend) for gemm in GEMMS)
+        gemms = tuple(_plan_gemm(decision.recipe, gemm, device_type, backend, weight.numel()) for gemm in GEMMS)
         reason = "; ".join(dict.fromkeys(gemm.reason for gemm in gemms if not gemm.native))
     return LayerPlan(
         name=name,
@@ -154,8 +179,8 @@ def _plan_layer(name: str, module: nn.Module, decision: _Decision, backend: str,
     )
 
 
-def _plan_gemm(recipe: Recipe, gemm: str, device_type: str, backend: str) -> GemmPlan:
-    chosen, support = select(*recipe.operands(gemm), device_type, backend, recipe.gemm(gemm).sums)
+def _plan_gemm(recipe: Recipe, gemm: str, device_type: str, backend: str, weights: int) -> GemmPlan:
+    chosen, support = select(*recipe.operands(gemm), device_type, backend, recipe.gemm(gemm).sums, weights)
     return GemmPlan(gemm=gemm, equation=recipe.equation(gemm), backend=chosen.name, native=support.native, reason=support.reason)
 
 

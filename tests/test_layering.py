@@ -20,7 +20,7 @@ ORDER = (
     ("gemm",),
     ("recipe",),
     ("nn",),
-    ("config", "plan"),
+    ("config", "payoff", "plan"),
     ("conversion",),
     ("attention", "bench", "kernels"),
     ("testing",),

@@ -61,7 +61,7 @@ def run(
     place = open_device(device)
     rivals.check(against, RIVALS)
     case = _Case(model, place, batch, seq, vocab, compiled=compiled, liger=liger)
-    contenders = _contenders(place, recipes, against)
+    contenders = _contenders(place, recipes, against, {"tokens": batch * seq, "compiled": compiled})
     kernels = case.check()
     rows = []
     for name, convert_model, _ in contenders:
@@ -82,12 +82,12 @@ Contender = tuple[str, Callable[[nn.Module], str], Recipe | None]
 """A row's name; what converts the model and tells what it did; the recipe whose products are its floor, None for bf16."""
 
 
-def _contenders(device: torch.device, recipes: Sequence[str], against: Sequence[str]) -> list[Contender]:
+def _contenders(device: torch.device, recipes: Sequence[str], against: Sequence[str], known: dict[str, Any]) -> list[Contender]:
     found: list[Contender] = [("bf16", lambda model: "nn.Linear in bf16", None)]
     for name in dict.fromkeys(recipes):
         if name != "bf16":
             recipe = resolve_recipe(name)
-            found.append((name, lambda model, recipe=recipe: convert(model, recipe, device=device).summary(), recipe))
+            found.append((name, lambda model, recipe=recipe: convert(model, recipe, device=device, **known).summary(), recipe))
     for kind in _TORCHAO if "torchao" in against else ():
         found.append((f"torchao {kind}", lambda model, kind=kind: _convert_by_torchao(model, kind), library.get("fp8_rowwise")))
     return found
@@ -144,8 +144,9 @@ class _Case:
 
     def floor(self, recipe: Recipe | None, ceilings: Ceilings) -> Floor:
         """Of the products of all linear layers; in bf16 those that `recipe` leaves alone."""
-        plan = make_plan(self._skeleton(), recipe or library.get("bf16"), device=self.device)
         tokens = self.batch * self.seq
+        chosen = recipe or library.get("bf16")
+        plan = make_plan(self._skeleton(), chosen, device=self.device, tokens=tokens, compiled=self.compiled)
         floors = [ceilings.layer_floor((tokens, *layer.shape), recipe if layer.converted else None, ()) for layer in plan.layers]
         kinds = dict.fromkeys(kind for floor in floors for kind in floor.ceilings)
         return Floor(products=sum(floor.products for floor in floors), ceilings=tuple(kinds))

@@ -37,17 +37,22 @@ class LowPrecisionCallback(TrainerCallback):
     Args:
         precision: a recipe name, a mapping, a YAML path, a Recipe or a PrecisionConfig.
         parts: what else the plan should show (attention, kernels, ...).
+        tokens: of a forward pass on one device, if known; it decides which layers FP8 pays for (see `lowprec.convert`).
+        compiled: whether the model's blocks are compiled, if the Trainer's `torch_compile` does not say so.
     Raises:
         lowprec.UserError (a ValueError): the precision is wrong; at once where that can be seen without the model.
     """
 
-    def __init__(self, precision: Any, *, parts: Iterable[PartPlan] = ()) -> None:
+    def __init__(self, precision: Any, *, parts: Iterable[PartPlan] = (), tokens: int | None = None, compiled: bool = False) -> None:
         self.precision = parse_precision(precision)
+        self.tokens, self.compiled = tokens, compiled
         self.parts = tuple(parts)
         self.plan: Plan | None = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.plan = lowprec.convert(model, self.precision, device=args.device).with_parts(self.parts)
+        compiled = self.compiled or bool(args.torch_compile)
+        plan = lowprec.convert(model, self.precision, device=args.device, tokens=self.tokens, compiled=compiled)
+        self.plan = plan.with_parts(self.parts)
         if state.is_world_process_zero:
             show_log()
             logger.info("%s", self.plan)

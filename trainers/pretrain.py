@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import PrinterCallback, ProgressCallback, Trainer, default_data_collator, set_seed
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments, default_data_collator, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from lowprec.attention import parse
@@ -50,7 +50,7 @@ def plan_run(config: RunConfig) -> Plan:
     check_length(model_config, config.data.seq_len)
     with torch.device("meta"):
         model = build_model(config.model.model_copy(update={"path": None}), model_config, attn_implementation="sdpa")
-    plan = make_plan(model, config.precision, device=device_type)
+    plan = make_plan(model, config.precision, device=device_type, **_pass(config, settings))
     _, autocast = autocast_settings(settings, config.precision.recipe, device_type)
     liger = plan_liger(
         model,
@@ -95,7 +95,7 @@ def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> d
     set_seed(settings.get("seed", 42))
     model = build_model(config.model, model_config, attn_implementation="sdpa")
     attach(model, mask)
-    plan = make_plan(model, config.precision, device=device_type)
+    plan = make_plan(model, config.precision, device=device_type, **_pass(config, settings))
     liger = apply_liger(
         model,
         config.kernels.liger,
@@ -115,7 +115,9 @@ def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> d
     if "wandb" in args.report_to:
         os.environ.setdefault("WANDB_DIR", str(directory))
 
-    low_precision = LowPrecisionCallback(config.precision, parts=_parts(config, device_type, autocast_part, liger))
+    low_precision = LowPrecisionCallback(
+        config.precision, parts=_parts(config, device_type, autocast_part, liger), **_pass(config, settings)
+    )
     trainer = Trainer(
         model=model,
         args=args,
@@ -173,6 +175,12 @@ def _validate(trainer: Trainer, token_bytes: Any) -> dict[str, Any]:
     result = {"val_loss": nats / tokens, "bits_per_byte": nats / math.log(2) / text_bytes if text_bytes else None}
     trainer.log({"eval_loss": result["val_loss"]} | ({"eval_bits_per_byte": result["bits_per_byte"]} if text_bytes else {}))
     return result
+
+
+def _pass(config: RunConfig, settings: dict[str, Any]) -> dict[str, Any]:
+    """What decides where FP8 pays: the tokens of a forward pass, and whether the blocks are compiled."""
+    batch = settings.get("per_device_train_batch_size", TrainingArguments.per_device_train_batch_size)
+    return {"tokens": batch * config.data.seq_len, "compiled": config.compile == "blocks"}
 
 
 def _parts(config: RunConfig, device_type: str, autocast: PartPlan, liger: Any) -> list[PartPlan]:

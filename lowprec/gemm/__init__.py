@@ -18,11 +18,12 @@ __all__ = ["BACKENDS", "FP32_SUMS", "Accumulation", "GemmBackend", "Operand", "S
 
 
 def select(
-    a: OperandSpec | None, b: OperandSpec | None, device_type: str, backend: str = "auto", sums: Accumulation = FP32_SUMS
+    a: OperandSpec | None, b: OperandSpec | None, device_type: str, backend: str = "auto", sums: Accumulation = FP32_SUMS, weights: int = 0
 ) -> tuple[GemmBackend, Support]:
     """The backend that multiplies operands `a` and `b` on a device and sums as told, and what it says of them.
 
-    The reason of an emulated product also tells why no faster backend took it.
+    `weights`, the number of the layer's weights, decides between backends of about the same speed. The reason of an emulated product
+    also tells why no faster backend took it.
 
     Raises:
         UserError: no such backend, or the one asked for does not support the product.
@@ -35,7 +36,7 @@ def select(
             raise UserError(f"precision.backend: '{backend}' can't multiply {a} by {b} on {device_type}: {support.reason}")
         return BACKENDS[backend], support
     refusals = []
-    for candidate in sorted(BACKENDS.values(), key=lambda candidate: (candidate.name == "reference", candidate.rank(a, b))):
+    for candidate in sorted(BACKENDS.values(), key=lambda candidate: (candidate.name == "reference", candidate.rank(a, b, weights))):
         support = candidate.supports(a, b, device_type, sums)
         if support.ok:
             return candidate, Support(ok=True, native=support.native, reason="; ".join([support.reason, *refusals]))

@@ -57,8 +57,8 @@ class GemmBackend(ABC):
     decoded: ClassVar[bool] = False
     """Whether `mm` wants codes in fp32 (see `quantize`), because it would decode them at once."""
 
-    def rank(self, a: OperandSpec | None, b: OperandSpec | None) -> int:
-        """Where `auto` asks this backend for such a product, beside those listed with it: lower is earlier, being faster."""
+    def rank(self, a: OperandSpec | None, b: OperandSpec | None, weights: int) -> int:
+        """Where `auto` asks this backend for such a product of a layer of so many weights (0: unknown): lower is earlier."""
         return 0
 
     @abstractmethod

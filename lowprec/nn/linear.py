@@ -56,8 +56,8 @@ class LinearGemms:
     """Those of x, w and g that a fused kernel quantises with one scale per tensor or per row, both directions at once."""
 
     @classmethod
-    def on(cls, device_type: str, recipe: Recipe, backend: str = "auto") -> "LinearGemms":
-        fprop, dgrad, wgrad = (select(*recipe.operands(gemm), device_type, backend, recipe.gemm(gemm).sums)[0] for gemm in GEMMS)
+    def on(cls, device_type: str, recipe: Recipe, backend: str = "auto", weights: int = 0) -> "LinearGemms":
+        fprop, dgrad, wgrad = (select(*recipe.operands(gemm), device_type, backend, recipe.gemm(gemm).sums, weights)[0] for gemm in GEMMS)
         gemms = cls(recipe=recipe, fprop=fprop, dgrad=dgrad, wgrad=wgrad)
         plain = {name: specs for name, operands in _PAIRS.items() if (specs := _plain(gemms, *operands)) is not None}
         found = {name: directions(*specs) for name, specs in plain.items()}
@@ -198,7 +198,7 @@ class LowPrecisionLinear(nn.Linear):
         """
         assert type(linear) in (nn.Linear, cls)
         device_type = device_type or linear.weight.device.type
-        chosen = {} if device_type == "meta" else {device_type: LinearGemms.on(device_type, recipe, backend)}
+        chosen = {} if device_type == "meta" else {device_type: LinearGemms.on(device_type, recipe, backend, linear.weight.numel())}
         linear.__class__ = cls
         assert isinstance(linear, LowPrecisionLinear)
         linear._drop_state()
@@ -254,7 +254,7 @@ class LowPrecisionLinear(nn.Linear):
     def _apply_recipe(self, x: Tensor, device_type: str) -> Tensor:
         if device_type not in self.gemms:
             # A module that was moved: its backends are chosen once per type of device.
-            self.gemms[device_type] = LinearGemms.on(device_type, self.recipe, self.backend)
+            self.gemms[device_type] = LinearGemms.on(device_type, self.recipe, self.backend, self.weight.numel())
         x_MK = x.reshape(-1, self.in_features)
         gemms, grad_enabled = self.gemms[device_type], torch.is_grad_enabled()
         keeps = device_type in KEEPS_CODES and not torch.compiler.is_compiling()

@@ -128,7 +128,7 @@ def test_compiled_blocks_of_a_converted_llama(name: str):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config).cuda()
         if recipe:
-            lowprec.convert(model, recipe)
+            lowprec.convert(model, {"recipe": recipe, "skip_slow": False})
         compile_blocks(model, mode, "cuda")
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -170,6 +170,7 @@ def _run(folder: Path, tmp_path: Path, *overrides: str, nproc: int = 0) -> tuple
         "trainer.learning_rate=1e-3",
         "trainer.warmup_steps=2",
         f"trainer.output_dir={output}",
+        "precision.skip_slow=false",
         *overrides,
         nproc=nproc,
     )
