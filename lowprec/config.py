@@ -7,6 +7,7 @@ precision:
     - {modules: '.*\\.down_proj', recipe: none}
   backend: auto
   skip_slow: true
+  fuse: true
   strict: false
 """
 
@@ -22,6 +23,9 @@ from lowprec.recipe import Recipe, library
 from lowprec.recipe.rules import Rule
 from lowprec.schema import StrictConfig, parse
 from lowprec.yaml12 import load_mapping
+
+TE = "te"
+"""The backend that is a module of another library, not one of `BACKENDS`."""
 
 
 class RuleConfig(StrictConfig):
@@ -47,10 +51,14 @@ class PrecisionConfig(StrictConfig):
     """Ordered exceptions; the first match wins, and one that matches nothing is an error. The output head stays in high precision unless
     a rule names it; embeddings and norms always do."""
     backend: str = "auto"
-    """The GEMM backend of every layer: `auto` takes the fastest that supports each product."""
+    """The GEMM backend of every layer: `auto` takes the fastest that supports each product; `te` makes Transformer Engine's modules of
+    the layers."""
     skip_slow: bool = True
     """Leave a layer in high precision where native FP8 would be slower than bf16 (`payoff`), if `auto` chose its backend and no rule
     names it."""
+    fuse: bool = True
+    """Let the product of SwiGLU go to down_proj in FP8 from the kernel that computes it (`nn/swiglu.py`), where a native backend takes
+    it."""
     strict: bool = False
     """Fail instead of emulating a format, or of leaving alone a layer that was meant to be converted."""
 
@@ -62,8 +70,9 @@ class PrecisionConfig(StrictConfig):
     @field_validator("backend")
     @classmethod
     def _known(cls, value: str) -> str:
-        if value not in ("auto", *BACKENDS):
-            raise ValueError(f"unknown backend '{value}'{nearest(value, ['auto', *BACKENDS])}")
+        known = ["auto", *BACKENDS, TE]
+        if value not in known:
+            raise ValueError(f"unknown backend '{value}'{nearest(value, known)}")
         return value
 
     def ordered_rules(self) -> list[Rule]:

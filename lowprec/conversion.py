@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowprec.config import PrecisionConfig, parse_precision
+from lowprec import fusion
+from lowprec.config import TE, PrecisionConfig, parse_precision
 from lowprec.errors import UserError
 from lowprec.gemm import select
 from lowprec.nn import LowPrecisionLinear
+from lowprec.nn.te_linear import DelayedTELinear, TELinear, te_reason, why_not_shape, why_not_te
 from lowprec.payoff import TOKENS, payoff
 from lowprec.plan import GemmPlan, LayerPlan, Plan
 from lowprec.recipe import GEMMS, Recipe
@@ -29,6 +31,8 @@ from lowprec.recipe.rules import check_rules
 
 _HEADS = ("lm_head", "embed_out", "output_projection", "score", "classifier")
 """Last parts of the names by which models call their output layer, for those that have no `get_output_embeddings`."""
+
+_CONVERTED = (LowPrecisionLinear, TELinear, DelayedTELinear)
 
 
 def convert(
@@ -50,21 +54,29 @@ def convert(
     """
     config = parse_precision(precision)
     plan = make_plan(model, config, device=device, tokens=tokens, compiled=compiled)
-    for number, (name, decision) in enumerate(_decisions(model, config, plan.device, tokens, compiled).items()):
+    decisions = _decisions(model, config, plan.device, tokens, compiled)
+    for number, (name, decision) in enumerate(decisions.items()):
         module = model.get_submodule(name)
         if decision.recipe is not None:
             assert isinstance(module, nn.Linear)
+            if config.backend == TE:
+                TELinear.from_linear(module, decision.recipe)
+                continue
+            if isinstance(module, TELinear):
+                module.to_linear()
             LowPrecisionLinear.from_linear(module, decision.recipe, config.backend, plan.device, seed=torch.initial_seed(), layer=number)
-        elif isinstance(module, LowPrecisionLinear):
+        elif isinstance(module, _CONVERTED):
             module.to_linear()
+    fusion.apply(model, _fused(model, config, decisions, plan.device))
     return plan
 
 
 def revert(model: nn.Module) -> int:
     """Turn every converted layer of `model` back into the nn.Linear it was, in place. Returns how many there were."""
-    layers = [module for module in model.modules() if isinstance(module, LowPrecisionLinear)]
+    layers = [module for module in model.modules() if isinstance(module, _CONVERTED)]
     for layer in layers:
         layer.to_linear()
+    fusion.apply(model, [])
     return len(layers)
 
 
@@ -74,11 +86,12 @@ def make_plan(
     """What `convert` would do, without doing it. The model may be on the meta device. Errors are `convert`'s."""
     config = parse_precision(precision)
     device_type = _device_type(model, device)
+    decisions = _decisions(model, config, device_type, tokens, compiled)
     layers = tuple(
-        _plan_layer(name, model.get_submodule(name), decision, config.backend, device_type)
-        for name, decision in _decisions(model, config, device_type, tokens, compiled).items()
+        _plan_layer(name, model.get_submodule(name), decision, config.backend, device_type) for name, decision in decisions.items()
     )
-    plan = Plan(device=device_type, layers=layers)
+    fused = _fused(model, config, decisions, device_type)
+    plan = Plan(device=device_type, layers=layers, parts=(fusion.part(fused),) if fused else ())
     if config.strict:
         _check_strict(plan)
     return plan
@@ -108,7 +121,7 @@ def _decisions(model: nn.Module, config: PrecisionConfig, device_type: str, toke
             decision = _Decision(recipe=None, rule=by, reason="the recipe is 'none'")
         elif rule is None and name in heads:
             decision = _Decision(recipe=None, rule=by, reason="the output head stays in high precision unless a rule names it")
-        elif (obstacle := _obstacle(module)) is not None:
+        elif (obstacle := _obstacle(module) or _te_obstacle(module, recipe, config.backend)) is not None:
             decision = _Decision(recipe=None, rule=by, reason=obstacle, blocked=True)
         elif rule is None and (loss := _loss(module, recipe, config, device_type, tokens, compiled)) is not None:
             decision = _Decision(recipe=None, rule=by, reason=loss)
@@ -116,6 +129,12 @@ def _decisions(model: nn.Module, config: PrecisionConfig, device_type: str, toke
             decision = _Decision(recipe=recipe, rule=by)
         decisions[name] = decision
     return decisions
+
+
+def _fused(model: nn.Module, config: PrecisionConfig, decisions: dict[str, _Decision], device_type: str) -> list[str]:
+    if not config.fuse or config.backend == TE:
+        return []
+    return fusion.fusable(model, {name: decision.recipe for name, decision in decisions.items()}, device_type, config.backend)
 
 
 def _loss(module: nn.Module, recipe: Recipe, config: PrecisionConfig, device_type: str, tokens: int | None, compiled: bool) -> str | None:
@@ -142,7 +161,7 @@ def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _obstacle(module: nn.Module) -> str | None:
-    if type(module) in (nn.Linear, LowPrecisionLinear):
+    if type(module) in (nn.Linear, *_CONVERTED):
         return None
     kind = type(module).__name__
     if _is_conv1d(module):
@@ -150,6 +169,11 @@ def _obstacle(module: nn.Module) -> str | None:
     if kind.startswith("FSDP"):
         return f"{kind}: already sharded; convert before fully_shard"
     return f"{kind} is a subclass of nn.Linear with a forward of its own"
+
+
+def _te_obstacle(module: nn.Module, recipe: Recipe, backend: str) -> str | None:
+    assert isinstance(module, nn.Linear)
+    return why_not_shape(module, recipe) if backend == TE else None
 
 
 def _output_heads(model: nn.Module, linears: dict[str, nn.Module]) -> set[str]:
@@ -169,7 +193,7 @@ def _plan_layer(name: str, module: nn.Module, decision: _Decision, backend: str,
         reason = "; ".join(dict.fromkeys(gemm.reason for gemm in gemms if not gemm.native))
     return LayerPlan(
         name=name,
-        kind="Linear" if isinstance(module, LowPrecisionLinear) else type(module).__name__,
+        kind="Linear" if isinstance(module, _CONVERTED) else type(module).__name__,
         shape=tuple(weight.t().shape if _is_conv1d(module) else weight.shape),
         recipe=None if decision.recipe is None else decision.recipe.name,
         rule=decision.rule,
@@ -180,6 +204,10 @@ def _plan_layer(name: str, module: nn.Module, decision: _Decision, backend: str,
 
 
 def _plan_gemm(recipe: Recipe, gemm: str, device_type: str, backend: str, weights: int) -> GemmPlan:
+    if backend == TE:
+        if (reason := why_not_te(recipe, device_type)) is not None:
+            raise UserError(f"precision.backend: 'te' can't run recipe {recipe.name} on {device_type}: {reason}")
+        return GemmPlan(gemm=gemm, equation=recipe.equation(gemm), backend=TE, native=True, reason=te_reason(recipe))
     chosen, support = select(*recipe.operands(gemm), device_type, backend, recipe.gemm(gemm).sums, weights)
     return GemmPlan(gemm=gemm, equation=recipe.equation(gemm), backend=chosen.name, native=support.native, reason=support.reason)
 

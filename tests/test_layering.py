@@ -21,6 +21,7 @@ ORDER = (
     ("recipe",),
     ("nn",),
     ("config", "payoff", "plan"),
+    ("fusion",),
     ("conversion",),
     ("attention", "bench", "kernels"),
     ("testing",),

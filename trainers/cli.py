@@ -104,11 +104,12 @@ def bench() -> None:
 @bench.command("quantize")
 @_DEVICE
 @click.option("--against", default="", help="Rivals to measure in the same run, joined by commas: torchao.")
-@click.option("--shape", default="2048x1024", show_default=True, help="Rows x columns of the fp32 matrix.")
+@click.option("--shape", default="2048x1024", show_default=True, help="Rows x columns of the matrix.")
+@click.option("--dtype", default="fp32", show_default=True, help="Of the matrix: fp32 or bf16.")
 @click.option("--compile", "compiled", is_flag=True, help="Through torch.compile, rivals as well.")
 @_JSON
-def bench_quantize(device: str, against: str, shape: str, compiled: bool, as_json: bool) -> None:
-    """Quantise and dequantise a matrix in every format, beside a copy of it."""
+def bench_quantize(device: str, against: str, shape: str, dtype: str, compiled: bool, as_json: bool) -> None:
+    """Quantise and dequantise a matrix in every format, beside a copy of it; and on a GPU make FP8 codes."""
     rows, _, columns = shape.partition("x")
     if not (rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
         raise UserError(f"--shape: expected ROWSxCOLUMNS like 2048x1024, got '{shape}'")
@@ -116,7 +117,7 @@ def bench_quantize(device: str, against: str, shape: str, compiled: bool, as_jso
     from trainers.show import bench_table
 
     rivals = _names(against)
-    result = quantize.run(device, rivals, (int(rows), int(columns)), compiled)
+    result = quantize.run(device, rivals, (int(rows), int(columns)), compiled, dtype)
     click.echo(json.dumps(result, indent=1) if as_json else bench_table(result, rivals))
 
 

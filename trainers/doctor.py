@@ -13,7 +13,7 @@ from lowprec.recipe import GEMMS, Recipe, library
 _REQUIRED = ("torch", "triton", "transformers", "accelerate", "datasets", "tokenizers", "safetensors")
 _OPTIONAL = {
     "liger-kernel": ("Liger's fused kernels (kernels.liger)", "pip install 'lowprec[liger]'"),
-    "transformer-engine": ("Transformer Engine (no backend uses it yet)", "pip install 'lowprec[te]'"),
+    "transformer-engine": ("Transformer Engine (`backend: te`)", "pip install 'lowprec[te]'"),
     "wandb": ("Weights & Biases logging (trainer.report_to: wandb)", "pip install 'lowprec[wandb]'"),
 }
 

@@ -56,7 +56,7 @@ def bench_table(result: dict[str, Any], rivals: tuple[str, ...]) -> str:
     """Quantise and dequantise: milliseconds, and how many times a rival's they are."""
     rows, columns = result["shape"]
     how = "compiled" if result["compiled"] else "eager"
-    title = f"quantise + dequantise fp32 {rows} x {columns} on {result['device']}, {how}; ms, median (p20-p80)"
+    title = f"quantise + dequantise {result['dtype']} {rows} x {columns} on {result['device']}, {how}; ms, median (p20-p80)"
     against = [name for rival in rivals for name in (rival, "times", "same bits")]
     table = _bench(title, "operand", "notation", "lowprec", "copies", "floor", "of floor", *against)
     copy = result["copy"]["median"]

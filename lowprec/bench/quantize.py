@@ -1,4 +1,7 @@
-"""Quantising and dequantising a matrix: every kind of operand, beside a copy of it and beside other libraries in the same run."""
+"""Quantising and dequantising a matrix: every kind of operand, beside a copy of it and beside other libraries in the same run.
+
+On a GPU with kernels for them also making the codes alone, of a matrix and of its transpose from one read, as FP8 layers do.
+"""
 
 import importlib
 from collections.abc import Callable
@@ -12,7 +15,9 @@ from lowprec.bench import rivals
 from lowprec.bench.ceilings import Ceilings, Floor
 from lowprec.bench.inputs import describe, open_device
 from lowprec.bench.timing import measure
+from lowprec.errors import UserError, nearest
 from lowprec.quant import OperandSpec, fake_quantize
+from lowprec.quant.triton_quantize import directions, quantize_both, takes
 
 OPERANDS = {
     "mxfp4": "e2m1[1x32 e8m0:floor]",
@@ -30,27 +35,44 @@ OPERANDS = {
 }
 """What is measured: a name, and the operand in the notation of `quant/spec.py`."""
 
+CODES = {
+    "fp8 tiles, x and xᵀ": ("e4m3[1x128 fp32]", "e4m3[1x128 fp32]", 1),
+    "fp8 blocks, w and wᵀ": ("e4m3[128x128 fp32]", "e4m3[128x128 fp32]", 1),
+    "fp8 tiles x, blocks xᵀ": ("e4m3[1x128 fp32]", "e4m3[128x128 fp32]", 1),
+    "fp8 tiles, x": ("e4m3[1x128 fp32]", None, 1),
+    "silu(x) · y, fp8 tiles both ways": ("e4m3[1x128 fp32]", "e4m3[1x128 fp32]", 2),
+}
+"""Codes made by fused kernels: a name, the operands along the rows and of the transpose, and the number of matrices read."""
+
 RIVALS = ("torchao",)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def run(
-    device: str = "cpu", against: tuple[str, ...] = (), shape: tuple[int, int] = (2048, 1024), compiled: bool = False
+    device: str = "cpu",
+    against: tuple[str, ...] = (),
+    shape: tuple[int, int] = (2048, 1024),
+    compiled: bool = False,
+    dtype: str = "fp32",
 ) -> dict[str, Any]:
-    """Measure all of `OPERANDS` on a random fp32 matrix.
+    """Measure all of `OPERANDS` on a random matrix, and where there are kernels for them all of `CODES`.
 
     Args:
+        dtype: of the matrix and of what is dequantised: fp32 or bf16.
         against: rivals to run as well, of `RIVALS`; eager if ours is.
         compiled: put both through torch.compile.
     Returns:
-        {"device", "threads", "torch", "shape", "copy": timing, "rows": [{"name", "operand", "ours": timing, "floor", "of_floor",
+        {"device", "threads", "torch", "shape", "dtype", "copy": timing, "rows": [{"name", "operand", "ours": timing, "floor", "of_floor",
         RIVAL: timing or None, "equal": whether a rival's result has the same bits}], "ceilings"}; a timing is {"median", "p20", "p80"} in
-        milliseconds. The floor: the fp32 matrix read and written, at the rate of a copy.
+        milliseconds. The floor: what is read and what is written, at the rate of a copy.
     Raises:
-        UserError: an unknown or missing rival, or no such device.
+        UserError: an unknown or missing rival, an unknown dtype, or no such device.
     """
     rivals.check(against, RIVALS)
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype: unknown dtype '{dtype}'{nearest(dtype, DTYPES)}")
     place = open_device(device)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(place)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(place, DTYPES[dtype])
     ceilings = Ceilings(place)
     floor = Floor(quantisers=ceilings.copy(x.nbytes).floor(2 * x.nbytes), ceilings=("copy",))
     rows = []
@@ -60,13 +82,16 @@ def run(
         time = measure(lambda f=ours: f(x), place)
         row: dict[str, Any] = {"name": name, "operand": text, "ours": asdict(time), **floor.beside(time)}
         for rival in against:
-            theirs = _torchao(spec, compiled)
+            theirs = _torchao(spec, compiled, x.dtype)
             row[rival] = None if theirs is None else asdict(measure(lambda f=theirs: f(x), place))
             row["equal"] = None if theirs is None else bool(torch.equal(ours(x), theirs(x)))
         rows.append(row)
+    if takes(x):
+        rows += _codes(x, ceilings, dict.fromkeys((*against, "equal")))
     return {
         **describe(place),
         "shape": list(shape),
+        "dtype": dtype,
         "compiled": compiled,
         "copy": asdict(measure(x.clone, place)),
         "rows": rows,
@@ -78,12 +103,27 @@ def _ours(spec: OperandSpec, device: torch.device, compiled: bool) -> Callable[[
     key = torch.tensor([1, 2], device=device) if spec.stochastic else None
 
     def quantize_and_dequantize(x: Tensor) -> Tensor:
-        return fake_quantize(x, spec, key=key)
+        return fake_quantize(x, spec, key=key, dtype=x.dtype)
 
     return torch.compile(quantize_and_dequantize) if compiled else quantize_and_dequantize
 
 
-def _torchao(spec: OperandSpec, compiled: bool) -> Callable[[Tensor], Tensor] | None:
+def _codes(x: Tensor, ceilings: Ceilings, no_rivals: dict[str, None]) -> list[dict[str, Any]]:
+    """The rows of `CODES`."""
+    rows, y = [], torch.randn_like(x)
+    for name, (a, b, inputs) in CODES.items():
+        wanted = directions(*(None if text is None else OperandSpec.parse(text) for text in (a, b)))
+        assert not isinstance(wanted, str)
+        gate = y if inputs == 2 else None
+        time = measure(lambda wanted=wanted, gate=gate: quantize_both(x, wanted, times_silu_of=gate), x.device)
+        moved = inputs * x.nbytes + sum(q.nbytes for q in quantize_both(x, wanted) if q is not None)
+        floor = Floor(quantisers=ceilings.copy(x.nbytes).floor(moved), ceilings=("copy",))
+        operand = " ".join(dict.fromkeys(text for text in (a, b) if text))
+        rows.append({"name": name, "operand": operand, "ours": asdict(time), **floor.beside(time), **no_rivals})
+    return rows
+
+
+def _torchao(spec: OperandSpec, compiled: bool, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
     """torchao's way to the same operand; None if it has none."""
     formats = importlib.import_module("torchao.prototype.mx_formats.mx_tensor")
     scaling = spec.scaling
@@ -93,14 +133,14 @@ def _torchao(spec: OperandSpec, compiled: bool) -> Callable[[Tensor], Tensor] | 
     if scaling.block == (1, 32) and scaling.scale_format == "e8m0":
 
         def round_trip(x: Tensor) -> Tensor:
-            return formats.MXTensor.to_mx(x, dtypes[spec.element.name], 32).dequantize(torch.float32)
+            return formats.MXTensor.to_mx(x, dtypes[spec.element.name], 32).dequantize(dtype)
 
     elif scaling.block == (1, 16) and not scaling.four_over_six and not spec.stochastic:
         nvfp4 = importlib.import_module("torchao.prototype.mx_formats.nvfp4_tensor")
 
         def round_trip(x: Tensor) -> Tensor:
             tensor_scale = nvfp4.per_tensor_amax_to_scale(x.abs().amax())
-            return nvfp4.NVFP4Tensor.to_nvfp4(x, per_tensor_scale=tensor_scale).dequantize(torch.float32)
+            return nvfp4.NVFP4Tensor.to_nvfp4(x, per_tensor_scale=tensor_scale).dequantize(dtype)
 
     else:
         return None

@@ -19,6 +19,7 @@ import weakref
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -46,6 +47,7 @@ class _Weight:
 class _Input:
     tensor: weakref.ref[Tensor]
     version: int
+    dtype: torch.dtype
     wanted: Directions
     codes: Codes
 
@@ -96,15 +98,15 @@ def forget_weights() -> None:
 
 
 def shared_codes(x: Tensor, x_MK: Tensor, wanted: Directions) -> Codes:
-    """The codes of x_MK, which is x as a matrix, and of its transpose; made anew unless the last call was for the same tensor."""
+    """The codes of x_MK, which is x as a matrix, cast perhaps, and of its transpose; made anew unless the last call was for the same x."""
     global _input
     if x.is_inference():
         return quantize_both(x_MK, wanted)
     last = _input
-    if last is not None and last.tensor() is x and last.version == x._version and last.wanted == wanted:
+    if last is not None and last.tensor() is x and last.version == x._version and last.dtype == x_MK.dtype and last.wanted == wanted:
         return last.codes
     codes = quantize_both(x_MK, wanted)
-    _input = _Input(tensor=weakref.ref(x, _drop_input), version=x._version, wanted=wanted, codes=codes)
+    _input = _Input(tensor=weakref.ref(x, _drop_input), version=x._version, dtype=x_MK.dtype, wanted=wanted, codes=codes)
     return codes
 
 

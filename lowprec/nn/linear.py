@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from lowprec.formats.random import derive_key
 from lowprec.gemm import GemmBackend, Operand, select
 from lowprec.nn.codes import shared_codes, weight_codes
+from lowprec.nn.swiglu import swiglu_backward
 from lowprec.quant import OperandSpec, QTensor, fake_quantize, quantize
 from lowprec.quant.triton_quantize import Directions, directions, quantize_both, takes
 from lowprec.quant.triton_whole import is_whole, quantize_whole
@@ -90,6 +91,7 @@ def _plain(gemms: LinearGemms, *operands: tuple[str, str]) -> tuple[OperandSpec,
 class LinearFunction(torch.autograd.Function):
     """y = x . w^T + bias under a recipe. x [M, K], w [N, K], bias [N] or None -> y [M, N] of x's dtype.
 
+    `gate` [M, K], or None: the input is silu(gate) * x then, quantised as it is made (`swiglu.py`).
     `made_x`, `made_w`: the codes of x and x^T, of w and w^T, if they are there already. `key` [2] and `histories`, one for each of
     `OPERANDS`, are the recipe's state (see `recipe/state.py`), None where it needs none.
     """
@@ -100,6 +102,7 @@ class LinearFunction(torch.autograd.Function):
         x_MK: Tensor,
         w_NK: Tensor,
         bias_N: Tensor | None,
+        gate_MK: Tensor | None,
         gemms: LinearGemms,
         grad_enabled: bool,
         made_x: "_Pair",
@@ -108,14 +111,15 @@ class LinearFunction(torch.autograd.Function):
         *histories: Tensor | None,
     ) -> Tensor:
         # needs_input_grad knows nothing of no_grad, and inside a Function it can't be asked for.
-        recipe, (needs_dx, needs_dw) = gemms.recipe, (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
+        recipe, (needs_dx, needs_dw, _, needs_dgate) = gemms.recipe, (grad_enabled and needed for needed in ctx.needs_input_grad[:4])
+        needs_dx = needs_dx or needs_dgate
         masks_dx = needs_dx and isinstance(recipe.wgrad.b, FromFprop)  # x is differentiated as the operand that fprop made of it
         state = (key, histories)
         keeps_fprops_x = needs_dw and isinstance(recipe.wgrad.b, FromFprop)
         x, kept_x = made_x
         if x is None:
             wanted = needs_dw and not keeps_fprops_x
-            x, kept_x = _both(x_MK, "x", (True, wanted), gemms, state, saturation=masks_dx, codes=keeps_fprops_x)
+            x, kept_x = _both(x_MK, "x", (True, wanted), gemms, state, gate=gate_MK, saturation=masks_dx, codes=keeps_fprops_x)
         w, ctx.w_t = made_w
         if w is None:
             w, _ = _both(w_NK, "w", (True, False), gemms, state)
@@ -130,7 +134,8 @@ class LinearFunction(torch.autograd.Function):
         ctx.gemms, ctx.x_dtype, ctx.length, ctx.histories = gemms, x_MK.dtype, x_MK.shape[1], histories
         ctx.x_spec, ctx.x_shape = (kept_x.spec, kept_x.shape) if isinstance(kept_x, QTensor) else (None, None)
         ctx.bias_dtype = None if bias_N is None else bias_N.dtype
-        ctx.save_for_backward(w_NK, key, x.saturated if masks_dx and isinstance(x, QTensor) else None, *_tensors(kept_x))
+        gated = (gate_MK, x_MK) if gate_MK is not None and needs_dx else (None, None)
+        ctx.save_for_backward(w_NK, key, x.saturated if masks_dx and isinstance(x, QTensor) else None, *gated, *_tensors(kept_x))
         return y_MN
 
     @staticmethod
@@ -141,15 +146,16 @@ class LinearFunction(torch.autograd.Function):
 
 def _backward(ctx: Any, g_MN: Tensor) -> tuple[Tensor | None, ...]:
     gemms, recipe = ctx.gemms, ctx.gemms.recipe
-    w_NK, key, x_saturated, *kept = ctx.saved_tensors
+    w_NK, key, x_saturated, gate_MK, up_MK, *kept = ctx.saved_tensors
     kept_x = _from_tensors(kept, ctx.x_spec, ctx.x_shape)
     state = (key, ctx.histories)
-    needs_dx, needs_dw, needs_db, *_ = ctx.needs_input_grad
+    needs_dx, needs_dw, needs_db, needs_dgate, *_ = ctx.needs_input_grad
+    needs_dx = needs_dx or needs_dgate
     w_fprop = None
     if isinstance(recipe.dgrad.b, FromFprop) and (needs_dx or needs_dw):
         w_fprop = _operand(w_NK, recipe.fprop.b, "fprop", "b", gemms, state, saturation=needs_dw)
 
-    dx_MK = dw_NK = db_N = None
+    dx_MK = dw_NK = db_N = dgate_MK = None
     g, g_t = _both(g_MN, "g", (needs_dx, needs_dw), gemms, state)
     if needs_dx:
         assert g is not None
@@ -160,6 +166,8 @@ def _backward(ctx: Any, g_MN: Tensor) -> tuple[Tensor | None, ...]:
         dx_MK = _straight_through(gemms.mm("dgrad", g, w_KN, ctx.x_dtype), x_saturated)
         if isinstance(recipe.dgrad.b, FromFprop) and recipe.fprop.hadamard is not None:
             dx_MK = recipe.fprop.hadamard.invert(dx_MK, ctx.length).to(ctx.x_dtype)
+        if gate_MK is not None:
+            dgate_MK, dx_MK = swiglu_backward(dx_MK, gate_MK, up_MK)
     if needs_dw:
         assert kept_x is not None
         assert g_t is not None
@@ -169,12 +177,13 @@ def _backward(ctx: Any, g_MN: Tensor) -> tuple[Tensor | None, ...]:
             dw_NK = recipe.fprop.hadamard.invert(dw_NK, ctx.length).to(w_NK.dtype)
     if needs_db:
         db_N = g_MN.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    return dx_MK, dw_NK, db_N, None, None, None, None, None, *(None for _ in ctx.histories)
+    return dx_MK, dw_NK, db_N, dgate_MK, None, None, None, None, None, *(None for _ in ctx.histories)
 
 
 class LowPrecisionLinear(nn.Linear):
     """An nn.Linear whose three GEMMs run under a recipe. Made by `from_linear`; its parameters are the original's."""
 
+    takes_gate = True
     gemms: dict[str, LinearGemms]
     recipe: Recipe
     backend: str
@@ -242,37 +251,48 @@ class LowPrecisionLinear(nn.Linear):
             histories = [None if history is None else history.clone() for history in histories]
         return key, *histories
 
-    def forward(self, input: Tensor) -> Tensor:
-        """[..., K] -> [..., N] of the input's dtype (of autocast's, where that is on)."""
-        device_type = input.device.type
+    def forward(self, input: Tensor, times_silu_of: Tensor | None = None) -> Tensor:
+        """[..., K] -> [..., N] of the input's dtype (of autocast's, where that is on).
+
+        times_silu_of: a tensor like the input: the layer's input is silu(it) * input then, quantised as it is made (`swiglu.py`).
+        """
+        device_type, gate = input.device.type, times_silu_of
         if torch.is_autocast_enabled(device_type):
             # x is cast as nn.Linear would cast it; w is not: it is quantised from its master copy.
             with torch.autocast(device_type, enabled=False):
-                return self._apply_recipe(input.to(torch.get_autocast_dtype(device_type)), device_type)
-        return self._apply_recipe(input, device_type)
+                dtype = torch.get_autocast_dtype(device_type)
+                return self._apply_recipe(input.to(dtype), None if gate is None else gate.to(dtype), input, device_type)
+        return self._apply_recipe(input, gate, input, device_type)
 
-    def _apply_recipe(self, x: Tensor, device_type: str) -> Tensor:
+    def _apply_recipe(self, x: Tensor, gate: Tensor | None, input: Tensor, device_type: str) -> Tensor:
+        """`x` is `input` as the layer takes it: what other layers share is known by `input`."""
         if device_type not in self.gemms:
             # A module that was moved: its backends are chosen once per type of device.
             self.gemms[device_type] = LinearGemms.on(device_type, self.recipe, self.backend, self.weight.numel())
         x_MK = x.reshape(-1, self.in_features)
         gemms, grad_enabled = self.gemms[device_type], torch.is_grad_enabled()
         keeps = device_type in KEEPS_CODES and not torch.compiler.is_compiling()
-        made_x, made_w = self._made(x, x_MK, gemms) if keeps else (_NOTHING, _NOTHING)
-        y_MN = LinearFunction.apply(x_MK, self.weight, self.bias, gemms, grad_enabled, made_x, made_w, *self._state())
+        gate_MK = None if gate is None else gate.reshape(-1, self.in_features)
+        made_x = self._made_x(input, x_MK, gemms) if keeps and gate is None else _NOTHING
+        made_w = self._made_w(x.requires_grad, gemms) if keeps else _NOTHING
+        y_MN = LinearFunction.apply(x_MK, self.weight, self.bias, gate_MK, gemms, grad_enabled, made_x, made_w, *self._state())
         return y_MN.view(*x.shape[:-1], self.out_features)
 
-    def _made(self, x: Tensor, x_MK: Tensor, gemms: LinearGemms) -> "tuple[_Pair, _Pair]":
-        """The codes that outlive this call: of an input that other layers take too, of a weight that has not changed."""
-        training = torch.is_grad_enabled()
-        made_x = made_w = _NOTHING
-        if (pair := gemms.pairs["x"]) and takes(x_MK):
-            needs_x_t = training and self.weight.requires_grad
-            made_x = shared_codes(x, x_MK.detach(), pair if needs_x_t else pair.only(True, False))
-        if (pair := gemms.pairs["w"]) and takes(self.weight):
-            needs_w_t = training and x.requires_grad
-            made_w = weight_codes(self, self.weight.detach(), pair if needs_w_t else pair.only(True, False))
-        return made_x, made_w
+    def _made_x(self, input: Tensor, x_MK: Tensor, gemms: LinearGemms) -> "_Pair":
+        """The codes of an input that other layers may take too."""
+        pair = gemms.pairs["x"]
+        if pair is None or not takes(x_MK):
+            return _NOTHING
+        needs_x_t = torch.is_grad_enabled() and self.weight.requires_grad
+        return shared_codes(input, x_MK.detach(), pair if needs_x_t else pair.only(True, False))
+
+    def _made_w(self, x_requires_grad: bool, gemms: LinearGemms) -> "_Pair":
+        """The codes of a weight that has not changed since they were made."""
+        pair = gemms.pairs["w"]
+        if pair is None or not takes(self.weight):
+            return _NOTHING
+        needs_w_t = torch.is_grad_enabled() and x_requires_grad
+        return weight_codes(self, self.weight.detach(), pair if needs_w_t else pair.only(True, False))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, recipe={self.recipe.name}"
@@ -287,12 +307,25 @@ _State = tuple[Tensor | None, tuple[Tensor | None, ...]]
 
 
 def _both(
-    t: Tensor, name: str, wanted: tuple[bool, bool], gemms: LinearGemms, state: _State, *, saturation: bool = False, codes: bool = False
+    t: Tensor,
+    name: str,
+    wanted: tuple[bool, bool],
+    gemms: LinearGemms,
+    state: _State,
+    *,
+    gate: Tensor | None = None,
+    saturation: bool = False,
+    codes: bool = False,
 ) -> "tuple[Any, Any]":
-    """`t` and `t`^T as the operands that `_PAIRS` names, those that are wanted; from one read where a kernel can."""
+    """`t` and `t`^T as the operands that `_PAIRS` names, those that are wanted; from one read where a kernel can.
+
+    With a gate: silu(gate) * t and its transpose.
+    """
     pair = gemms.pairs[name]
     if pair is not None and not saturation and takes(t):
-        return quantize_both(t, pair if all(wanted) else pair.only(*wanted)) if any(wanted) else _NOTHING
+        return quantize_both(t, pair if all(wanted) else pair.only(*wanted), times_silu_of=gate) if any(wanted) else _NOTHING
+    if gate is not None:
+        t = nn.functional.silu(gate) * t
     (gemm, side), (gemm_t, side_t) = _PAIRS[name]
     recipe, operand, transposed = gemms.recipe, None, None
     if name in gemms.whole and not saturation and not codes and takes(t):

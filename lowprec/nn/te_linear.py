@@ -80,31 +80,29 @@ _TWINS = {
     "nvfp4": _Twin(
         name="NVFP4BlockScaling",
         available="is_nvfp4_available",
-        options={
-            "disable_rht": False,
-            "disable_stochastic_rounding": False,
-            "disable_2d_quantization": False,
-            "row_scaled_activation": False,
-            "nvfp4_4over6": "none",
-        },
+        options={"nvfp4_4over6": "none", "row_scaled_activation": False}
+        | dict.fromkeys(("disable_rht", "disable_stochastic_rounding", "disable_2d_quantization"), False),
         multiple=32,
     ),
 }
 """By the recipe of the library that multiplies the same operands."""
 
 _NO_TWIN = f"Transformer Engine has no such recipe; it has {', '.join(_TWINS)}"
+_INSTALL = "needs Transformer Engine: pip install 'lowprec[te]'"
 
 
 def te_recipe(recipe: Recipe) -> Any:
-    """The recipe object of Transformer Engine that multiplies the operands of `recipe`; UserError if there is none."""
+    """The recipe object of Transformer Engine that multiplies the operands of `recipe`; UserError if there is none, or no library."""
     twin = _twin(recipe)
     if twin is None:
         raise UserError(f"recipe {recipe.name}: {_NO_TWIN}")
-    import transformer_engine.common.recipe as recipes
-
+    try:
+        import transformer_engine.common.recipe as recipes
+    except ModuleNotFoundError:
+        raise UserError(f"recipe {recipe.name}: backend 'te' {_INSTALL}") from None
     form = {} if twin.format is None else {"fp8_format": getattr(recipes.Format, twin.format)}
     made = getattr(recipes, twin.name)(**form, **twin.options, backward_override=None)
-    if twin.power_of_two is not None:  # the option alone is not enough: these were made of the environment, for all objects of the class
+    if twin.power_of_two is not None:  # the option alone is not enough: the class made these of the environment
         for operand in ("fwd_inp", "fwd_weight", "bwd_grad"):
             setattr(made, f"fp8_quant_{operand}", recipes.QParams(power_2_scale=twin.power_of_two))
     if twin.format == "HYBRID":  # whose fprop would sum in the 14 bits of Hopper's matrix units, which our recipe does not
@@ -120,7 +118,7 @@ def why_not_te(recipe: Recipe, device_type: str) -> str | None:
     if device_type != "cuda":
         return "Transformer Engine needs a CUDA device"
     if "transformer_engine" not in sys.modules and importlib.util.find_spec("transformer_engine") is None:
-        return "needs Transformer Engine: pip install 'lowprec[te]'"
+        return _INSTALL
     if not torch.cuda.is_available():
         return "Transformer Engine needs a CUDA device, and this machine has none"
     try:
@@ -140,8 +138,8 @@ def why_not_shape(linear: nn.Linear, recipe: Recipe) -> str | None:
     twin = _twin(recipe)
     if twin is None or (linear.in_features % twin.multiple == 0 and linear.out_features % twin.multiple == 0):
         return None
-    shape = f"{linear.out_features} x {linear.in_features}"
-    return f"Transformer Engine's {twin.name} takes features in multiples of {twin.multiple}, not {shape}"
+    multiple, shape = twin.multiple, f"{linear.out_features} x {linear.in_features}"
+    return f"Transformer Engine's {twin.name} takes features in multiples of {multiple}, not {shape}"
 
 
 def te_reason(recipe: Recipe) -> str:
@@ -190,8 +188,7 @@ class TELinear(nn.Linear):
         assert type(linear) is nn.Linear
         linear.__class__ = DelayedTELinear if twin.name == "DelayedScaling" else TELinear
         assert isinstance(linear, TELinear)
-        linear.recipe, linear.twin, linear.multiple = recipe, made, twin.multiple
-        linear.sharded = type(linear.weight).__name__ == "DTensor"
+        linear.recipe, linear.twin, linear.multiple, linear.sharded = recipe, made, twin.multiple, type(linear.weight).__name__ == "DTensor"
         linear._forget()
         return linear
 

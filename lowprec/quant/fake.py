@@ -19,28 +19,29 @@ PIECE = 1 << 19
 """Elements of a piece. Smaller ones drown in the overhead of small operations, larger ones leave the cache (docs/experiments.md)."""
 
 
-def fake_quantize(x_RK: Tensor, spec: OperandSpec, **state: Any) -> Tensor:
+def fake_quantize(x_RK: Tensor, spec: OperandSpec, *, dtype: torch.dtype = torch.float32, **state: Any) -> Tensor:
     """x as the values that its quantised form stands for.
 
     Args:
         x_RK: fp32, bf16 or fp16 [R, K], any strides.
+        dtype: of the result. bf16 holds MX and unscaled values of at most 8 significant bits exactly; others are rounded once more.
         state: generator, key or history, as for `quantize`.
     Returns:
-        fp32 [R, K], in x's memory order.
+        [R, K] of `dtype`, in x's memory order.
     """
     if x_RK.is_cuda and why_not_fake(x_RK, spec) is None and (not spec.stochastic or state.get("key") is not None):
-        return fake_quantize_fused(x_RK, spec, key=state.get("key"))
+        return fake_quantize_fused(x_RK, spec, key=state.get("key"), dtype=dtype)
     if x_RK.device.type != "cpu" or torch.compiler.is_compiling() or not _splits(spec) or x_RK.numel() <= PIECE:
-        return _whole(x_RK, spec, **state)
+        return _whole(x_RK, spec, **state).to(dtype)
     transposed = is_transposed(x_RK)
     x = x_RK.t() if transposed else x_RK
     assert spec.scaling is not None
     block = block_extents(x_RK.shape, spec.scaling.block)
     rows = (swapped(block) if transposed else block)[0]
     if rows * x.shape[1] > 2 * PIECE:
-        return _whole(x_RK, spec, **state)
+        return _whole(x_RK, spec, **state).to(dtype)
     step = max(1, PIECE // (rows * max(x.shape[1], 1))) * rows
-    out = torch.empty(x.shape, dtype=torch.float32)
+    out = torch.empty(x.shape, dtype=dtype)
     for start in range(0, x.shape[0], step):
         piece = x[start : start + step]
         out[start : start + step] = _whole(piece.t(), spec).t() if transposed else _whole(piece, spec)

@@ -1,0 +1,113 @@
+"""A converted Llama on the native path, kernels stood in for on a CPU: the reference's results, codes shared, no graph break."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lowprec
+from lowprec.nn import codes, linear
+from tests.nn.native import on_cpu
+
+IDS = torch.randint(0, 512, (2, 128), generator=torch.Generator().manual_seed(0))
+COMPILING = [
+    pytest.mark.filterwarnings(r"ignore:`torch\.jit\.script_method` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings(r"ignore:The \.grad attribute of a Tensor that is not a leaf:UserWarning"),
+    pytest.mark.filterwarnings(r"ignore:.*torch\.autograd\.function\.Function.* should not be instantiated:DeprecationWarning"),
+]
+
+
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=512, use_cache=False, **shape))
+
+
+def step(module: nn.Module, ids: Tensor = IDS) -> tuple[float, dict[str, Tensor]]:
+    module.zero_grad()
+    loss = module(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return loss.item(), {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
+
+
+@pytest.fixture
+def reference() -> tuple[float, dict[str, Tensor]]:
+    plain = model()
+    lowprec.convert(plain, {"recipe": "fp8_blockwise", "backend": "reference"})
+    return step(plain)
+
+
+@pytest.fixture
+def native(reference, monkeypatch: pytest.MonkeyPatch) -> LlamaForCausalLM:
+    on_cpu(monkeypatch)
+    converted = model()
+    plan = lowprec.convert(converted, {"recipe": "fp8_blockwise", "fuse": False})
+    assert {layer.status for layer in plan.converted} == {"native"}
+    return converted
+
+
+def assert_equal(ours: tuple[float, dict[str, Tensor]], theirs: tuple[float, dict[str, Tensor]]) -> None:
+    assert ours[0] == theirs[0]
+    assert all(torch.equal(grad, theirs[1][name]) for name, grad in ours[1].items())
+
+
+def test_it_gives_what_the_reference_gives(native: LlamaForCausalLM, reference):
+    assert_equal(step(native), reference)
+    assert_equal(step(native), reference)  # by the kept codes of the weights
+
+
+def test_each_weight_and_each_input_is_quantised_once_a_step(native: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch):
+    counts = {"kept": 0, "gradients": 0}
+    for module, name in ((codes, "kept"), (linear, "gradients")):
+        plain = module.quantize_both
+
+        def count(*args, name=name, plain=plain, **more):
+            counts[name] += 1
+            return plain(*args, **more)
+
+        monkeypatch.setattr(module, "quantize_both", count)
+    optimizer = torch.optim.SGD(native.parameters(), lr=1e-3)
+    for _ in range(2):
+        step(native)
+    # 7 weights a block once; q, k and v share their input, gate and up theirs: 4 inputs a block and pass; 7 gradients a block and pass
+    assert counts == {"kept": 2 * 7 + 2 * 2 * 4, "gradients": 2 * 2 * 7}
+    optimizer.step()
+    step(native)
+    assert counts["kept"] == 2 * 7 + 2 * 2 * 4 + 2 * 7 + 2 * 4
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_blocks_have_no_graph_break_and_the_same_results(native: LlamaForCausalLM, reference, dynamic: bool | None):
+    for block in native.model.layers:
+        block.compile(fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    assert_equal(step(native), reference)
+
+
+test_compiled_blocks_have_no_graph_break_and_the_same_results.pytestmark += COMPILING  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def test_other_lengths_compile_once_more_and_not_again(native: LlamaForCausalLM):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    for block in native.model.layers:
+        block.compile(fullgraph=True, backend=counter)
+    for length in (128, 96, 112, 80):
+        step(native, IDS[:, :length])
+    assert counter.frame_count == 2  # the first length, and any other
+    for length in (64, 48, 32):
+        step(native, IDS[:, :length])
+    assert counter.frame_count == 3  # no more than 128 tokens: one block of scales
+
+
+test_other_lengths_compile_once_more_and_not_again.pytestmark = COMPILING  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def test_autocast_shares_the_codes_of_a_cast_input(native: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch):
+    made: list[tuple[int, ...]] = []
+    plain = codes.quantize_both
+    monkeypatch.setattr(codes, "quantize_both", lambda t, wanted: made.append(tuple(t.shape)) or plain(t, wanted))
+    attention, x = native.model.layers[0].self_attn, torch.randn(1, 64, 256)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
+    assert {t.dtype for t in y} == {torch.bfloat16}
+    assert made.count((64, 256)) == 1
