@@ -2,6 +2,7 @@
 
 from lowprec.errors import UserError, nearest
 from lowprec.gemm.base import FP32_SUMS, Accumulation, GemmBackend, Operand, Support
+from lowprec.gemm.bf16_exact import ExactInBf16Backend
 from lowprec.gemm.hopper import HopperBackend
 from lowprec.gemm.reference import ReferenceBackend
 from lowprec.gemm.scaled_mm import ScaledMMBackend
@@ -9,9 +10,8 @@ from lowprec.gemm.torch_mm import TorchBackend
 from lowprec.gemm.triton_mm import TritonBackend
 from lowprec.quant import OperandSpec
 
-BACKENDS: dict[str, GemmBackend] = {
-    backend.name: backend for backend in (TorchBackend(), ScaledMMBackend(), HopperBackend(), TritonBackend(), ReferenceBackend())
-}
+_ALL = (TorchBackend(), ScaledMMBackend(), HopperBackend(), TritonBackend(), ExactInBf16Backend(), ReferenceBackend())
+BACKENDS: dict[str, GemmBackend] = {backend.name: backend for backend in _ALL}
 """Fastest first, but for what a backend's `rank` says: `auto` takes the first that supports a product."""
 
 __all__ = ["BACKENDS", "FP32_SUMS", "Accumulation", "GemmBackend", "Operand", "Support", "select"]

@@ -56,6 +56,8 @@ class GemmBackend(ABC):
     name: ClassVar[str]
     decoded: ClassVar[bool] = False
     """Whether `mm` wants codes in fp32 (see `quantize`), because it would decode them at once."""
+    plain_dtype: ClassVar[torch.dtype] = torch.float32
+    """What it then takes values in."""
 
     def rank(self, a: OperandSpec | None, b: OperandSpec | None, weights: int) -> int:
         """Where `auto` asks this backend for such a product of a layer of so many weights (0: unknown): lower is earlier."""

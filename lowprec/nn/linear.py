@@ -368,7 +368,7 @@ def _operand(
     key, history = derive_key(key, number) if key is not None and source.stochastic else None, histories[number]
     decoded = gemms.decodes(gemm) and not stored
     if decoded and not (saturation or codes):
-        return fake_quantize(t, source, key=key, history=history)
+        return fake_quantize(t, source, key=key, history=history, dtype=getattr(gemms, gemm).plain_dtype)
     return quantize(t, source, key=key, history=history, decoded=decoded, saturation=saturation)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from lowprec.quant.qtensor import block_extents, is_transposed, swapped, to_blocks
 from lowprec.quant.quantize import quantize
 from lowprec.quant.spec import OperandSpec
-from lowprec.quant.triton_quantize import fake_quantize_fused, why_not_fake
+from lowprec.quant.triton_quantize import fake_quantize_fused, takes
 
 PIECE = 1 << 19
 """Elements of a piece. Smaller ones drown in the overhead of small operations, larger ones leave the cache (docs/experiments.md)."""
@@ -29,7 +29,7 @@ def fake_quantize(x_RK: Tensor, spec: OperandSpec, *, dtype: torch.dtype = torch
     Returns:
         [R, K] of `dtype`, in x's memory order.
     """
-    if x_RK.is_cuda and why_not_fake(x_RK, spec) is None and (not spec.stochastic or state.get("key") is not None):
+    if spec.one_pass and takes(x_RK) and (not spec.stochastic or state.get("key") is not None):
         return fake_quantize_fused(x_RK, spec, key=state.get("key"), dtype=dtype)
     if x_RK.device.type != "cpu" or torch.compiler.is_compiling() or not _splits(spec) or x_RK.numel() <= PIECE:
         return _whole(x_RK, spec, **state).to(dtype)

@@ -26,11 +26,18 @@ class OperandSpec:
     scaling: BlockScaling | None = None
     """None: the elements are cast as they are (bf16, fp16, fp32)."""
     rounding: Rounding = "nearest"
+    # What kernels are chosen by. Strings and a bool, made once: torch.compile makes variables of integers that it finds in objects.
     kind: str = field(init=False, repr=False, compare=False)
     """How FP8 kernels know the scaling: 1x128, 128x128, tensor, row; "" if they know none like it."""
+    notation: str = field(init=False, repr=False, compare=False)
+    """What `str` gives and `parse` reads."""
+    one_pass: bool = field(init=False, repr=False, compare=False)
+    """Whether a kernel quantises and dequantises it in one pass over memory."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", _kind(self.element, self.scaling))
+        object.__setattr__(self, "notation", _notation(self.element, self.scaling, self.rounding))
+        object.__setattr__(self, "one_pass", _one_pass(self.element, self.scaling, self.rounding))
         element, scaling = self.element, self.scaling
         if self.rounding not in ROUNDINGS:
             raise ValueError(f"unknown rounding '{self.rounding}'{nearest(self.rounding, ROUNDINGS)}")
@@ -52,8 +59,7 @@ class OperandSpec:
         return self.rounding == "stochastic"
 
     def __str__(self) -> str:
-        words = [str(self.scaling)] * (self.scaling is not None) + [self.rounding] * (self.rounding != "nearest")
-        return f"{self.element.name}[{' '.join(words)}]" if words else self.element.name
+        return self.notation
 
     @classmethod
     def parse(cls, text: str) -> "OperandSpec":
@@ -73,6 +79,18 @@ class OperandSpec:
             return cls(element=FORMATS[name], scaling=scaling, rounding=roundings[0] if roundings else "nearest")
         except ValueError as error:
             raise UserError(f"'{text}': {error}") from None
+
+
+def _notation(element: ElementFormat, scaling: BlockScaling | None, rounding: str) -> str:
+    words = [str(scaling)] * (scaling is not None) + [rounding] * (rounding != "nearest")
+    return f"{element.name}[{' '.join(words)}]" if words else element.name
+
+
+def _one_pass(element: ElementFormat, scaling: BlockScaling | None, rounding: str) -> bool:
+    if scaling is None or element.is_integer or not element.saturates or rounding == "toward_zero":
+        return False
+    plain = scaling.rule != "quest" and not scaling.four_over_six and not scaling.history and scaling.symmetric
+    return plain and scaling.block in ((1, 16), (1, 32), (1, 64), (1, 128))
 
 
 def _kind(element: ElementFormat, scaling: BlockScaling | None) -> str:

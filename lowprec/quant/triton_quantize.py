@@ -4,7 +4,7 @@
     fake_quantize_fused(x, spec)        codes times scales, for emulation
 
 The results have the bits of the reference, in every mode: the same fp32 operations in the same order, each correctly rounded. Where the
-kernels can't, `directions` and `why_not_fake` say why, and the caller takes the reference.
+kernels can't, `directions` says why, or the operand's `one_pass` is false, and the caller takes the reference.
 
 Two kernels do the first: one in Gluon for Hopper and later (`tile_kernels`), one in plain Triton for the rest (`triton_kernels`). They are
 torch library operators, so compiled code may call them; eager code calls the functions beneath, which is cheaper for the host.
@@ -185,30 +185,8 @@ def _gluon_works(device: int) -> bool:
     return True
 
 
-def why_not_fake(x_RK: Tensor, spec: OperandSpec) -> str | None:
-    """Why `fake_quantize_fused` can't; None if it can."""
-    scaling = spec.scaling
-    if not x_RK.is_cuda or x_RK.numel() == 0 or x_RK.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return "not a matrix on a GPU"
-    return _why_not_fake(spec) if scaling is not None else "no scaling"
-
-
-@cache
-def _why_not_fake(spec: OperandSpec) -> str | None:
-    scaling = spec.scaling
-    assert scaling is not None
-    block = scaling.block
-    if spec.element.is_integer or not spec.element.saturates or spec.rounding == "toward_zero":
-        return f"{spec.element.name} rounded {spec.rounding} has no kernel"
-    if block[0] != 1 or block[1] not in (16, 32, 64, 128):
-        return f"blocks of {block[0]}x{block[1]} have no kernel"
-    if scaling.rule == "quest" or scaling.four_over_six or scaling.history or not scaling.symmetric:
-        return f"{spec} has no kernel"
-    return None
-
-
 def fake_quantize_fused(x_RK: Tensor, spec: OperandSpec, *, key: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`fake_quantize(x, spec, key=key)` as a `dtype` tensor in x's memory order; `why_not_fake` is None.
+    """`fake_quantize(x, spec, key=key)` as a `dtype` tensor in x's memory order. x is such as `takes` allows, and `spec.one_pass`.
 
     `dtype`: bf16 holds the result exactly where the element has at most 8 significant bits and the scale is a power of two (MX).
     """
@@ -217,7 +195,7 @@ def fake_quantize_fused(x_RK: Tensor, spec: OperandSpec, *, key: Tensor | None =
     assert spec.scaling is not None
     tensor_scales = _tensor_scales(x, spec) if spec.scaling.scale_format == "e4m3" else None
     call = torch.ops.lowprec.fake_quantize_blocks if torch.compiler.is_compiling() else _fake_quantize_blocks
-    out = call(x, tensor_scales, key if spec.stochastic else None, str(spec), along_rows, dtype)
+    out = call(x, tensor_scales, key if spec.stochastic else None, spec.notation, along_rows, dtype)
     return out if along_rows else out.t()
 
 
@@ -256,3 +234,15 @@ def _fake_quantize_blocks(
         R % tile_r == 0 and C % tile_c == 0, tile_r, tile_c,
     )  # fmt: skip
     return out
+
+
+@torch.library.custom_op("lowprec::fake_quantize_blocks", mutates_args=())
+def _fake_quantize_blocks_op(
+    x: Tensor, tensor_scales: Tensor | None, key: Tensor | None, spec: str, along_rows: bool, dtype: torch.dtype
+) -> Tensor:
+    return _fake_quantize_blocks(x, tensor_scales, key, spec, along_rows, dtype)
+
+
+@_fake_quantize_blocks_op.register_fake
+def _(x: Tensor, tensor_scales: Tensor | None, key: Tensor | None, spec: str, along_rows: bool, dtype: torch.dtype) -> Tensor:
+    return torch.empty(x.shape, dtype=dtype, device=x.device)

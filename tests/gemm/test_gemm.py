@@ -13,7 +13,7 @@ from lowprec.formats.rounding import round_to_format
 from lowprec.formats.scaling import ALL, BlockScaling
 from lowprec.gemm import BACKENDS, Accumulation, select
 from lowprec.gemm.reference import ReferenceBackend
-from lowprec.quant import OperandSpec, quantize
+from lowprec.quant import OperandSpec, fake_quantize, quantize
 from lowprec.testing import ODD_SHAPES, fp32_accumulation_bound, gaussian, heavy_tailed
 
 BF16_SPEC, FP16_SPEC, FP32_SPEC = (OperandSpec(element=fmt) for fmt in (BF16, FP16, FP32))
@@ -202,3 +202,30 @@ def test_no_other_backend_takes_a_narrow_accumulator():
     assert backend.name == "reference"
     with pytest.raises(UserError, match="sums in fp32"):
         select(bf16, bf16, "cuda", "torch", Accumulation(bits=14))
+
+
+@pytest.mark.parametrize(
+    "text", ["e2m1[1x32 e8m0:floor]", "e2m3[1x32 e8m0:floor]", "e3m2[1x32 e8m0]", "e4m3[1x32 e8m0]", "e4m3[1x128 e8m0]"]
+)
+@pytest.mark.parametrize("as_values", [False, True])
+def test_power_of_two_scales_are_emulated_exactly_in_bf16(text, as_values):
+    spec = OperandSpec.parse(text)
+    assert BACKENDS["bf16_exact"].supports(spec, spec, "cuda").ok
+    assert not BACKENDS["bf16_exact"].supports(spec, spec, "cuda").native
+    assert not BACKENDS["bf16_exact"].supports(spec, spec, "cpu").ok
+    x, w = gaussian(33, 100, 0) * 1e-3, gaussian(17, 100, 1) * 1e3
+    qx, qw = quantize(x, spec), quantize(w, spec)
+    if as_values:
+        operands = fake_quantize(x, spec, dtype=torch.bfloat16), fake_quantize(w, spec, dtype=torch.bfloat16)
+        assert torch.equal(operands[0].float(), qx.dequantize())
+    else:
+        operands = qx, qw
+    bound = 2 * fp32_accumulation_bound(qx.dequantize(), qw.dequantize())
+    assert ((BACKENDS["bf16_exact"].mm(*operands, torch.float32) - BACKENDS["reference"].mm(qx, qw, torch.float32)).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("text", ["e4m3[1x128 fp32]", "e2m1[1x16 e4m3]", "e2m1[1x32 e8m0:floor prescale:0.75]", "int8[row fp32]", "bf16"])
+def test_other_values_are_no_bf16_numbers(text):
+    spec = OperandSpec.parse(text)
+    assert not BACKENDS["bf16_exact"].supports(spec, spec, "cuda").ok
+    assert select(spec, spec, "cuda")[0].name != "bf16_exact"

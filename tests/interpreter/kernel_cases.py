@@ -19,8 +19,10 @@ from torch import Tensor
 from lowprec.formats.random import uniform
 from lowprec.gemm import BACKENDS, Accumulation
 from lowprec.gemm.triton_mm import block_scaled_mm
+from lowprec.nn import swiglu, swiglu_kernel
 from lowprec.quant import OperandSpec, QTensor, fake_quantize, quantize, triton_quantize
 from lowprec.quant.triton_quantize import Directions, directions, fake_quantize_fused, quantize_both
+from lowprec.quant.triton_whole import quantize_whole
 from lowprec.testing import EDGE_BLOCKS, ODD_SHAPES, gaussian, heavy_tailed
 
 if not triton.knobs.runtime.interpret:
@@ -97,7 +99,7 @@ def cut(x: Tensor) -> Tensor:
 
 def fused(x: Tensor, text: str, **options) -> Tensor:
     spec = OperandSpec.parse(text)
-    assert triton_quantize._why_not_fake(spec) is None
+    assert spec.one_pass
     return fake_quantize_fused(x, spec, **options)
 
 
@@ -482,3 +484,45 @@ def test_the_backend_multiplies_what_the_quantiser_makes(scale, b_block):
     c = BACKENDS["triton"].mm(a, b, torch.float32, sums)
     assert_same(c, BACKENDS["triton"].mm(quantize(x, a.spec), quantize(w, b.spec), torch.float32, sums))
     assert torch.equal(c.isnan().any(1), torch.arange(33) == 3)
+
+
+# One scale per tensor or per row
+
+
+@pytest.mark.parametrize("specs", [("tensor", "tensor"), ("row", "row"), ("row", "tensor"), ("row", None), (None, "tensor")], ids=str)
+@pytest.mark.parametrize("elements", [("e4m3", "e4m3"), ("e5m2", "e4m3")], ids=str)
+@both_layouts
+def test_whole_scales_are_the_references(specs, elements, layout):
+    a, b = (None if kind is None else OperandSpec.parse(f"{element}[{kind} fp32]") for element, kind in zip(elements, specs, strict=True))
+    for rows, cols in ((33, 130), (64, 64), (1, 70), (70, 1)):
+        x = layout(wide(rows, cols))
+        for ours, spec, plain in zip(quantize_whole(x, a, b), (a, b), (x, x.t()), strict=True):
+            assert_same_codes(ours, plain, spec)
+
+
+def test_nan_in_a_row_kills_that_row_alone():
+    x, row = gaussian(40, 70, 0), OperandSpec.parse("e4m3[row fp32]")
+    x[3, 5], x[7, 1] = torch.nan, torch.inf
+    q, q_t = quantize_whole(x, row, row)
+    assert_same_codes(q, x, row)
+    assert_same_codes(q_t, x.t(), row)
+    assert q is not None
+    assert q.dequantize().isnan().all(1).nonzero().flatten().tolist() == [3, 7]
+
+
+def test_delayed_scales_go_by_the_history():
+    spec = OperandSpec.parse("e4m3[tensor fp32 delayed:3]")
+    ours, reference = torch.zeros(3), torch.zeros(3)
+    for step in range(5):
+        x = gaussian(33, 70, step) * (step + 1)
+        q, _ = quantize_whole(x, spec, None, (ours, None))
+        expected = quantize(x, spec, history=reference)
+        assert q is not None
+        assert_same(q.dequantize(), expected.dequantize())
+        assert torch.equal(ours, reference)
+
+
+def test_the_backward_of_swiglu():
+    dh, gate, up = (gaussian(7, 333, seed) for seed in range(3))
+    for ours, expected in zip(swiglu_kernel.backward(dh, gate, up), swiglu.swiglu_backward(dh, gate, up), strict=True):
+        assert (ours - expected).abs().max() < 1e-5

@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lowprec
 from lowprec.nn import codes, linear
+from lowprec.quant import OperandSpec, fake, quantize, triton_quantize
 from tests.nn.native import on_cpu
 
 IDS = torch.randint(0, 512, (2, 128), generator=torch.Generator().manual_seed(0))
@@ -111,3 +112,30 @@ def test_autocast_shares_the_codes_of_a_cast_input(native: LlamaForCausalLM, mon
         y = attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
     assert {t.dtype for t in y} == {torch.bfloat16}
     assert made.count((64, 256)) == 1
+
+
+@pytest.mark.parametrize("recipe", ["mxfp4", "nvfp4", "mxfp4_aws"])
+def test_compiled_emulation_calls_its_kernel_as_an_operator(recipe: str, monkeypatch: pytest.MonkeyPatch):
+    """As on a GPU: the one-pass kernel, with the reference in its place."""
+
+    def reference(x: Tensor, tensor_scales, key, spec: str, along_rows: bool, dtype: torch.dtype) -> Tensor:
+        t = x if along_rows else x.t()
+        out = quantize(t, OperandSpec.parse(spec), key=key, decoded=True).dequantize(dtype)
+        return (out if along_rows else out.t()).contiguous()
+
+    layer = nn.Linear(96, 64)
+    lowprec.convert(layer_in := nn.Sequential(layer), recipe)
+    x, g = torch.randn(48, 96, requires_grad=True), torch.randn(48, 64)
+    expected = torch.autograd.grad(layer_in(x), (x, layer.weight), g)
+    if hasattr(layer, "rounding_state"):
+        layer.rounding_state[2] -= 1
+    calls: list[str] = []
+    monkeypatch.setattr(triton_quantize, "_fake_quantize_blocks", lambda *args: calls.append(args[3]) or reference(*args))
+    monkeypatch.setattr(fake, "takes", lambda t: True)
+    ours = torch.autograd.grad(torch.compile(layer_in, fullgraph=True, backend="aot_eager")(x), (x, layer.weight), g)
+    assert calls
+    for a, b in zip(ours, expected, strict=True):
+        assert (a - b).norm() <= 1e-6 * b.norm()
+
+
+test_compiled_emulation_calls_its_kernel_as_an_operator.pytestmark += COMPILING  # pyright: ignore[reportFunctionMemberAccess]
