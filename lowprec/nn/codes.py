@@ -1,8 +1,8 @@
 """Codes that outlive one call of a layer, so that nothing is quantised twice. Eager code only: a compiler finds
 what is equal by itself.
 
-Weights. A weight's codes, and those of its transpose, serve until it changes: over the micro-batches of an accumulated step, when
-activation checkpointing computes again, and in the backward. A change is seen by
+Weights. In training a weight's codes, and those of its transpose, serve until it changes: over the micro-batches of an accumulated step,
+when activation checkpointing computes again, and in the backward. A change is seen by
 
 * the tensor's version, which every in-place operation of torch counts;
 * an optimizer's step, any optimizer's that derives from torch.optim.Optimizer: some write through `.data`, which no version counts. What is

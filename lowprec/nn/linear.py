@@ -271,7 +271,7 @@ class LowPrecisionLinear(nn.Linear):
             self.gemms[device_type] = LinearGemms.on(device_type, self.recipe, self.backend, self.weight.numel())
         x_MK = x.reshape(-1, self.in_features)
         gemms, grad_enabled = self.gemms[device_type], torch.is_grad_enabled()
-        keeps = device_type in KEEPS_CODES and not torch.compiler.is_compiling()
+        keeps = device_type in KEEPS_CODES and not torch.compiler.is_compiling() and not _capturing(device_type)
         gate_MK = None if gate is None else gate.reshape(-1, self.in_features)
         made_x = self._made_x(input, x_MK, gemms) if keeps and gate is None else _NOTHING
         made_w = self._made_w(x.requires_grad, gemms) if keeps else _NOTHING
@@ -287,15 +287,20 @@ class LowPrecisionLinear(nn.Linear):
         return shared_codes(input, x_MK.detach(), pair if needs_x_t else pair.only(True, False))
 
     def _made_w(self, x_requires_grad: bool, gemms: LinearGemms) -> "_Pair":
-        """The codes of a weight that has not changed since they were made."""
+        """The codes of a weight that has not changed since they were made. In training only: for an evaluation some write averaged weights
+        in their place, through `.data` and without an optimizer's step."""
         pair = gemms.pairs["w"]
-        if pair is None or not takes(self.weight):
+        if pair is None or not (self.training and torch.is_grad_enabled() and takes(self.weight)):
             return _NOTHING
-        needs_w_t = torch.is_grad_enabled() and x_requires_grad
-        return weight_codes(self, self.weight.detach(), pair if needs_w_t else pair.only(True, False))
+        return weight_codes(self, self.weight.detach(), pair if x_requires_grad else pair.only(True, False))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, recipe={self.recipe.name}"
+
+
+def _capturing(device_type: str) -> bool:
+    """Whether a CUDA graph is being captured: its replays run no Python, which would see that a weight or an input has changed."""
+    return device_type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 _Pair = tuple[Operand | None, Operand | None]

@@ -388,3 +388,29 @@ def test_a_captured_graph_replays_the_step():
         got = gradients(compiled, x, g)
         for a, b in zip(got, eager, strict=True):
             assert torch.equal(a, b)
+
+
+@hopper
+def test_a_captured_training_step_sees_the_weights_change():
+    ours, twin = (linears("fp8_blockwise", torch.float32, False)[0] for _ in range(2))
+    x, g = torch.randn(256, 384, device="cuda"), torch.randn(256, 264, device="cuda")
+    optimizers = [torch.optim.SGD(layer.parameters(), lr=1e-3) for layer in (ours, twin)]
+
+    def step(layer: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad(set_to_none=False)
+        layer(x).backward(g)
+        optimizer.step()
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(ours, optimizers[0])
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(ours, optimizers[0])
+    for _ in range(4):
+        graph.replay()
+    for _ in range(3 + 4):
+        step(twin, optimizers[1])
+    assert torch.equal(ours.weight, twin.weight)

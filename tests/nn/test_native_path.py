@@ -77,6 +77,20 @@ def test_each_weight_and_each_input_is_quantised_once_a_step(native: LlamaForCau
     assert counts["kept"] == 2 * 7 + 2 * 2 * 4 + 2 * 7 + 2 * 4
 
 
+def test_an_evaluation_keeps_no_codes_of_weights(native: LlamaForCausalLM):
+    """Averaged weights are put in place through `.data`, which nothing counts."""
+    step(native)
+    native.eval()
+    with torch.no_grad():
+        before = native(input_ids=IDS).logits
+        for parameter in native.parameters():
+            parameter.data.mul_(0.5)
+        assert not torch.equal(native(input_ids=IDS).logits, before)
+        for parameter in native.parameters():
+            parameter.data.mul_(2.0)
+        assert torch.equal(native(input_ids=IDS).logits, before)
+
+
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compiled_blocks_have_no_graph_break_and_the_same_results(native: LlamaForCausalLM, reference, dynamic: bool | None):
     for block in native.model.layers:
