@@ -9,19 +9,10 @@ from lowprec.conversion import make_plan
 from lowprec.payoff import SMALLEST, payoff
 from tests.nn.native import on_cpu
 
-MEASURED = [
-    # tokens, N, K, speed-up measured on an H100 (docs/experiments.md: linear layers, weight cached)
-    (8192, 4096, 4096, 1.32),
-    (8192, 14336, 4096, 1.40),
-    (8192, 4096, 14336, 1.48),
-    (8192, 8192, 8192, 1.45),
-    (16384, 28672, 4096, 1.53),
-]
 
-
-@pytest.mark.parametrize(("tokens", "N", "K", "measured"), MEASURED)
-def test_the_model_is_near_the_measurements(tokens: int, N: int, K: int, measured: float):
-    assert payoff(N, K, "1x128", tokens).speedup == pytest.approx(measured, rel=0.12)
+def test_the_model_is_near_the_measurement():
+    # docs/experiments.md, host time: 1.062 ms in bf16, 0.805 ms in FP8
+    assert payoff(4096, 4096, "1x128", 8192).speedup == pytest.approx(1.062 / 0.805, rel=0.05)
 
 
 def test_more_tokens_and_larger_layers_pay_more():

@@ -35,10 +35,16 @@ def select(
         if not support.ok:
             raise UserError(f"precision.backend: '{backend}' can't multiply {a} by {b} on {device_type}: {support.reason}")
         return BACKENDS[backend], support
-    refusals = []
+    refusals: dict[str, list[str]] = {}
     for candidate in sorted(BACKENDS.values(), key=lambda candidate: (candidate.name == "reference", candidate.rank(a, b, weights))):
         support = candidate.supports(a, b, device_type, sums)
         if support.ok:
-            return candidate, Support(ok=True, native=support.native, reason="; ".join([support.reason, *refusals]))
-        refusals.append(f"{candidate.name}: {support.reason}")
+            return candidate, Support(ok=True, native=support.native, reason="; ".join([support.reason, *_told(refusals)]))
+        refusals.setdefault(support.reason, []).append(candidate.name)
     raise AssertionError("the reference backend supports everything")
+
+
+def _told(refusals: dict[str, list[str]]) -> list[str]:
+    """'hopper: needs a Hopper GPU, not cpu': of backends that take such operands, if there are any; of all otherwise."""
+    near = {reason: names for reason, names in refusals.items() if not reason.startswith("takes")}
+    return [f"{', '.join(names)}: {reason}" for reason, names in (near or refusals).items()]

@@ -47,7 +47,7 @@ def test_auto_takes_torch_for_unscaled_operands(a, b, device, name, native, reas
 @pytest.mark.parametrize(
     "a, b, why",
     [
-        (TILE, BLOCK, "torch: takes unscaled operands only"),
+        (TILE, BLOCK, "hopper: needs a Hopper GPU, not cpu; scaled_mm, triton: needs a GPU with FP8, not cpu"),
         (None, INT4_GROUP, "torch: takes unscaled operands only"),
         (BF16_SPEC, FP32_SPEC, "torch: takes two operands of one dtype"),
         (BF16_SPEC, None, "torch: takes two operands of one dtype"),
