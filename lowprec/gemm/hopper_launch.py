@@ -29,4 +29,4 @@ def launch(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, column_scales
     place = (*addresses, M, N, K, a.stride(0), b.stride(0), c.stride(0), scale_a.stride(0), stride)
     key = (a.dtype, b.dtype, c.dtype, pointer.dtype, addresses[3] % 16 == 0, addresses[5] % 16 == 0, constants)
     tiles = -(-M // tile.rows) * -(-N // 128)
-    _launcher(key, place, min(tiles, processors(a.device.index)), arguments)
+    _launcher(a.device.index, key, place, min(tiles, processors(a.device.index)), arguments)

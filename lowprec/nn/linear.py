@@ -327,7 +327,7 @@ def _both(
     With a gate: silu(gate) * t and its transpose.
     """
     pair = gemms.pairs[name]
-    if pair is not None and not saturation and takes(t):
+    if pair is not None and not saturation and takes(t) and (gate is None or gate.dtype == t.dtype):
         return quantize_both(t, pair if all(wanted) else pair.only(*wanted), times_silu_of=gate) if any(wanted) else _NOTHING
     if gate is not None:
         t = nn.functional.silu(gate) * t

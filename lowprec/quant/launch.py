@@ -61,15 +61,20 @@ class Launcher:
         self.compiled: dict[Any, Any] = {}
         self.prepared: dict[Any, Callable[[int], None]] = {}
 
-    def __call__(self, key: tuple[Any, ...], place: tuple[int, ...], programs: int, arguments: Callable[[], tuple[Any, ...]]) -> None:
-        """Launch `programs` programs.
+    def __call__(
+        self, device: int, key: tuple[Any, ...], place: tuple[int, ...], programs: int, arguments: Callable[[], tuple[Any, ...]]
+    ) -> None:
+        """Launch `programs` programs on the current stream of a device.
 
         Args:
             key: the variant.
             place: every address, extent and stride that the arguments depend on.
             arguments: makes all of the kernel's arguments in their order: Maps, tensors, integers and constants.
         """
-        device = torch._C._cuda_getDevice()
+        if device != torch._C._cuda_getDevice():
+            with torch.cuda.device(device):
+                self(device, key, place, programs, arguments)
+            return
         prepared = self.prepared.get((device, key, place))
         if prepared is not None:
             prepared(torch._C._cuda_getCurrentRawStream(device))

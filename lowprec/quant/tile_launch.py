@@ -29,4 +29,4 @@ def launch(
     addresses = tuple(t.data_ptr() for t in (x, x if y is None else y, *results))
     place = (*addresses, R, C, x.stride(0), 0 if y is None else y.stride(0), stride_r, stride_c)
     tiles = -(-R // 128) * -(-C // 128)
-    _launcher((x.dtype, codes_r.dtype, constants), place, min(tiles, processors(x.device.index)), arguments)
+    _launcher(x.device.index, (x.dtype, codes_r.dtype, constants), place, min(tiles, processors(x.device.index)), arguments)

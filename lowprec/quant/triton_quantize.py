@@ -136,6 +136,8 @@ def _quantize_tiles(x: Tensor, y: Tensor | None, rows: str, cols: str, scale: st
         return results
     from lowprec.quant import triton_kernels as kernels
 
+    if y is not None and y.stride() != x.stride():
+        x, y = x.contiguous(), y.contiguous()  # the kernel knows one stride
     R, C = x.shape
     same = x if y is None else y
     codes_r, scales_r, codes_c, scales_c = results

@@ -526,3 +526,15 @@ def test_the_backward_of_swiglu():
     dh, gate, up = (gaussian(7, 333, seed) for seed in range(3))
     for ours, expected in zip(swiglu_kernel.backward(dh, gate, up), swiglu.swiglu_backward(dh, gate, up), strict=True):
         assert (ours - expected).abs().max() < 1e-5
+
+
+@on_plain_triton
+def test_gate_and_up_may_have_different_strides():
+    whole = gaussian(40, 2 * 136, 0)
+    gate, up = whole[:, :136], whole[:, 136:].clone()
+    wanted = both("e4m3", "fp32", (1, 1))
+    expected = quantize_both(up, wanted, times_silu_of=gate.clone())
+    for ours, theirs in zip(quantize_both(up, wanted, times_silu_of=gate), expected, strict=True):
+        assert ours is not None
+        assert theirs is not None
+        assert_same(ours.dequantize(), theirs.dequantize())
