@@ -1,19 +1,17 @@
 """Gluon kernels that quantise a 128 x 128 tile from one read, along its rows and along its columns.
 
-The layout is the point. A thread holds 16 consecutive rows of 8 consecutive columns: it reads 16 bytes a row, writes 8 codes a row for the
-row-major result, and for the transposed one 16 codes a column, which it has in its registers already. So the transposition costs no trip
-through shared memory; only the largest magnitudes cross threads. A compiler-chosen layout reaches 83% of the copy rate, this one [see
-docs/experiments.md].
+One warp keeps tensor loads in flight; two groups of four warps quantise, a tile each in turn, and hand both results to tensor stores.
+
+The layout of registers is the point. A thread holds 16 consecutive rows of 4 consecutive columns (twice): it writes 4 codes of a row at a
+time for the row-major result, and for the transposed one 16 codes of a column, which it has in its registers already. So the transposition
+costs no exchange between threads; only the largest magnitudes cross them. A compiler-chosen layout in plain Triton reaches 83% of a copy's
+rate, this one 88 to 90% (docs/experiments.md has what else was tried).
 """
 
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
-
-TILE = 128
-TILE_SCALES = gl.constexpr(1)
-BLOCK_SCALES = gl.constexpr(2)
 
 
 @gluon.constexpr_function
@@ -232,70 +230,18 @@ def quantize_tiles(
     row_tiles = gl.cdiv(R, 128)
     row_scale_stride = gl.to_tensor(row_scale_stride)
     col_scale_stride = gl.to_tensor(col_scale_stride)
+    # fmt: off
     gl.warp_specialize(
         [
-            (
-                _quantize_tiles,
-                (
-                    x_bufs,
-                    y_bufs,
-                    row_bufs,
-                    col_bufs,
-                    ready,
-                    empty,
-                    row_desc,
-                    col_desc,
-                    row_scales,
-                    row_scale_stride,
-                    col_scales,
-                    col_scale_stride,
-                    R,
-                    C,
-                    row_tiles,
-                    col_tiles,
-                    STAGES,
-                    INPUTS,
-                    ROWS,
-                    COLS,
-                    E8M0,
-                    LARGEST,
-                    EMAX,
-                    CARRY,
-                    0,
-                ),
-            ),
-            (
-                _quantize_tiles,
-                (
-                    x_bufs,
-                    y_bufs,
-                    row_bufs,
-                    col_bufs,
-                    ready,
-                    empty,
-                    row_desc,
-                    col_desc,
-                    row_scales,
-                    row_scale_stride,
-                    col_scales,
-                    col_scale_stride,
-                    R,
-                    C,
-                    row_tiles,
-                    col_tiles,
-                    STAGES,
-                    INPUTS,
-                    ROWS,
-                    COLS,
-                    E8M0,
-                    LARGEST,
-                    EMAX,
-                    CARRY,
-                    1,
-                ),
-            ),
+            (_quantize_tiles, (x_bufs, y_bufs, row_bufs, col_bufs, ready, empty, row_desc, col_desc, row_scales, row_scale_stride,
+                               col_scales, col_scale_stride, R, C, row_tiles, col_tiles, STAGES, INPUTS, ROWS, COLS, E8M0, LARGEST, EMAX,
+                               CARRY, 0)),
+            (_quantize_tiles, (x_bufs, y_bufs, row_bufs, col_bufs, ready, empty, row_desc, col_desc, row_scales, row_scale_stride,
+                               col_scales, col_scale_stride, R, C, row_tiles, col_tiles, STAGES, INPUTS, ROWS, COLS, E8M0, LARGEST, EMAX,
+                               CARRY, 1)),
             (_load_tiles, (x_desc, y_desc, x_bufs, y_bufs, ready, empty, row_tiles, col_tiles, STAGES, INPUTS)),
         ],
         [4, 1],
         [240, 24],
     )
+    # fmt: on
