@@ -1,7 +1,7 @@
 """The `bf16_exact` backend: emulation on an accelerator by its bf16 matrix units, without an error of its own.
 
 The values of MX formats, codes of at most four significant bits times a power of two, are bf16 numbers, and so the products of two of them
-are exact in fp32, in which they are summed. So it gives what the reference does but for the order of the sums, at ten times its speed.
+are exact in fp32, in which they are summed. So it gives what the reference does but for the order of the sums, on the matrix units.
 (A value below 2^-133, where bf16 ends, is lost; it takes an e8m0 scale near the smallest.)
 """
 

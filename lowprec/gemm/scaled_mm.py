@@ -22,7 +22,7 @@ class ScaledMMBackend(GemmBackend):
         blocks = kinds in (("1x128", "1x128"), ("1x128", "128x128"))
         if not blocks and kinds not in (("tensor", "tensor"), ("row", "row")):
             return Support(ok=False, reason="takes fp8 with scales per tensor, per row, of 1x128, or of 1x128 by 128x128")
-        if a is not None and b is not None and a.element is E5M2 and b.element is E5M2:
+        if a is not None and b is not None and a.element == E5M2 and b.element == E5M2:
             return Support(ok=False, reason="takes e5m2 on one side only")
         if reason := (why_not_sums(sums) if blocks else _why_not_whole_sums(sums)) or _why_not_here(device_type, blocks):
             return Support(ok=False, reason=reason)

@@ -1,6 +1,6 @@
 """The `triton` backend: block-scaled FP8 in plain Triton, for any GPU with FP8, at any promotion interval.
 
-It reaches half the rate of the `hopper` backend and of cuBLASLt (docs/experiments.md). It is for what they don't do: Ada and later GPUs,
+It is slower than the `hopper` backend and cuBLASLt, whose loads and products overlap. It is for what they don't do: Ada and later GPUs,
 partial sums shorter than 128 elements, and results added to what is there.
 """
 
@@ -25,7 +25,7 @@ class TritonBackend(GemmBackend):
             return Support(ok=False, reason="takes fp8 with scales of 1x128 on the left, of 1x128 or 128x128 on the right")
         assert a is not None
         assert b is not None
-        if a.element is not b.element:
+        if a.element != b.element:
             return Support(ok=False, reason="takes one fp8 format on both sides")
         if sums.promote_every not in (None, *_INTERVALS):
             return Support(ok=False, reason=f"promotes every 32, 64 or 128 elements, not every {sums.promote_every}")

@@ -6,7 +6,7 @@
 The results have the bits of the reference, in every mode: the same fp32 operations in the same order, each correctly rounded. Where the
 kernels can't, `directions` says why, or the operand's `one_pass` is false, and the caller takes the reference.
 
-Two kernels do the first: one in Gluon for Hopper and later (`tile_kernels`), one in plain Triton for the rest (`triton_kernels`). They are
+Two kernels do the first: one in Gluon for Hopper (`tile_kernels`), one in plain Triton for the rest (`triton_kernels`). They are
 torch library operators, so compiled code may call them; eager code calls the functions beneath, which is cheaper for the host.
 """
 
@@ -182,7 +182,7 @@ def _gluon_works(device: int) -> bool:
         return False
     try:
         from lowprec.quant import tile_launch  # noqa: F401
-    except ImportError:
+    except (ImportError, AttributeError):  # a Triton without Gluon, or with another one
         return False
     return True
 
