@@ -268,8 +268,9 @@ class DelayedTELinear(TELinear):
     w, y, g and dx, of which y and dx are never quantised.
 
     Transformer Engine updates the scales of all modules whenever its outermost autocast ends. Here every layer is in an autocast of its
-    own, so each layer would push a zero into all other histories. So the layers stay out of that, and each updates its own: x and w after
-    a forward pass with gradients, g before the next one. What passes without gradients see is dropped. No rank asks the others.
+    own, so each layer would push a zero into all other histories. So the layers stay out of that, and each updates its own before a
+    forward pass with gradients: no sooner, since the backward of a sharded weight quantises it again and must find the scale of the
+    forward. What passes without gradients see is dropped. No rank asks the others.
     """
 
     _COLUMNS = (("scaling_fwd", 3, 448.0), ("scaling_bwd", 2, 57344.0))
@@ -316,14 +317,13 @@ class DelayedTELinear(TELinear):
                 state.scale.copy_(part[0])
                 state.amax_history.copy_(part[1:])
             self.__dict__["_loaded"] = None
-        training = torch.is_grad_enabled()
-        if training:
-            _update(backward, self._COLUMNS[1][2])
+        if torch.is_grad_enabled():
+            for state, (_, _, largest) in zip((forward, backward), self._COLUMNS, strict=True):
+                _update(state, largest)
+            return inner(x_MK)
+        seen = forward.amax_history[0].clone()
         y_MN = inner(x_MK)
-        if training:
-            _update(forward, self._COLUMNS[0][2])
-        else:
-            forward.amax_history[0].zero_()
+        forward.amax_history[0].copy_(seen)
         return y_MN
 
     def _forget(self) -> None:

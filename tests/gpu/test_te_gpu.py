@@ -148,12 +148,10 @@ def test_delayed_scaling_from_the_second_step_on():
             assert max(relative_error(a, b) for a, b in pairs) < LARGEST_ERROR
     state = theirs.state_dict()["_extra_state"]
     x_amaxes = torch.stack([batch(256, seed=2 * number)[0].abs().max() for number in range(4)]).float().cpu()
-    torch.testing.assert_close(state[-4:, 0], x_amaxes)
-    torch.testing.assert_close(state[0, 0], 448 / x_amaxes.max())
-    assert (state[1:, :2].count_nonzero(0) == 4).all()
-    # g of the last pass waits in the first row for the next one.
-    assert state[1:, 3].count_nonzero() == 4
-    assert state[1, 3] > 0
+    # What the last pass saw waits in the first row for the next one.
+    torch.testing.assert_close(torch.cat((state[-3:, 0], state[1:2, 0])), x_amaxes)
+    torch.testing.assert_close(state[0, 0], 448 / x_amaxes[:-1].max())
+    assert (state[1:, [0, 1, 3]].count_nonzero(0) == 4).all()
 
 
 def test_delayed_scaling_resumes():
@@ -204,7 +202,7 @@ def test_conversion_through_the_plan_trains():
     convert(other, precision)
     other.load_state_dict(net.state_dict())
     assert torch.equal(other(x), y)
-    convert(net, "fp8_blockwise_ue8m0")
+    convert(net, {"recipe": "fp8_blockwise_ue8m0", "skip_slow": False})
     assert relative_error(net(x), y) < LARGEST_ERROR
     assert revert(net) == 2
 
