@@ -24,7 +24,7 @@ TILE, BLOCK = OperandSpec.parse("e4m3[1x128 fp32]"), OperandSpec.parse("e4m3[128
 
 
 def median(function: Callable[[], object]) -> float:
-    return do_bench(function, warmup=25, rep=120, return_mode="median")
+    return do_bench(function, warmup=100, rep=150, return_mode="median")
 
 
 def quantisers(rows: int = 16384, cols: int = 8192) -> None:

@@ -4,15 +4,17 @@
 
 A linear layer is decided by the first rule that matches its whole name; without one it takes the configuration's recipe, except for the
 output head, which stays as it is: its gradient feeds everything and its error goes straight into the loss (arXiv 2412.19437, 3.3.1).
-Embeddings and norms are no linear layers and are never touched.
+Embeddings and norms are no linear layers and are never touched. Adapters that PEFT added stay as they are too, unless a rule names them;
+rules know every layer by the name that it has without PEFT as well.
 
 Parameters keep their identity, names and state-dict keys; the modules stay the same objects. So convert before or after building the
 optimizer, loading a checkpoint or registering hooks; but before `fully_shard` or parametrizations, which give a module a class of
 their own.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,45 +28,71 @@ from lowprec.nn import LowPrecisionLinear
 from lowprec.nn.te_linear import DelayedTELinear, TELinear, te_reason, why_not_shape, why_not_te
 from lowprec.payoff import TOKENS, payoff
 from lowprec.plan import GemmPlan, LayerPlan, Plan
-from lowprec.recipe import GEMMS, Recipe
-from lowprec.recipe.rules import check_rules
+from lowprec.recipe import GEMMS, GemmSpec, Recipe
+from lowprec.recipe.rules import Rule, check_rules
 
 _HEADS = ("lm_head", "embed_out", "output_projection", "score", "classifier")
 """Last parts of the names by which models call their output layer, for those that have no `get_output_embeddings`."""
 
 _CONVERTED = (LowPrecisionLinear, TELinear, DelayedTELinear)
 
+AS_IT_IS = Recipe(name="as it is", fprop=GemmSpec(), dgrad=GemmSpec(), wgrad=GemmSpec(), about="nn.Linear's own products")
+"""Of a layer that is left alone now, but not in all of a run."""
+
 
 def convert(
-    model: nn.Module, precision: Any, *, device: str | torch.device | None = None, tokens: int | None = None, compiled: bool = False
+    model: nn.Module,
+    precision: Any,
+    *,
+    device: str | torch.device | None = None,
+    tokens: int | None = None,
+    compiled: bool = False,
+    raised: Mapping[str, Recipe] = MappingProxyType({}),
+    later: Sequence[Any] = (),
 ) -> Plan:
     """Convert the linear layers of `model` in place.
 
-    Converting a converted model gives it the new precision; what the new one leaves alone is turned back.
+    Converting a converted model gives it the new precision; what the new one leaves alone is turned back. A model whose precision changes
+    during a run says so by `later`: then state dicts look the same at any time of it, and no state is lost by a change.
 
     Args:
         precision: a recipe name, a mapping, a YAML path, a Recipe or a PrecisionConfig (see `lowprec.config`).
         device: the device that will train it, if that is not where the parameters are now.
         tokens: of a forward pass on one device, if known: batch size times sequence length. It decides where FP8 pays (`lowprec.payoff`).
         compiled: whether the blocks are compiled: then the host's time does not count in that.
+        raised: recipes of single layers, by name, that win over the precision's where they have more bits.
+        later: other precisions that the model will get. The state that their recipes keep (`recipe/state.py`) is there from the start, and
+            what is there already stays as it is.
     Returns:
         The Plan: every linear layer, its recipe and backend, and the reason where it was left alone.
     Raises:
         UserError: the precision is wrong, a rule matches nothing, or `strict` forbids what would happen. The model is untouched then.
     """
     config = parse_precision(precision)
-    plan = make_plan(model, config, device=device, tokens=tokens, compiled=compiled)
-    decisions = _decisions(model, config, plan.device, tokens, compiled)
+    plan = make_plan(model, config, device=device, tokens=tokens, compiled=compiled, raised=raised)
+    decisions = _decisions(model, config, plan.device, tokens, compiled, raised)
+    others = [_decisions(model, parse_precision(other), plan.device, tokens, compiled) for other in later]
     for number, (name, decision) in enumerate(decisions.items()):
         module = model.get_submodule(name)
-        if decision.recipe is not None:
+        keeps = tuple(recipe for other in others if (recipe := other[name].recipe) is not None)
+        if decision.recipe is not None or keeps:
             assert isinstance(module, nn.Linear)
             if config.backend == TE:
+                assert decision.recipe is not None
                 TELinear.from_linear(module, decision.recipe)
                 continue
             if isinstance(module, TELinear):
                 module.to_linear()
-            LowPrecisionLinear.from_linear(module, decision.recipe, config.backend, plan.device, seed=torch.initial_seed(), layer=number)
+            LowPrecisionLinear.from_linear(
+                module,
+                decision.recipe or AS_IT_IS,
+                config.backend if decision.recipe is not None else "auto",
+                plan.device,
+                seed=torch.initial_seed(),
+                layer=number,
+                keeps=keeps,
+                evaluation=None if config.evaluation == "training" or decision.recipe is None else config.evaluation,
+            )
         elif isinstance(module, _CONVERTED):
             module.to_linear()
     fusion.apply(model, _fused(model, config, decisions, plan.device))
@@ -81,12 +109,18 @@ def revert(model: nn.Module) -> int:
 
 
 def make_plan(
-    model: nn.Module, precision: Any, *, device: str | torch.device | None = None, tokens: int | None = None, compiled: bool = False
+    model: nn.Module,
+    precision: Any,
+    *,
+    device: str | torch.device | None = None,
+    tokens: int | None = None,
+    compiled: bool = False,
+    raised: Mapping[str, Recipe] = MappingProxyType({}),
 ) -> Plan:
     """What `convert` would do, without doing it. The model may be on the meta device. Errors are `convert`'s."""
     config = parse_precision(precision)
     device_type = _device_type(model, device)
-    decisions = _decisions(model, config, device_type, tokens, compiled)
+    decisions = _decisions(model, config, device_type, tokens, compiled, raised)
     layers = tuple(
         _plan_layer(name, model.get_submodule(name), decision, config.backend, device_type) for name, decision in decisions.items()
     )
@@ -107,26 +141,40 @@ class _Decision:
     blocked: bool = False
 
 
-def _decisions(model: nn.Module, config: PrecisionConfig, device_type: str, tokens: int | None, compiled: bool) -> dict[str, _Decision]:
+def _decisions(
+    model: nn.Module,
+    config: PrecisionConfig,
+    device_type: str,
+    tokens: int | None,
+    compiled: bool,
+    raised: Mapping[str, Recipe] = MappingProxyType({}),
+) -> dict[str, _Decision]:
     """By the full name of each linear layer, in the model's order."""
     linears = dict(_linear_layers(model))
-    rules = config.ordered_rules()
-    check_rules(rules, list(linears))
-    heads = _output_heads(model, linears)
+    found = {name: _without_peft(model, name) for name in linears}
+    plain = {name: own for name, (own, _) in found.items()}
+    rules = [_PlainNameRule(modules=rule.modules, recipe=rule.recipe, plain=plain) for rule in config.ordered_rules()]
+    check_rules(rules, list(plain.values()))
+    heads = _output_heads(model, linears, plain)
     decisions = {}
     for name, module in linears.items():
-        rule = next((rule for rule in rules if rule.matches(name)), None)
+        rule = next((rule for rule in rules if rule.matches_layer(name)), None)
         recipe, by = (config.recipe, "default") if rule is None else (rule.recipe, rule.modules)
         if recipe is None:
             decision = _Decision(recipe=None, rule=by, reason="the recipe is 'none'")
         elif rule is None and name in heads:
             decision = _Decision(recipe=None, rule=by, reason="the output head stays in high precision unless a rule names it")
+        elif rule is None and found[name][1]:
+            decision = _Decision(recipe=None, rule=by, reason="adapter: small, and trained in high precision")
         elif (obstacle := _obstacle(module) or _te_obstacle(module, recipe, config.backend)) is not None:
             decision = _Decision(recipe=None, rule=by, reason=obstacle, blocked=True)
         elif rule is None and (loss := _loss(module, recipe, config, device_type, tokens, compiled)) is not None:
             decision = _Decision(recipe=None, rule=by, reason=loss)
         else:
             decision = _Decision(recipe=recipe, rule=by)
+        higher = raised.get(name)
+        if higher is not None and decision.recipe is not None and higher.narrowest_bits > decision.recipe.narrowest_bits:
+            decision = replace(decision, recipe=higher, rule="raised")
         decisions[name] = decision
     return decisions
 
@@ -176,12 +224,56 @@ def _te_obstacle(module: nn.Module, recipe: Recipe, backend: str) -> str | None:
     return why_not_shape(module, recipe) if backend == TE else None
 
 
-def _output_heads(model: nn.Module, linears: dict[str, nn.Module]) -> set[str]:
+@dataclass(frozen=True, kw_only=True)
+class _PlainNameRule(Rule):
+    """A rule for names without PEFT's parts, which matches by the full name as well."""
+
+    plain: Mapping[str, str]
+    """The plain name of each layer by its full name."""
+
+    def matches_layer(self, name: str) -> bool:
+        """By a full name."""
+        return super().matches(name) or super().matches(self.plain[name])
+
+    def matches(self, name: str) -> bool:
+        """By a plain name, which is how messages call a layer."""
+        return super().matches(name) or any(super(_PlainNameRule, self).matches(full) for full, own in self.plain.items() if own == name)
+
+
+_PEFT = {
+    "PeftModel": ("base_model",),
+    "PeftMixedModel": ("base_model",),
+    "BaseTuner": ("model", "lora_model"),
+    "BaseTunerLayer": ("base_layer",),
+    "AuxiliaryTrainingWrapper": ("original_module", "modules_to_save", "token_adapter"),
+}
+"""PEFT's wrappers, by the name of their class so that PEFT need not be imported, and where each keeps what was there before it."""
+
+
+def _without_peft(model: nn.Module, name: str) -> tuple[str, bool]:
+    """The name that a layer has without PEFT, and whether PEFT added it: whether it lies in a wrapper, but is not what that wraps."""
+    plain, added, module = [], False, model
+    for part in name.split("."):
+        kept = next((_PEFT[base.__name__] for base in type(module).__mro__ if base.__name__ in _PEFT), None)
+        copies = isinstance(module, nn.ModuleDict) and plain[-1:] == ["modules_to_save"]
+        added |= kept is not None and part not in kept
+        if copies:  # by the adapter's name
+            plain.pop()
+        elif kept is None or part not in kept or part == "modules_to_save":
+            plain.append(part)
+        module = module.get_submodule(part)
+    return ".".join(plain), added
+
+
+def _output_heads(model: nn.Module, linears: dict[str, nn.Module], plain: dict[str, str]) -> set[str]:
     """The layers whose output is the model's: by transformers' own account, by a weight tied to an embedding, or by name."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # pyright: ignore[reportCallIssue]
+    head = getattr(head, "base_layer", head)  # an adapter's
     return {
-        name for name, module in linears.items() if module is head or id(module.weight) in embeddings or name.rpartition(".")[2] in _HEADS
+        name
+        for name, module in linears.items()
+        if module is head or id(module.weight) in embeddings or plain[name].rpartition(".")[2] in _HEADS
     }
 
 

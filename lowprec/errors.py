@@ -1,4 +1,4 @@
-"""The one exception for wrong input, and the words that every such message uses."""
+"""The exceptions of wrong input and of a training that can't go on, and the words that their messages use."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,6 +9,10 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with 2; from Python it is a ValueError.
     """
+
+
+class TrainingStopped(RuntimeError):  # noqa: N818  (not every reason to stop is an error of the program)
+    """Training can't go on. The message is one line: why, and what to do."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -23,7 +23,7 @@ ORDER = (
     ("config", "payoff", "plan"),
     ("fusion",),
     ("conversion",),
-    ("attention", "bench", "kernels"),
+    ("attention", "bench", "kernels", "observe"),
     ("testing",),
 )
 RANK = {part: rank for rank, row in enumerate(ORDER) for part in row}

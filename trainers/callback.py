@@ -3,7 +3,8 @@
     trainer = Trainer(model, args, ..., callbacks=[LowPrecisionCallback("fp8_blockwise")])
 
 The callback converts the model when the Trainer hands it over, at the end of its own construction: the model is on its device then, and
-no optimizer holds its parameters yet.
+no optimizer holds its parameters yet. Everything else that the precision asks for (schedule, guard, loss scaling, probes) it does from the
+Trainer's events.
 """
 
 import logging
@@ -14,13 +15,20 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-import lowprec
-from lowprec.config import parse_precision
+from lowprec.errors import TrainingStopped
 from lowprec.plan import PartPlan, Plan
+from trainers import rundir
+from trainers.amp import check_weights, configure
+from trainers.controller import PrecisionController
+from trainers.wandb_log import log_events, log_plan, log_scalars
 
 logger = logging.getLogger("lowprec")
 
-PLAN_FILE = "plan.json"
+PLAN_FILE = rundir.PLAN
+
+STATE = "lowprec"
+"""Where the callback's state is in `trainer_state.json`, under `stateful_callbacks`. It is not the class's name: the Trainer would make a
+new callback from what it finds under that, without a model."""
 
 
 def show_log() -> None:
@@ -32,40 +40,141 @@ def show_log() -> None:
 
 
 class LowPrecisionCallback(TrainerCallback):
-    """Converts the Trainer's model, logs the plan, writes it to `<output_dir>/plan.json`, and logs fp16's dynamic loss scale.
+    """Precision as a property of the run.
+
+    It converts the Trainer's model, logs the plan and writes it to `<output_dir>/plan.json`; changes the precision by `schedule`; sets up
+    fp16's loss scaling, logs its scale, and stops at its floor; samples quantisation errors (`probe_every`); watches for divergence and
+    recovers (`guard`); writes what happened to `<output_dir>/events.jsonl`; and keeps its state in the checkpoints, so that a resumed run
+    goes on as it would have. Checkpoints that a kill cut short are set aside, so that `resume_from_checkpoint=True` does not take them.
 
     Args:
         precision: a recipe name, a mapping, a YAML path, a Recipe or a PrecisionConfig.
         parts: what else the plan should show (attention, kernels, ...).
-        tokens: of a forward pass on one device, if known; it decides which layers FP8 pays for (see `lowprec.convert`).
+        tokens: of a forward pass on one device, if known; it decides which layers FP8 pays for (see `lowprec.convert`), and phases in
+            tokens need it.
         compiled: whether the model's blocks are compiled, if the Trainer's `torch_compile` does not say so.
     Raises:
         lowprec.UserError (a ValueError): the precision is wrong; at once where that can be seen without the model.
     """
 
     def __init__(self, precision: Any, *, parts: Iterable[PartPlan] = (), tokens: int | None = None, compiled: bool = False) -> None:
-        self.precision = parse_precision(precision)
-        self.tokens, self.compiled = tokens, compiled
-        self.parts = tuple(parts)
-        self.plan: Plan | None = None
+        self.controller = PrecisionController(precision, parts=parts, tokens=tokens, compiled=compiled)
+        self._told = 0
+        self._comes_first = False
+
+    @property
+    def precision(self) -> Any:
+        return self.controller.config
+
+    @property
+    def plan(self) -> Plan | None:
+        """Of the present phase; None before the Trainer exists."""
+        return self.controller.plan
+
+    def put_first(self, trainer: Any) -> None:
+        """Come before the Trainer's other callbacks, so that what this one logs also reaches those that it puts first (TensorBoard's)."""
+        callbacks = trainer.callback_handler.callbacks
+        callbacks.sort(key=lambda callback: callback is not self)
+        self._comes_first = True
+
+    def train(self, trainer: Any, resume_from_checkpoint: str | None = None) -> Any:
+        """`trainer.train()`, and again from the last good checkpoint whenever the guard wants to go back to it (`guard.data: replay`).
+
+        Raises:
+            TrainingStopped: there is no such checkpoint.
+        """
+        while True:
+            output = trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+            before = self.controller.replay_before
+            if before is None:
+                return output
+            directory = Path(trainer.args.output_dir)
+            checkpoint = rundir.last_checkpoint(directory, before=before)
+            if checkpoint is None:
+                raise TrainingStopped(f"guard: no checkpoint before step {before} in {directory} to go back to: save more often")
+            if trainer.state.is_world_process_zero:
+                rundir.keep_lines_until(directory / rundir.METRICS, rundir.step_of(checkpoint))
+            resume_from_checkpoint = str(checkpoint)
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        compiled = self.compiled or bool(args.torch_compile)
-        plan = lowprec.convert(model, self.precision, device=args.device, tokens=self.tokens, compiled=compiled)
-        self.plan = plan.with_parts(self.parts)
+        if args.should_save:
+            for torn in rundir.set_aside_torn(Path(args.output_dir)):
+                logger.warning("a checkpoint that was not written to its end is set aside as %s", torn)
+        if args.fp16:
+            check_weights(model)
+        self.controller.compiled = self.controller.compiled or bool(args.torch_compile)
+        plan = self.controller.convert(model, args.device)
         if state.is_world_process_zero:
             show_log()
-            logger.info("%s", self.plan)
+            logger.info("%s", plan)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero and self.plan is not None:
-            self.plan.save(Path(args.output_dir) / PLAN_FILE)
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any) -> None:
+        controller, scaler = self.controller, getattr(optimizer, "scaler", None)
+        held = state.stateful_callbacks.get(STATE) if state.global_step else None
+        if scaler is not None:
+            configure(scaler, controller.config.loss_scaling, resumed=bool(state.global_step))
+        if held is not None:
+            controller.load_state_dict(held)
+        tokens_per_step = controller.tokens and controller.tokens * args.gradient_accumulation_steps * args.world_size
+        controller.start(
+            model,
+            optimizer,
+            step=state.global_step,
+            total_steps=state.max_steps,
+            tokens_per_step=tokens_per_step,
+            scaler=scaler,
+            directory=Path(args.output_dir),
+            main=state.is_world_process_zero,
+        )
+        self._keep(state)
+        if state.is_world_process_zero and controller.plan is not None:
+            controller.plan.save(Path(args.output_dir) / PLAN_FILE)
+            if "wandb" in args.report_to:
+                log_plan(controller.plan)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **kwargs: Any) -> None:
-        # The Trainer reaches its GradScaler through the optimizer that Accelerate wrapped.
-        scaler = getattr(optimizer, "scaler", None)
-        if scaler is None or logs is None or "loss" not in logs:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        phase = self.controller.phase
+        self.controller.before_step(state.global_step)
+        if self.controller.phase != phase:
+            self._tell(args, state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> Any:
+        self.controller.after_step(state.global_step, skipped=bool(getattr(optimizer, "step_was_skipped", False)))
+        self._tell(args, state)
+        self._keep(state)
+        if self.controller.replay_before is not None:
+            # Whatever is due at this step would keep or judge weights that are given up.
+            control.should_training_stop, control.should_save, control.should_evaluate = True, False, False
+        return control
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.controller.saved(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs is None or "loss" not in logs:
             return
-        logs["loss_scale"] = scaler.get_scale()
+        values = self.controller.scalars()
+        logs |= values
         if state.log_history:
-            state.log_history[-1]["loss_scale"] = logs["loss_scale"]
+            state.log_history[-1].update(values)
+        if values and "wandb" in args.report_to and state.is_world_process_zero and not self._comes_first:
+            log_scalars(values, state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.controller.stop()
+
+    def _keep(self, state: Any) -> None:
+        """The state goes into whatever checkpoint is written next."""
+        state.stateful_callbacks[STATE] = self.controller.state_dict()
+
+    def _tell(self, args: Any, state: Any) -> None:
+        """Bring the plan on disk and wandb up to date with what has happened."""
+        events = self.controller.events[self._told :]
+        if not events:
+            return
+        self._told = len(self.controller.events)
+        if not state.is_world_process_zero or self.controller.plan is None:
+            return
+        self.controller.plan.save(Path(args.output_dir) / PLAN_FILE)
+        if "wandb" in args.report_to:
+            log_events(events, self.controller.plan)

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from lowprec import __version__
-from lowprec.errors import UserError, nearest
+from lowprec.errors import TrainingStopped, UserError, nearest
 
 _CONFIG = click.argument("config", metavar="CONFIG")
 _OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
@@ -202,6 +202,9 @@ def main(args: list[str] | None = None) -> None:
         cli.main(args=args, prog_name="lowprec", standalone_mode=False)
     except UserError as error:
         _fail(str(error))
+    except TrainingStopped as error:
+        click.echo(f"lowprec: stopped: {' '.join(str(error).split())}", err=True)
+        sys.exit(1)
     except click.ClickException as error:
         _fail(error.format_message())
     except (click.Abort, KeyboardInterrupt):

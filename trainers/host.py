@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from typing import Any
 
 import torch
 
@@ -25,6 +26,31 @@ def peak_memory_bytes(device_type: str) -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+_PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "GH200": 989e12, "B200": 2250e12, "B100": 1750e12, "A100": 312e12}
+"""Dense bf16 operations a second by NVIDIA's data sheets (SXM), by a part of the device's name."""
+
+
+def peak_flops() -> float | None:
+    """Dense bf16 operations a second of the GPU, as its data sheet has it; None for a CPU or another GPU."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for part, peak in _PEAKS.items() if part in name), None)
+
+
+def flops_per_token(model: Any, seq_len: int) -> float:
+    """Operations of forward and backward for one token: 6 a weight that multiplies, 12 layers x width x length for attention.
+
+    (arXiv 2204.02311, appendix B; embeddings that are only looked up do not count, masks do not save anything.)
+    """
+    looked_up = model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
+    tied = head is not None and head.weight is looked_up
+    weights = sum(parameter.numel() for parameter in model.parameters()) - (0 if tied else looked_up.numel())
+    config = model.config
+    return 6.0 * weights + 12.0 * config.num_hidden_layers * config.hidden_size * seq_len
 
 
 def keep_freed_memory() -> bool:

@@ -31,7 +31,7 @@ from trainers.callback import LowPrecisionCallback
 from trainers.config import RunConfig
 from trainers.data import DataConfig, load_data
 from trainers.data.corpus import open_corpus
-from trainers.host import keep_freed_memory, peak_memory_bytes, resolve_device
+from trainers.host import flops_per_token, keep_freed_memory, peak_memory_bytes, resolve_device
 from trainers.models import build_config, build_model, check_length
 from trainers.progress import MetricsCallback, ProgressBar, ThroughputCallback
 
@@ -80,12 +80,53 @@ def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> d
     device_type = resolve_device(config.device)
     autocast, autocast_part = autocast_settings(settings, config.precision.recipe, device_type)
     args = training_arguments(settings, device_type, autocast)
-    mask = parse(config.attention.mask)
+    _check_replay(config.precision, args)
     disable_progress_bar()  # transformers' own: the run has one
     if device_type == "cpu":
         keep_freed_memory()
-
     processes = _distributed(device_type)
+    model, loaded, liger = _build(config, settings, device_type, processes)
+
+    # Nothing has been written so far.
+    directory, checkpoint = _on_main_process(processes, lambda: rundir.prepare(config_path, settings))
+    args.output_dir = str(directory)
+    if args.should_save:
+        write_atomically(directory / rundir.CONFIG, dump(data))
+        if checkpoint is not None:
+            rundir.keep_lines_until(directory / rundir.METRICS, _global_step(checkpoint))
+    if "wandb" in args.report_to:
+        os.environ.setdefault("WANDB_DIR", str(directory))
+
+    parts = _parts(config, device_type, autocast_part, liger)
+    low_precision = LowPrecisionCallback(config.precision, parts=parts, **_pass(config, settings))
+    trainer = _trainer(model, args, loaded, low_precision, config)
+    start, first_step = time.perf_counter(), 0 if checkpoint is None else _global_step(checkpoint)
+    low_precision.train(trainer, str(checkpoint) if checkpoint is not None else None)
+    wall_s = time.perf_counter() - start
+    tokens = (trainer.state.global_step - first_step) * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    summary = {
+        "recipe": config.precision.recipe.name if config.precision.recipe else None,
+        "steps": trainer.state.global_step,
+        **_validate(trainer, loaded.token_bytes),
+        "tokens_per_second": tokens * config.data.seq_len / wall_s if tokens else None,
+        "peak_memory_bytes": peak_memory_bytes(device_type),
+        "wall_s": wall_s,
+        "device": _device_name(device_type),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "data": loaded.stats,
+        "plan": low_precision.plan.totals() if low_precision.plan else None,
+        "skipped_steps": low_precision.controller.skipped_steps,
+        "recoveries": low_precision.controller.recoveries,
+        "output_dir": str(directory),
+    }
+    if args.should_save:
+        write_atomically(directory / rundir.SUMMARY, json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+def _build(config: RunConfig, settings: dict[str, Any], device_type: str, processes: Any) -> tuple[Any, Any, Any]:
+    """The model with its attention, fused kernels and compiled blocks, in high precision; the data; what is used of Liger."""
+    mask = parse(config.attention.mask)
     with processes.main_process_first() if processes else contextlib.nullcontext():
         loaded = load_data(config.data, document_positions=mask.needs_documents)
     model_config = build_config(config.model, len(loaded.tokenizer))
@@ -104,20 +145,11 @@ def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> d
         head_is_low_precision=_head_is_low_precision(model, plan),
     )
     compile_blocks(model, config.compile, device_type)
+    return model, loaded, liger
 
-    # Nothing has been written so far.
-    directory, checkpoint = _on_main_process(processes, lambda: rundir.prepare(config_path, settings))
-    args.output_dir = str(directory)
-    if args.should_save:
-        write_atomically(directory / rundir.CONFIG, dump(data))
-        if checkpoint is not None:
-            rundir.truncate_metrics(directory, _global_step(checkpoint))
-    if "wandb" in args.report_to:
-        os.environ.setdefault("WANDB_DIR", str(directory))
 
-    low_precision = LowPrecisionCallback(
-        config.precision, parts=_parts(config, device_type, autocast_part, liger), **_pass(config, settings)
-    )
+def _trainer(model: Any, args: Any, loaded: Any, low_precision: LowPrecisionCallback, config: RunConfig) -> Trainer:
+    throughput = ThroughputCallback(config.data.seq_len, flops_per_token(model, config.data.seq_len))
     trainer = Trainer(
         model=model,
         args=args,
@@ -125,34 +157,20 @@ def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> d
         eval_dataset=loaded.validation,
         processing_class=loaded.tokenizer,
         data_collator=default_data_collator,
-        callbacks=[low_precision, ThroughputCallback(config.data.seq_len), MetricsCallback(), ProgressBar()],
+        callbacks=[low_precision, throughput, MetricsCallback(), ProgressBar()],
     )
     for replaced in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(replaced)
     # What adds to the logs comes before what shows them (wandb, say, which the Trainer puts first).
     callbacks = trainer.callback_handler.callbacks
-    callbacks.sort(key=lambda callback: not isinstance(callback, LowPrecisionCallback | ThroughputCallback))
+    callbacks.sort(key=lambda callback: callback is not throughput)
+    low_precision.put_first(trainer)
+    return trainer
 
-    start, first_step = time.perf_counter(), 0 if checkpoint is None else _global_step(checkpoint)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
-    wall_s = time.perf_counter() - start
-    tokens = (trainer.state.global_step - first_step) * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    summary = {
-        "recipe": config.precision.recipe.name if config.precision.recipe else None,
-        "steps": trainer.state.global_step,
-        **_validate(trainer, loaded.token_bytes),
-        "tokens_per_second": tokens * config.data.seq_len / wall_s if tokens else None,
-        "peak_memory_bytes": peak_memory_bytes(device_type),
-        "wall_s": wall_s,
-        "device": _device_name(device_type),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "data": loaded.stats,
-        "plan": low_precision.plan.totals() if low_precision.plan else None,
-        "output_dir": str(directory),
-    }
-    if args.should_save:
-        write_atomically(directory / rundir.SUMMARY, json.dumps(summary, indent=1) + "\n")
-    return summary
+
+def _check_replay(precision: Any, args: Any) -> None:
+    if precision.guard is not None and precision.guard.data == "replay" and args.save_strategy == "no":
+        raise UserError("precision.guard.data: replay goes back to checkpoints, but trainer.save_strategy=no writes none")
 
 
 @torch.no_grad()

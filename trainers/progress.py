@@ -9,14 +9,16 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from trainers.host import peak_flops
 from trainers.rundir import METRICS
 
 
 class ThroughputCallback(TrainerCallback):
-    """Adds tokens_per_second, over the steps since the last log, to what the Trainer logs. Comes before whatever shows the logs."""
+    """Adds tokens_per_second, over the steps since the last log, to what the Trainer logs, and the share of the devices' bf16 peak that
+    its operations are (mfu), where that is known. Comes before whatever shows the logs."""
 
-    def __init__(self, seq_len: int) -> None:
-        self.seq_len = seq_len
+    def __init__(self, seq_len: int, flops_per_token: float | None = None) -> None:
+        self.seq_len, self.flops_per_token, self.peak = seq_len, flops_per_token, peak_flops()
         self._step, self._time = 0, 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -28,6 +30,8 @@ class ThroughputCallback(TrainerCallback):
         now = time.perf_counter()
         rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         logs["tokens_per_second"] = (state.global_step - self._step) * rows * self.seq_len / (now - self._time)
+        if self.peak and self.flops_per_token and not args.use_cpu:
+            logs["mfu"] = logs["tokens_per_second"] * self.flops_per_token / (self.peak * args.world_size)
         self._step, self._time = state.global_step, now
 
 

@@ -4,6 +4,7 @@ runs/<config name>/<number>/
     config.yaml     the resolved configuration; `lowprec train` takes it again
     plan.json       what ran in which precision
     metrics.jsonl   one line per logged step
+    events.jsonl    phases of the precision, breaches and recoveries, if there were any
     summary.json    the result
     checkpoint-N/   transformers' checkpoints
 """
@@ -12,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from typing import Any
 from lowprec.errors import UserError
 from lowprec.files import write_atomically
 
-CONFIG, PLAN, METRICS, SUMMARY = "config.yaml", "plan.json", "metrics.jsonl", "summary.json"
+CONFIG, PLAN, METRICS, EVENTS, SUMMARY = "config.yaml", "plan.json", "metrics.jsonl", "events.jsonl", "summary.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -65,14 +67,37 @@ def prepare(config_path: str | Path, trainer: Mapping[str, Any], root: Path = Pa
     return output, checkpoint
 
 
-def last_checkpoint(directory: Path) -> Path | None:
-    """The checkpoint of the highest step in `directory` that was written to its end (its trainer_state.json is written last)."""
-    return max(filter(_is_whole, _checkpoints(directory)), key=_step, default=None)
+def last_checkpoint(directory: Path, before: int | None = None) -> Path | None:
+    """The checkpoint of the highest step in `directory`, below `before` if given, that was written to its end.
+
+    (Its trainer_state.json is written last.)
+    """
+    candidates = (path for path in _checkpoints(directory) if before is None or step_of(path) < before)
+    return max(filter(_is_whole, candidates), key=step_of, default=None)
 
 
-def truncate_metrics(directory: Path, step: int) -> None:
-    """Drop the logged lines after `step`, which the resumed run will log again."""
-    path = directory / METRICS
+_STILL_WRITTEN = 5.0
+"""Seconds since its last file changed after which nobody writes a checkpoint any more."""
+
+
+def set_aside_torn(directory: Path) -> list[Path]:
+    """Rename the checkpoints in `directory` that were not written to their end, so that nothing resumes from them; their new names.
+
+    One that another process may be writing right now stays.
+    """
+    renamed = []
+    for checkpoint in _checkpoints(directory):
+        changed = max(path.stat().st_mtime for path in (checkpoint, *checkpoint.iterdir()))
+        if not _is_whole(checkpoint) and time.time() - changed > _STILL_WRITTEN:
+            target = checkpoint.with_name(f"torn-{checkpoint.name}")
+            if target.exists():
+                shutil.rmtree(target)
+            renamed.append(checkpoint.rename(target))
+    return renamed
+
+
+def keep_lines_until(path: Path, step: int) -> None:
+    """Drop the lines of a JSON-lines file after `step`, which a run that goes on from there will write again."""
     if not path.is_file():
         return
     kept = []
@@ -94,7 +119,8 @@ def _is_whole(checkpoint: Path) -> bool:
     return True
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step that a checkpoint was written after, by its name."""
     match = _CHECKPOINT.fullmatch(path.name)
     assert match is not None
     return int(match.group(1))
@@ -112,7 +138,7 @@ def _delete_run(directory: Path) -> None:
     """Delete what a run writes; other files stay."""
     for path in _checkpoints(directory):
         shutil.rmtree(path)
-    for name in (CONFIG, PLAN, METRICS, SUMMARY):
+    for name in (CONFIG, PLAN, METRICS, EVENTS, SUMMARY):
         (directory / name).unlink(missing_ok=True)
 
 

@@ -32,7 +32,7 @@ from lowprec.quant import OperandSpec, QTensor, fake_quantize, quantize
 from lowprec.quant.triton_quantize import Directions, directions, quantize_both, takes
 from lowprec.quant.triton_whole import is_whole, quantize_whole
 from lowprec.recipe import GEMMS, FromFprop, Recipe
-from lowprec.recipe.state import OPERANDS, ROUNDING_STATE, history_name, new_state, next_key, this_rank
+from lowprec.recipe.state import OPERANDS, ROUNDING_STATE, history_name, next_key, states_of, this_rank
 
 _PAIRS = {"x": (("fprop", "a"), ("wgrad", "b")), "w": (("fprop", "b"), ("dgrad", "b")), "g": (("dgrad", "a"), ("wgrad", "a"))}
 """What is quantised as it is and transposed: (gemm, side) of both."""
@@ -189,10 +189,22 @@ class LowPrecisionLinear(nn.Linear):
     backend: str
     seed: tuple[int, int]
     sharded: bool
+    keeps: tuple[Recipe, ...]
+    evaluation: Recipe | None
+    evaluation_gemms: dict[str, LinearGemms]
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, recipe: Recipe, backend: str = "auto", device_type: str | None = None, *, seed: int = 0, layer: int = 0
+        cls,
+        linear: nn.Linear,
+        recipe: Recipe,
+        backend: str = "auto",
+        device_type: str | None = None,
+        *,
+        seed: int = 0,
+        layer: int = 0,
+        keeps: tuple[Recipe, ...] = (),
+        evaluation: Recipe | None = None,
     ) -> "LowPrecisionLinear":
         """Turn `linear` into a LowPrecisionLinear, in place, and return it.
 
@@ -202,18 +214,25 @@ class LowPrecisionLinear(nn.Linear):
         Args:
             device_type: where it will run, if that is not where the weight is now.
             seed, layer: what stochastic rounding's draws depend on.
+            keeps: other recipes that the layer has had or will have. It holds their state too, and what it holds already stays.
+            evaluation: the recipe of `eval()`, if it is another one.
         Raises:
-            UserError: `backend` can't run the recipe there.
+            UserError: `backend` can't run the recipe there, or the recipes' states don't fit together.
         """
         assert type(linear) in (nn.Linear, cls)
         device_type = device_type or linear.weight.device.type
         chosen = {} if device_type == "meta" else {device_type: LinearGemms.on(device_type, recipe, backend, linear.weight.numel())}
+        if evaluation is not None:
+            keeps = (*keeps, evaluation)
+        state = states_of((recipe, *keeps), linear.weight.device, seed, layer)
+        held = {name: buffer for name, buffer in linear._buffers.items() if keeps and name in state}
         linear.__class__ = cls
         assert isinstance(linear, LowPrecisionLinear)
         linear._drop_state()
         linear.recipe, linear.backend, linear.gemms, linear.seed = recipe, backend, chosen, (seed, layer)
         linear.sharded = type(linear.weight).__name__ == "DTensor"
-        for name, buffer in new_state(recipe, linear.weight.device, seed, layer).items():
+        linear.keeps, linear.evaluation, linear.evaluation_gemms = keeps, evaluation, {}
+        for name, buffer in (state | held).items():
             linear.register_buffer(name, buffer)
         return linear
 
@@ -226,7 +245,7 @@ class LowPrecisionLinear(nn.Linear):
     def to_linear(self) -> nn.Linear:
         """Undo `from_linear`, in place."""
         self._drop_state()
-        del self.recipe, self.backend, self.gemms, self.seed, self.sharded
+        del self.recipe, self.backend, self.gemms, self.seed, self.sharded, self.keeps, self.evaluation, self.evaluation_gemms
         self.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue]
         return self
 
@@ -234,7 +253,7 @@ class LowPrecisionLinear(nn.Linear):
         """Also what makes real values of a module that was built on the meta device."""
         super().reset_parameters()
         with torch.no_grad():
-            for name, fresh in new_state(self.recipe, self.weight.device, *self.seed).items():
+            for name, fresh in states_of((self.recipe, *self.keeps), self.weight.device, *self.seed).items():
                 self.get_buffer(name).copy_(fresh)
 
     def _drop_state(self) -> None:
@@ -266,11 +285,14 @@ class LowPrecisionLinear(nn.Linear):
 
     def _apply_recipe(self, x: Tensor, gate: Tensor | None, input: Tensor, device_type: str) -> Tensor:
         """`x` is `input` as the layer takes it: what other layers share is known by `input`."""
-        if device_type not in self.gemms:
+        recipe, known = self.recipe, self.gemms
+        if self.evaluation is not None and not self.training:
+            recipe, known = self.evaluation, self.evaluation_gemms
+        if device_type not in known:
             # A module that was moved: its backends are chosen once per type of device.
-            self.gemms[device_type] = LinearGemms.on(device_type, self.recipe, self.backend, self.weight.numel())
+            known[device_type] = LinearGemms.on(device_type, recipe, self.backend, self.weight.numel())
         x_MK = x.reshape(-1, self.in_features)
-        gemms, grad_enabled = self.gemms[device_type], torch.is_grad_enabled()
+        gemms, grad_enabled = known[device_type], torch.is_grad_enabled()
         keeps = device_type in KEEPS_CODES and not torch.compiler.is_compiling() and not _capturing(device_type)
         gate_MK = None if gate is None else gate.reshape(-1, self.in_features)
         made_x = self._made_x(input, x_MK, gemms) if keeps and gate is None else _NOTHING

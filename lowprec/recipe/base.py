@@ -101,6 +101,12 @@ class Recipe:
         assert not isinstance(b, FromFprop)
         return spec.a, b
 
+    @property
+    def narrowest_bits(self) -> int:
+        """Bits of its narrowest operand's elements; 32 if no operand has a format of its own."""
+        specs = [spec for gemm in GEMMS for spec in self.operands(gemm) if spec is not None]
+        return min((spec.element.bits for spec in specs), default=32)
+
     def equation(self, gemm: str) -> str:
         """'y = e4m3[1x128 fp32](x) · e4m3[128x128 fp32](w)ᵀ  (fp32 sums)'."""
         spec = self.gemm(gemm)

@@ -8,10 +8,13 @@ A recipe that needs neither adds no buffer, and the layer's state dict is nn.Lin
 into the key: were their draws equal, half of the rounding noise would not average out between them.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lowprec.errors import UserError
 from lowprec.formats.random import derive_key
 from lowprec.quant import OperandSpec
 from lowprec.recipe.base import GEMMS, FromFprop, Recipe
@@ -44,6 +47,18 @@ def new_state(recipe: Recipe, device: torch.device, seed: int = 0, layer: int = 
     for (gemm, side), spec in specs.items():
         if spec is not None and spec.scaling is not None and spec.scaling.history:
             state[history_name(gemm, side)] = torch.zeros(spec.scaling.history, device=device)
+    return state
+
+
+def states_of(recipes: Sequence[Recipe], device: torch.device, seed: int = 0, layer: int = 0) -> dict[str, Tensor]:
+    """The buffers that any of `recipes` needs; see `new_state`. UserError if two want histories of other lengths for one operand."""
+    state: dict[str, Tensor] = {}
+    for recipe in recipes:
+        for name, buffer in new_state(recipe, device, seed, layer).items():
+            if name in state and state[name].shape != buffer.shape:
+                lengths = f"{len(state[name])} and {len(buffer)}"
+                raise UserError(f"recipe {recipe.name}: one layer can't keep amax histories of two lengths, {lengths}, for one operand")
+            state.setdefault(name, buffer)
     return state
 
 

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from lowprec import UserError
 from lowprec.nn import LowPrecisionLinear
 from trainers import LowPrecisionCallback
+from trainers.amp import LossScaleError
 
 
 def _trainer(folder: Path, *callbacks: LowPrecisionCallback, **arguments: object) -> Trainer:
@@ -68,19 +69,56 @@ def test_a_checkpoint_loads_into_an_unconverted_model(tmp_path: Path):
     assert all(torch.equal(trained[name], value) for name, value in loaded.state_dict().items())
 
 
-def test_the_loss_scale_is_read_from_the_wrapped_optimizer():
+def test_the_loss_scale_of_the_wrapped_optimizer_is_set_and_logged(tmp_path: Path):
     """What Accelerate's optimizer offers: `scaler`, None without fp16."""
-
-    class State:
-        log_history = [{"loss": 1.0, "step": 3}]  # noqa: RUF012
+    trainer = _trainer(tmp_path, LowPrecisionCallback({"recipe": "fp16", "loss_scaling": {"init_scale": 1024, "growth_interval": 7}}))
+    (callback,) = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, LowPrecisionCallback)]
+    trainer.create_optimizer()
 
     class Optimizer:
-        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        scaler = torch.amp.GradScaler("cpu")
+        optimizer = trainer.optimizer
+        step_was_skipped = True
 
-    callback, logs = LowPrecisionCallback("bf16"), {"loss": 1.0}
+    state, logs = trainer.state, {"loss": 1.0}
+    state.max_steps, state.log_history = 4, [{"loss": 1.0, "step": 1}]
+    callback.on_train_begin(trainer.args, state, trainer.control, model=trainer.model, optimizer=Optimizer)
     Optimizer.scaler.scale(torch.ones(1))  # the scale is made when it is first used
-    callback.on_log(None, State, None, logs=logs, optimizer=Optimizer)
-    assert logs["loss_scale"] == State.log_history[-1]["loss_scale"] == 1024.0
+    callback.on_step_end(trainer.args, state, trainer.control, optimizer=Optimizer)
+    callback.on_log(trainer.args, state, trainer.control, logs=logs)
+    assert Optimizer.scaler.get_growth_interval() == 7
+    assert logs["loss_scale"] == state.log_history[-1]["loss_scale"] == 1024.0
+    assert logs["skipped_steps"] == 1
+    Optimizer.scaler.update(0.5)
+    with pytest.raises(LossScaleError, match="the loss scale fell to 0.5, below its floor 1, at optimizer step 0 \\(2 steps skipped\\)"):
+        callback.on_step_end(trainer.args, state, trainer.control, optimizer=Optimizer)
+
+
+def test_fp16_weights_can_not_be_scaled(tmp_path: Path):
+    trainer = _trainer(tmp_path)
+    trainer.args.fp16 = True  # TrainingArguments takes it with a GPU only
+    with pytest.raises(
+        UserError, match="fp16 training: parameter 'model.embed_tokens.weight' is float16 already; load the model in float32"
+    ):
+        LowPrecisionCallback("fp16").on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model.half())
+
+
+def test_evaluation_may_have_a_recipe_of_its_own(tmp_path: Path):
+    def evaluated(precision: object) -> tuple[float, float]:
+        trainer = _trainer(tmp_path, LowPrecisionCallback(precision), max_steps=3)
+        trainer.train()
+        loss = trainer.evaluate(trainer.train_dataset)["eval_loss"]
+        training = [record["loss"] for record in trainer.state.log_history if "loss" in record]
+        return training[-1], loss
+
+    low, own = evaluated("mxfp4"), evaluated({"recipe": "mxfp4", "evaluation": "fp32"})
+    assert own[0] == low[0]
+    assert own[1] != low[1]
+    trainer = _trainer(tmp_path, max_steps=3)
+    trained = _trainer(tmp_path, LowPrecisionCallback({"recipe": "mxfp4", "evaluation": "fp32"}), max_steps=3)
+    trained.train()
+    trainer.model.load_state_dict(trained.model.state_dict())
+    assert trainer.evaluate(trainer.train_dataset)["eval_loss"] == pytest.approx(own[1], rel=1e-6)
 
 
 def test_wrong_precision_fails_where_the_callback_is_made():

@@ -56,5 +56,5 @@ def test_a_directory_of_other_things_is_no_run(tmp_path: Path):
 def test_metrics_after_the_checkpoint_are_dropped(tmp_path: Path):
     path = tmp_path / rundir.METRICS
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
-    rundir.truncate_metrics(tmp_path, 2)
+    rundir.keep_lines_until(tmp_path / rundir.METRICS, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'

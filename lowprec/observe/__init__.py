@@ -1,0 +1,5 @@
+"""What low precision does to a model while it trains."""
+
+from lowprec.observe.probe import LayerProbe, Probe
+
+__all__ = ["LayerProbe", "Probe"]

@@ -1,0 +1,187 @@
+"""The guard's watch and snapshots in two processes, under FSDP2 and DDP."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from trainers.watch import Watch
+
+_SCRIPT = """
+import json, os, sys
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaConfig, LlamaForCausalLM
+import lowprec
+from trainers.snapshot import Snapshots
+from trainers.watch import Watch
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank, world = dist.get_rank(), dist.get_world_size()
+results = {}
+
+
+def build(recipe="fp32"):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2))
+    lowprec.convert(model, recipe)
+    return model
+
+
+def shard(model):
+    for layer in model.model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def batches(seed, count=1):
+    return torch.randint(0, 96, (count, 4, 32), generator=torch.Generator().manual_seed(seed))
+
+
+def backward(model, batch):
+    mine = batch.chunk(world)[rank]
+    loss = model(input_ids=mine, labels=mine, use_cache=False).loss
+    loss.backward()
+    return loss.item()
+
+
+model = shard(build())
+watch = Watch(model)
+backward(model, batches(1)[0])
+results["fsdp"] = watch.read()
+model.zero_grad()
+# A step of two micro-batches whose gradients are reduced at its end only.
+for last, batch in zip((False, True), batches(2, 2)):
+    model.set_requires_gradient_sync(last)
+    backward(model, batch)
+results["accumulated"] = watch.read()
+# A gradient that overflows on one rank's shard only is seen by both.
+model.zero_grad()
+backward(model, batches(1)[0])
+if rank == 1:
+    watch._norms[0] = float("inf")
+results["overflow"] = watch.read()[1] == float("inf")
+
+model = build()
+watch = Watch(model)
+backward(DistributedDataParallel(model), batches(1)[0])
+results["ddp"] = watch.read()
+
+for recipe, kind in (("mxfp4_aws", "AdamW"), ("fp8_blockwise", "SGD")):
+    model = shard(build(recipe))
+    arguments = {"AdamW": {"lr": 1e-2}, "SGD": {"lr": 0.1, "momentum": 0.9}}[kind]
+    optimizer = getattr(torch.optim, kind)(model.parameters(), **arguments)
+
+    def train(seed):
+        losses = []
+        for batch in batches(seed, 3):
+            losses.append(backward(model, batch))
+            optimizer.step()
+            optimizer.zero_grad()
+        return losses
+
+    snapshots = Snapshots()
+    snapshots.take(0, model, optimizer)  # before FSDP has set itself up in the first forward pass
+    train(1)
+    snapshots.take(3, model, optimizer)
+    held = sum(part.numel() for tensor in snapshots._snapshots[-1].tensors.values() for part in tensor.parts)
+    first = train(2)
+    shards = [parameter.to_local().clone() for parameter in model.parameters()]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.to_local().fill_(float("nan"))
+    # A forward pass without a backward leaves FSDP's gathered copies behind.
+    with torch.no_grad():
+        broken = model(input_ids=batches(3)[0], use_cache=False).logits.isnan().all().item()
+    if kind == "AdamW":
+        optimizer.state.clear()
+    snapshots.restore(model, optimizer)
+    again = train(2)
+    same = all(torch.equal(one, two.to_local()) for one, two in zip(shards, model.parameters()))
+    outcome = {"broken": broken, "losses": first == again, "shards": same, "held": held}
+    outcomes = [None] * world
+    dist.all_gather_object(outcomes, outcome)
+    results[kind] = outcomes
+results["parameters"] = sum(parameter.numel() for parameter in build().parameters())
+
+both = [None] * world
+dist.all_gather_object(both, results)
+if rank == 0:
+    json.dump({**results, "equal": both[0] == both[1]}, open(sys.argv[1], "w"))
+dist.barrier()
+dist.destroy_process_group()
+# Everything is written and both are done; see test_fsdp.py.
+os._exit(0)
+"""
+
+# The order of sums of fp32 values differs, which in the gradients of a deep sum stays below a few last bits of 2^-24 each.
+CLOSE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("guard")
+    script, out = folder / "script.py", folder / "out.json"
+    script.write_text(_SCRIPT)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    root = Path(__file__).parents[2]
+    result = subprocess.run([*launcher, str(script), str(out)], capture_output=True, text=True, timeout=240, cwd=root)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+def _alone(seed: int, rows: slice = slice(None), count: int = 1) -> tuple[float, float, dict[str, float]]:
+    """What the watch reads in one process for these rows of the batches."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2))
+    watch = Watch(model.train())
+    for batch in torch.randint(0, 96, (count, 4, 32), generator=torch.Generator().manual_seed(seed)):
+        model(input_ids=batch[rows], labels=batch[rows], use_cache=False).loss.backward()
+    loss, total, layers = watch.read()
+    assert loss is not None
+    return loss, total, layers
+
+
+@pytest.mark.parametrize(("case", "seed", "count"), [("fsdp", 1, 1), ("accumulated", 2, 2)])
+def test_sharded_gradients_have_the_norms_of_one_process(two: dict[str, Any], case: str, seed: int, count: int):
+    loss, total, layers = _alone(seed, count=count)
+    assert two[case][0] == pytest.approx(loss, rel=CLOSE)
+    assert two[case][1] == pytest.approx(total, rel=CLOSE)
+    assert two[case][2] == pytest.approx(layers, rel=CLOSE)
+    assert list(two[case][2]) == list(layers)
+
+
+def test_ddp_has_the_mean_square_of_the_local_gradients(two: dict[str, Any]):
+    halves = [_alone(1, rows) for rows in (slice(0, 2), slice(2, 4))]
+    loss, total, layers = two["ddp"]
+    assert loss == pytest.approx((halves[0][0] + halves[1][0]) / 2, rel=CLOSE)
+    assert total == pytest.approx(math.hypot(halves[0][1], halves[1][1]) / math.sqrt(2), rel=CLOSE)
+    assert layers == pytest.approx(
+        {name: math.hypot(halves[0][2][name], halves[1][2][name]) / math.sqrt(2) for name in halves[0][2]}, rel=CLOSE
+    )
+
+
+def test_every_rank_reads_the_same(two: dict[str, Any]):
+    assert two["equal"]
+    assert two["overflow"]
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
+def test_shards_come_back(two: dict[str, Any], optimizer: str):
+    for outcome in two[optimizer]:
+        assert outcome["broken"]
+        assert outcome["losses"]
+        assert outcome["shards"]
+    assert len(two[optimizer]) == 2
+    # Each rank holds its own part only. Besides parameters there are a few buffers, of recipes and of the rotary embedding.
+    held = sum(outcome["held"] for outcome in two[optimizer])
+    assert two["parameters"] <= held < 1.01 * two["parameters"]

@@ -1,0 +1,202 @@
+"""LowPrecisionCallback in TRL's SFTTrainer, and in the plain Trainer with a PEFT model: what these do works as it does without it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import (
+    EarlyStoppingCallback,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from trl import SFTConfig, SFTTrainer
+
+from lowprec import convert, revert
+from lowprec.nn import LowPrecisionLinear
+from trainers import LowPrecisionCallback
+from trainers.data.tokenizer import END, byte_tokenizer
+
+TEXTS = [f"{number}: " + "the quick brown fox jumps over the lazy dog. " * 2 for number in range(32)]
+LORA = peft.LoraConfig(r=8, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+SETTINGS: dict[str, Any] = {
+    "max_steps": 8,
+    "learning_rate": 1e-2,
+    "per_device_train_batch_size": 4,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "bf16": False,
+    "dataloader_pin_memory": False,
+    "gradient_checkpointing": False,
+}
+
+
+class Generating(TrainerCallback):
+    """Continues a text at every evaluation, as one does to see what a model has learnt."""
+
+    def __init__(self) -> None:
+        self.made: list[Tensor] = []
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        prompt = torch.tensor([list(b"the quick brown fox ")])
+        was_training = model.training
+        model.eval()
+        self.made.append(model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=5, do_sample=False))
+        model.train(was_training)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer(), eos_token=END, bos_token=END, pad_token=END)
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=257,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=256,
+        eos_token_id=256,
+    )
+    return LlamaForCausalLM(config)
+
+
+def lora_model() -> Any:
+    model = llama()
+    torch.manual_seed(1)
+    return peft.get_peft_model(model, LORA)
+
+
+def sft(folder: Path, *callbacks: TrainerCallback, precision: Any = "fp8_blockwise", lora: Any = None, **settings: Any) -> SFTTrainer:
+    data = Dataset.from_dict({"text": TEXTS})
+    args = SFTConfig(output_dir=str(folder), max_length=64, **{**SETTINGS, **settings})
+    own = [] if precision is None else [LowPrecisionCallback(precision)]
+    return SFTTrainer(
+        llama(),
+        args,
+        train_dataset=data,
+        eval_dataset=data.select(range(4)),
+        processing_class=tokenizer(),
+        callbacks=[*own, *callbacks],
+        peft_config=lora,
+    )
+
+
+def plain(folder: Path, *callbacks: TrainerCallback, precision: Any = "fp8_blockwise", **settings: Any) -> Trainer:
+    rows: Any = [{"input_ids": row, "labels": row} for row in (list(text.encode())[:64] for text in TEXTS)]
+    args = TrainingArguments(output_dir=str(folder), **{**SETTINGS, **settings})
+    return Trainer(lora_model(), args, train_dataset=rows, eval_dataset=rows[:4], callbacks=[LowPrecisionCallback(precision), *callbacks])
+
+
+def losses(trainer: Trainer) -> list[float]:
+    trainer.train()
+    return [record["loss"] for record in trainer.state.log_history if "loss" in record]
+
+
+def converted(model: Any) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, LowPrecisionLinear)]
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    model.eval()
+    return model(input_ids=torch.tensor([list(TEXTS[7].encode())[:48]])).logits
+
+
+EVERYTHING: dict[str, Any] = {
+    "gradient_accumulation_steps": 2,
+    "gradient_checkpointing": True,
+    "eval_strategy": "steps",
+    "eval_steps": 3,
+    "save_strategy": "steps",
+    "save_steps": 3,
+    "save_total_limit": 2,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_loss",
+    "max_steps": 9,
+}
+
+
+def check_everything(trainer: Trainer, generating: Generating, folder: Path) -> None:
+    """What a run with all of `EVERYTHING` has done."""
+    found = losses(trainer)
+    assert len(found) == 9
+    assert found[-1] < found[0] - 0.5
+    evaluations = [record["eval_loss"] for record in trainer.state.log_history if "eval_loss" in record]
+    assert evaluations == sorted(evaluations, reverse=True)
+    assert [made.shape for made in generating.made] == [(1, 25)] * 3
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-9"]
+    assert len(converted(trainer.model)) == 14
+    plan = json.loads((folder / "plan.json").read_text())
+    assert [layer["name"] for layer in plan["layers"] if layer["converted"]] == converted(trainer.model)
+
+
+def test_supervised_fine_tuning(tmp_path: Path):
+    generating = Generating()
+    trainer = sft(tmp_path, generating, EarlyStoppingCallback(2), **EVERYTHING)
+    check_everything(trainer, generating, tmp_path)
+    low = logits(trainer.model)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "checkpoint-9")
+    assert converted(loaded) == []
+    convert(loaded, "fp8_blockwise")
+    assert torch.equal(logits(loaded), low)
+    assert revert(loaded) == revert(trainer.model) == 14
+    assert not torch.equal(logits(loaded), low)
+    assert torch.equal(logits(loaded), logits(trainer.model))
+
+
+@pytest.mark.parametrize("build", [lambda *given, **settings: sft(*given, lora=LORA, **settings), plain], ids=["SFTTrainer", "Trainer"])
+def test_adapters(tmp_path: Path, build: Any):
+    generating = Generating()
+    trainer = build(tmp_path, generating, EarlyStoppingCallback(2), **EVERYTHING)
+    assert all(name.endswith(".base_layer") for name in converted(trainer.model))
+    check_everything(trainer, generating, tmp_path)
+    assert not (tmp_path / "checkpoint-9" / "model.safetensors").exists()
+    trained = trainer.model.get_base_model().state_dict()
+    for name, value in llama().state_dict().items():  # the base has not moved
+        own = name if name in trained else name.replace(".weight", ".base_layer.weight")
+        assert torch.equal(trained[own], value), name
+    loaded = peft.PeftModel.from_pretrained(llama(), tmp_path / "checkpoint-9")
+    convert(loaded, "fp8_blockwise")
+    assert torch.equal(logits(loaded), logits(trainer.model))
+
+
+def test_early_stopping(tmp_path: Path):
+    """Without a learning rate nothing gets better: the second evaluation stops the run."""
+    settings = EVERYTHING | {"eval_steps": 1, "save_steps": 1, "learning_rate": 0.0, "save_total_limit": 1}
+    trainer = sft(tmp_path, EarlyStoppingCallback(1), **settings)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1"]  # the best one
+
+
+def test_checkpointing_changes_nothing(tmp_path: Path):
+    kept = losses(sft(tmp_path, max_steps=3))
+    assert losses(sft(tmp_path, max_steps=3, gradient_checkpointing=True)) == kept
+    assert losses(sft(tmp_path, max_steps=3, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})) == kept
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path: Path):
+    """Gradients differ by the order of fp32 sums, about 1e-6; but Adam divides each by its own size, those that are nearly zero too."""
+    whole = losses(sft(tmp_path, precision="fp32", max_steps=3))
+    halves = losses(sft(tmp_path, precision="fp32", max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2))
+    assert halves == pytest.approx(whole, rel=1e-4)
+
+
+def test_fp32_trains_as_without_the_callback(tmp_path: Path):
+    assert losses(sft(tmp_path, precision="fp32", max_steps=3)) == pytest.approx(
+        losses(sft(tmp_path, precision=None, max_steps=3)), rel=1e-5
+    )

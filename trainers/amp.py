@@ -1,0 +1,247 @@
+"""Automatic mixed precision for a training loop of one's own, and the loss scaling of fp16, also for a GradScaler that somebody else owns.
+
+Small gradients are zero in fp16: its smallest positive number is 2^-24. So the loss is multiplied by a large scale before the backward
+and the gradients are divided by it after (arXiv 1710.03740, section 3.2). The scale is dynamic: it falls when a gradient overflows, and
+that step is skipped; it rises after a while without.
+"""
+
+from collections import defaultdict
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lowprec.config import LossScalingConfig
+from lowprec.errors import TrainingStopped, UserError, nearest
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
+
+
+class LossScaleError(TrainingStopped):
+    """The loss scale fell below its floor: the gradients overflow, or are NaN, at any scale."""
+
+
+def configure(scaler: torch.amp.GradScaler, config: LossScalingConfig, *, resumed: bool = False) -> None:
+    """Give a GradScaler the settings of `config`; a disabled one is left alone.
+
+    Args:
+        scaler: anybody's, the Trainer's for one (`optimizer.scaler` of the optimizer that Accelerate wrapped).
+        resumed: whether its state came from a checkpoint: the scale and the count of steps since it last changed are kept then.
+    """
+    if not scaler.is_enabled():
+        return
+    settings = {
+        "growth_factor": config.growth_factor,
+        "backoff_factor": config.backoff_factor,
+        "growth_interval": config.growth_interval,
+    }
+    fresh = {} if resumed else {"scale": config.init_scale, "_growth_tracker": 0}
+    scaler.load_state_dict({**scaler.state_dict(), **settings, **fresh})
+
+
+def check_floor(scaler: torch.amp.GradScaler, config: LossScalingConfig, step: int, skipped: int) -> None:
+    """Stop where the loss scale is below `config.min_scale`. It reads the scale, which waits for the device.
+
+    Args:
+        step: optimizer steps so far, for the message.
+        skipped: those of them that were skipped.
+    Raises:
+        LossScaleError: it is.
+    """
+    scale = scaler.get_scale()
+    if scaler.is_enabled() and scale < config.min_scale:
+        raise LossScaleError(
+            f"the loss scale fell to {scale:g}, below its floor {config.min_scale:g}, at optimizer step {step} ({skipped} steps skipped): "
+            "train in bf16, lower the learning rate, or look for what is Inf or NaN in the model"
+        )
+
+
+def check_weights(model: nn.Module) -> None:
+    """Whether loss scaling can train the model's weights.
+
+    Raises:
+        UserError: a trainable parameter is fp16: its gradient would be, too, and can't be unscaled without losing what scaling saved.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype == torch.float16:
+            raise UserError(f"fp16 training: parameter '{name}' is float16 already; load the model in float32, autocast does the rest")
+
+
+class LossScaler(torch.amp.GradScaler):
+    """torch's GradScaler, for sharded gradients too: when a gradient of one rank overflows, all ranks skip the step.
+
+    A scaler serves all optimizers that step between two calls of `update`. Every rank of the default process group has to take part.
+
+    Attributes:
+        steps: calls of `update` so far.
+        skipped_steps: those before which at least one optimizer's step was skipped.
+        skipped_in_a_row: how many of them were the last ones.
+    Raises:
+        UserError: CUDA is asked for where there is none. (torch would warn, and train without scaling.)
+    """
+
+    def __init__(self, config: LossScalingConfig | None = None, device_type: str = "cuda") -> None:
+        if device_type == "cuda" and not torch.cuda.is_available():
+            raise UserError("loss scaling on cuda: there is no CUDA device; on a CPU say device_type='cpu'")
+        self.config = config or LossScalingConfig()
+        self.steps = self.skipped_steps = self.skipped_in_a_row = 0
+        super().__init__(
+            device_type,
+            init_scale=self.config.init_scale,
+            growth_factor=self.config.growth_factor,
+            backoff_factor=self.config.backoff_factor,
+            growth_interval=self.config.growth_interval,
+        )
+
+    def _unscale_grads_(self, optimizer: Any, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool) -> dict[torch.device, Tensor]:
+        """torch's, on the local part of sharded gradients: it takes no list of sharded and plain ones, and no optimizer without any."""
+        grads: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"] if parameter.grad is not None):
+            if parameter.grad.is_sparse:
+                parameter.grad = parameter.grad.coalesce()
+            grad = _values(parameter.grad)
+            if grad.dtype == torch.float16 and not allow_fp16:
+                raise UserError("loss scaling: a gradient is float16 and can't be unscaled; load the model in float32")
+            grads[grad.device, grad.dtype].append(grad)
+        for (device, _), tensors in grads.items():
+            found = torch.zeros((), device=device)
+            torch._amp_foreach_non_finite_check_and_unscale_(tensors, found, inv_scale.to(device))
+            found_inf = torch.maximum(found_inf, found.to(found_inf.device))
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(found_inf, op=dist.ReduceOp.MAX)
+        return {found_inf.device: found_inf}
+
+    def update(self, new_scale: float | Tensor | None = None) -> None:
+        """torch's, and the counts.
+
+        Raises:
+            LossScaleError: the new scale is below the floor.
+        """
+        skipped = any(found.item() for state in self._per_optimizer_states.values() for found in state["found_inf_per_device"].values())
+        super().update(new_scale)
+        self.steps += 1
+        self.skipped_steps += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        check_floor(self, self.config, self.steps, self.skipped_steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's entries and the counts: numbers, which JSON holds too. After `update`."""
+        counts = {"steps": self.steps, "skipped_steps": self.skipped_steps, "skipped_in_a_row": self.skipped_in_a_row}
+        return super().state_dict() | counts
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From `state_dict`, or a GradScaler's. As there, the saved factors and interval take the place of the configured ones."""
+        super().load_state_dict(state_dict)
+        self.steps = state_dict.get("steps", 0)
+        self.skipped_steps = state_dict.get("skipped_steps", 0)
+        self.skipped_in_a_row = state_dict.get("skipped_in_a_row", 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepInfo:
+    """What an optimizer step did."""
+
+    skipped: bool
+    """A gradient was Inf or NaN under fp16, on some rank: neither weights nor optimizer state have changed."""
+    grad_norm: Tensor | None
+    """fp32 scalar: the 2-norm of all unscaled gradients before clipping, over all ranks' shards; None without `max_norm`."""
+    loss_scale: float | None
+    """That of the next backward; None without loss scaling."""
+
+
+class Amp:
+    """Mixed precision in a loop of one's own, on one device, in DDP or in FSDP2.
+
+        amp = Amp("fp16", model)
+        for batch in batches:
+            with amp.autocast():
+                loss = model(batch)
+            amp.backward(loss)
+            amp.step(optimizer, max_norm=1.0)
+            optimizer.zero_grad()
+
+    Args:
+        precision: "bf16" or "fp16" autocast, the latter with loss scaling; or "off".
+        model: what is trained, after it was moved, converted and wrapped.
+        loss_scaling: settings for fp16.
+        device_type: "cpu" or "cuda"; None: that of the model's first parameter.
+    Attributes:
+        scaler: the LossScaler; None without fp16.
+    Raises:
+        UserError: another word for the precision, fp16 weights in fp16, another device type.
+    """
+
+    def __init__(
+        self, precision: str, model: nn.Module, *, loss_scaling: LossScalingConfig | None = None, device_type: str | None = None
+    ) -> None:
+        if precision not in _DTYPES:
+            raise UserError(f"unknown precision '{precision}' for autocast{nearest(precision, _DTYPES)}")
+        self.precision = precision
+        self.device_type = device_type or next((parameter.device.type for parameter in model.parameters()), "cpu")
+        if self.device_type not in ("cpu", "cuda"):
+            raise UserError(f"no mixed precision for device type '{self.device_type}'{nearest(self.device_type, ['cpu', 'cuda'])}")
+        self.scaler: LossScaler | None = None
+        self._backward_since_step = False
+        if precision == "fp16":
+            check_weights(model)
+            self.scaler = LossScaler(loss_scaling, self.device_type)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """What the forward runs in; "off" also switches an outer autocast off."""
+        return torch.autocast(self.device_type, dtype=_DTYPES[self.precision], enabled=self.precision != "off")
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a scalar loss, scaled under fp16. To accumulate over n batches, give each loss / n."""
+        # A loss in fp16 would overflow when it is scaled.
+        loss = loss.float()
+        self._backward_since_step = True
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def step(self, optimizer: torch.optim.Optimizer, max_norm: float | None = None) -> StepInfo:
+        """Unscale the gradients, clip their norm to `max_norm`, step unless one is not finite (under fp16), and adapt the scale.
+
+        The gradients stay for the caller to clear.
+
+        Raises:
+            LossScaleError: the scale fell below its floor.
+            UserError: no backward since the last step. After it the gradients of a second optimizer have a scale that is no longer known:
+                give one optimizer all parameters, in groups.
+        """
+        if not self._backward_since_step:
+            raise UserError("amp.step: no amp.backward since the last step; for several optimizers, make one with parameter groups")
+        self._backward_since_step = False
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer)
+        norm = None if max_norm is None else _clip(optimizer, max_norm)
+        if self.scaler is None:
+            optimizer.step()
+            return StepInfo(skipped=False, grad_norm=norm, loss_scale=None)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        return StepInfo(skipped=self.scaler.skipped_in_a_row > 0, grad_norm=norm, loss_scale=self.scaler.get_scale())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The loss scaler's state, numbers only; empty without one."""
+        return {} if self.scaler is None else self.scaler.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From `state_dict`, or a GradScaler's. An empty one, of a run without fp16, leaves the scale as configured."""
+        if self.scaler is not None and state_dict:
+            self.scaler.load_state_dict(state_dict)
+
+
+def _values(grad: Tensor) -> Tensor:
+    """The memory that holds this rank's part of a gradient."""
+    if isinstance(grad, DTensor):
+        return grad.to_local()
+    return grad._values() if grad.is_sparse else grad
+
+
+def _clip(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -1,0 +1,292 @@
+"""What keeps a run's precision: converts the model, changes its precision by the schedule, watches for divergence and recovers from it.
+
+`LowPrecisionCallback` and `trainers.accelerate.prepare` drive it with the same five calls:
+
+    convert(model)      once, before the optimizer exists
+    start(...)          when the run begins or goes on; `load_state_dict` before that, if it goes on
+    before_step(n)      n steps are finished
+    after_step(n)       the same, after the optimizer's step and before anything is saved
+    saved(n)            a checkpoint was written
+
+Its state is plain JSON data and goes into the checkpoint; buffers of the layers (amax histories, rounding counters) are in the model's.
+"""
+
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import lowprec
+from lowprec.config import PrecisionConfig, parse_precision
+from lowprec.errors import TrainingStopped
+from lowprec.nn import LowPrecisionLinear
+from lowprec.observe import LayerProbe, Probe
+from lowprec.plan import PartPlan, Plan
+from lowprec.recipe import Recipe, library
+from trainers.amp import check_floor
+from trainers.guard import Breach, Guard, Observation, worst
+from trainers.rundir import EVENTS, keep_lines_until
+from trainers.schedule import Schedule, make_schedule
+from trainers.snapshot import Snapshots
+from trainers.watch import Watch
+
+logger = logging.getLogger("lowprec")
+
+_SETTLED = 3
+"""Steps after which a snapshot counts as good if nothing has happened."""
+
+
+class PrecisionController:
+    """See the module.
+
+    Args:
+        precision: a recipe name, a mapping, a YAML path, a Recipe or a PrecisionConfig.
+        parts: what else the plan should show (attention, kernels, ...).
+        tokens: of a forward pass on one device, if known.
+        compiled: whether the model's blocks are compiled.
+    Raises:
+        UserError: the precision is wrong; at once where that can be seen without the model.
+    """
+
+    def __init__(self, precision: Any, *, parts: Iterable[PartPlan] = (), tokens: int | None = None, compiled: bool = False) -> None:
+        self.config: PrecisionConfig = parse_precision(precision)
+        self.phases = self.config.phases()
+        self.parts, self.tokens, self.compiled = tuple(parts), tokens, compiled
+        self.plan: Plan | None = None
+        self.phase = 0
+        self.raised: dict[str, Recipe] = {}
+        """Recipes of layers that the guard gave more precision, by name."""
+        self.skipped_steps = self.recoveries = 0
+        self.replay_before: int | None = None
+        """Set when the guard wants the run to go on from the last checkpoint before this step (`guard.data: replay`)."""
+        self.events: list[dict[str, Any]] = []
+        """What happened, oldest first: phase changes, breaches, what was raised."""
+        self.probed: dict[str, LayerProbe] = {}
+        self._unlogged = False
+        self._schedule = Schedule(ends=(0,))
+        self._guard = None if self.config.guard is None else Guard(self.config.guard)
+        self._snapshots, self._watch = Snapshots(), None
+        self._probe: Probe | None = None
+        self._scaler: Any = None
+        self._scale: float | None = None
+        self._directory: Path | None = None
+        self._tells = True
+        self._restored: tuple[int, int] | None = None
+        """When the guard last went back, and to which step."""
+
+    # Before the run
+
+    def convert(self, model: nn.Module, device: torch.device | str | None = None) -> Plan:
+        """Convert `model` in place, for the first phase, and with the state that any phase or the guard may need."""
+        self._model, self._device = model, device
+        return self._set_phase(0)
+
+    def start(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        *,
+        step: int = 0,
+        total_steps: int | None = None,
+        tokens_per_step: int | None = None,
+        scaler: Any = None,
+        directory: Path | None = None,
+        main: bool = True,
+    ) -> None:
+        """The run begins, or goes on, after `step` steps.
+
+        Args:
+            model: prepared for training: on its device, wrapped or sharded.
+            optimizer: of the model; Accelerate's wrapping is looked through.
+            total_steps, tokens_per_step: see `make_schedule`.
+            scaler: the gradient scaler, if there is one.
+            directory: where events are written, if anywhere.
+            main: whether this rank tells of events, in the log and the directory.
+        Raises:
+            UserError: the schedule does not fit the run.
+        """
+        self._schedule = make_schedule(self.config, total_steps, tokens_per_step)
+        self._model, self._optimizer, self._scaler = model, optimizer, scaler
+        self._directory, self._tells = (directory if main else None), main
+        if self._directory is not None and self.replay_before is None:
+            keep_lines_until(self._directory / EVENTS, step)
+        self.replay_before = None
+        self._set_phase(self._schedule.phase(step))
+        if self._guard is not None:
+            if self._watch is not None:
+                self._watch.detach()
+            self._watch, self._snapshots = Watch(model), Snapshots()
+            self._snapshots.take(step, model, optimizer, scaler)
+        if self.config.probe_every:
+            self._probe = Probe(model)
+
+    def stop(self) -> None:
+        """The run is over: nothing stays hooked to the model."""
+        if self._watch is not None:
+            self._watch.detach()
+            self._watch = None
+
+    # In the run
+
+    def before_step(self, step: int) -> None:
+        """`step` steps are finished; the next one's forward pass comes."""
+        phase = self._schedule.phase(step)
+        if phase != self.phase:
+            self._set_phase(phase)
+            assert self.plan is not None
+            self._tell(step, "phase", f"phase {phase + 1} of {len(self.phases)}: {self.plan.summary()}")
+        if self._probe is not None and step % self.config.probe_every == 0:
+            self._probe.begin()
+        # A growing scale grows after the step; its gradients had this one.
+        self._scale = self._scaler.get_scale() if self._guard is not None and self._scaler_in_use() else None
+
+    def after_step(self, step: int, *, skipped: bool = False) -> None:
+        """`step` steps are finished, the last one just now.
+
+        Args:
+            skipped: loss scaling skipped the optimizer's step.
+        Raises:
+            TrainingStopped: the guard has recovered as often as it may, or the loss scale is below its floor.
+        """
+        self.skipped_steps += skipped
+        if self._probe is not None and self._probe.armed:
+            self.probed = self._probe.end()
+            self._unlogged, sampled = True, self.probed
+        else:
+            sampled = None
+        breach = self._observe(step, skipped, sampled) if self._guard is not None else None
+        if breach is not None:
+            self._recover(step, breach)
+        elif skipped and self._scaler is not None:
+            check_floor(self._scaler, self.config.loss_scaling, step, self.skipped_steps)
+        if self._guard is not None and breach is None and step % self._guard.config.snapshot_every == 0:
+            self._snapshots.take(step, self._model, self._optimizer, self._scaler)
+
+    def saved(self, step: int) -> None:
+        """A checkpoint was written: a run that resumes from it has what this one has to go back to."""
+        if self._guard is not None and self.replay_before is None:
+            self._snapshots.take(step, self._model, self._optimizer, self._scaler)
+
+    def scalars(self) -> dict[str, float]:
+        """What to log beside the loss; quantisation errors once for each time that they were measured."""
+        values: dict[str, float] = {}
+        if self._scaler_in_use():
+            values |= {"loss_scale": self._scaler.get_scale(), "skipped_steps": self.skipped_steps}
+        if len(self.phases) > 1:
+            values["phase"] = self.phase + 1
+        if self._guard is not None:
+            values |= {"guard_recoveries": self.recoveries, "guard_raised_layers": len(self.raised)}
+        for name in ("x", "w", "g") if self._unlogged else ():
+            found = sorted(getattr(probe, f"sqnr_{name}") for probe in self.probed.values())
+            if found:
+                values |= {f"sqnr_{name}_min": found[0], f"sqnr_{name}_median": found[len(found) // 2]}
+        self._unlogged = False
+        return values
+
+    # In the checkpoint
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON data."""
+        return {
+            "skipped_steps": self.skipped_steps,
+            "recoveries": self.recoveries,
+            "raised": {name: recipe.name for name, recipe in self.raised.items()},
+            "guard": None if self._guard is None else self._guard.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Before `start`. What a replay has learnt since the checkpoint stays."""
+        if self.replay_before is None:
+            self.recoveries = state["recoveries"]
+            self.raised = {name: library.resolve(recipe) for name, recipe in state["raised"].items()}
+        self.skipped_steps = state["skipped_steps"]
+        if self._guard is not None and state["guard"] is not None:
+            self._guard.load_state_dict(state["guard"])
+
+    # Inside
+
+    def _set_phase(self, number: int) -> Plan:
+        self.phase = number
+        ladder = [] if self.config.guard is None else [library.get(name) for name in self.config.guard.ladder]
+        others = [config for config in self.phases if config is not self.phases[number]]
+        plan = lowprec.convert(
+            self._model,
+            self.phases[number],
+            device=self._device,
+            tokens=self.tokens,
+            compiled=self.compiled,
+            raised=self.raised,
+            later=(*others, *ladder),
+        )
+        self.plan = with_parts = plan.with_parts(self.parts)
+        return with_parts
+
+    def _scaler_in_use(self) -> bool:
+        return self._scaler is not None and self._scaler.is_enabled()
+
+    def _observe(self, step: int, skipped: bool, sampled: dict[str, LayerProbe] | None) -> Breach | None:
+        assert self._guard is not None
+        assert self._watch is not None
+        loss, norm, layers = self._watch.read(self._scale)
+        sqnr = None if sampled is None else _sqnr(sampled)
+        return self._guard.observe(
+            Observation(step=step, loss=loss, grad_norm=norm, layers=layers, skipped=skipped, scaled=self._scaler_in_use(), sqnr=sqnr)
+        )
+
+    def _recover(self, step: int, breach: Breach) -> None:
+        assert self._guard is not None
+        config = self._guard.config
+        recipes = {name: module.recipe for name, module in self._model.named_modules() if isinstance(module, LowPrecisionLinear)}
+        # A norm's gradient is not finite because of a layer's behind it, whatever their order in the model.
+        blamed = sorted(breach.layers, key=lambda name: name not in recipes)
+        self._tell(step, "breach", f"{breach.kind}: {breach.reason}", layers=blamed[:8])
+        if self.recoveries >= config.max_recoveries:
+            raise TrainingStopped(
+                f"guard: {breach.reason}, after {self.recoveries} recoveries; {EVENTS} names the layers; "
+                "look at the data and the learning rate, and go on from an earlier checkpoint"
+            )
+        self.recoveries += 1
+        changes = worst(breach, recipes, _sqnr(self.probed) if self.probed else None, config)
+        self.raised |= changes
+        if config.data == "replay":
+            self.replay_before = step
+            self._tell(step, "stopped", "the run goes on from the last checkpoint before this step")
+        else:
+            back = self._snapshots.restore(self._model, self._optimizer, self._scaler, before=self._last_good(step))
+            self._restored = (step, back)
+            self._tell(step, "restored", f"weights and optimizer of step {back}; the data goes on")
+        if changes:
+            self._set_phase(self.phase)
+            names = [f"{name}: {recipes[name].name} -> {recipe.name}" for name, recipe in changes.items()]
+            self._tell(step, "raised", f"precision of {len(changes)} of {len(recipes)} layers", layers=names)
+        else:
+            self._tell(step, "raised", "no layer: all are as high as the ladder goes")
+
+    def _last_good(self, step: int) -> int:
+        """The snapshot to go back to from a breach at `step`: one that some healthy steps have followed, since a bad update shows only in
+        the steps after it; and an older one than last time, if that did not help for long."""
+        steps = self._snapshots.steps
+        good = [at for at in steps if at <= step - _SETTLED]
+        if self._restored is not None and self._guard is not None:
+            when, back = self._restored
+            if step - when <= self._guard.config.snapshot_every:
+                good = [at for at in good if at < back]
+        return max(good) if good else min(steps)
+
+    def _tell(self, step: int, event: str, reason: str, **more: Any) -> None:
+        record = {"step": step, "event": event, "reason": reason, **more}
+        self.events.append(record)
+        if self._tells:
+            logger.info("step %d: %s: %s%s", step, event, reason, "".join(f"\n    {name}" for name in more.get("layers", ())))
+        if self._directory is not None:
+            with open(self._directory / EVENTS, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+def _sqnr(probed: dict[str, LayerProbe]) -> dict[str, float]:
+    """Of each layer's worst operand."""
+    return {name: min(probe.sqnr_x, probe.sqnr_w, probe.sqnr_g) for name, probe in probed.items()}
