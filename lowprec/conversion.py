@@ -25,6 +25,7 @@ from lowprec.config import TE, PrecisionConfig, parse_precision
 from lowprec.errors import UserError
 from lowprec.gemm import select
 from lowprec.nn import LowPrecisionLinear
+from lowprec.nn.linear import gemm_size
 from lowprec.nn.te_linear import DelayedTELinear, TELinear, te_reason, why_not_shape, why_not_te
 from lowprec.payoff import TOKENS, payoff
 from lowprec.plan import GemmPlan, LayerPlan, Plan
@@ -281,7 +282,7 @@ def _plan_layer(name: str, module: nn.Module, decision: _Decision, backend: str,
     weight: Any = module.weight
     gemms, reason = (), decision.reason
     if decision.recipe is not None:
-        gemms = tuple(_plan_gemm(decision.recipe, gemm, device_type, backend, weight.numel()) for gemm in GEMMS)
+        gemms = tuple(_plan_gemm(decision.recipe, gemm, device_type, backend, tuple(weight.shape)) for gemm in GEMMS)
         reason = "; ".join(dict.fromkeys(gemm.reason for gemm in gemms if not gemm.native))
     return LayerPlan(
         name=name,
@@ -295,12 +296,12 @@ def _plan_layer(name: str, module: nn.Module, decision: _Decision, backend: str,
     )
 
 
-def _plan_gemm(recipe: Recipe, gemm: str, device_type: str, backend: str, weights: int) -> GemmPlan:
+def _plan_gemm(recipe: Recipe, gemm: str, device_type: str, backend: str, shape: tuple[int, int]) -> GemmPlan:
     if backend == TE:
         if (reason := why_not_te(recipe, device_type)) is not None:
             raise UserError(f"precision.backend: 'te' can't run recipe {recipe.name} on {device_type}: {reason}")
         return GemmPlan(gemm=gemm, equation=recipe.equation(gemm), backend=TE, native=True, reason=te_reason(recipe))
-    chosen, support = select(*recipe.operands(gemm), device_type, backend, recipe.gemm(gemm).sums, weights)
+    chosen, support = select(*recipe.operands(gemm), device_type, backend, recipe.gemm(gemm).sums, gemm_size(gemm, *shape))
     return GemmPlan(gemm=gemm, equation=recipe.equation(gemm), backend=chosen.name, native=support.native, reason=support.reason)
 
 

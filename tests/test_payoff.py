@@ -6,13 +6,56 @@ from torch import nn
 
 import lowprec
 from lowprec.conversion import make_plan
-from lowprec.payoff import SMALLEST, payoff
+from lowprec.payoff import payoff
 from tests.nn.native import on_cpu
 
+MEASURED = {
+    (2048, 1024, 1024): 0.59,
+    (2048, 1024, 2048): 0.65,
+    (2048, 1024, 4096): 0.81,
+    (2048, 2048, 1024): 0.65,
+    (2048, 2048, 2048): 0.82,
+    (2048, 2048, 4096): 0.96,
+    (2048, 4096, 1024): 0.8,
+    (2048, 4096, 2048): 0.95,
+    (2048, 4096, 4096): 1.11,
+    (4096, 1024, 1024): 0.64,
+    (4096, 1024, 2048): 0.79,
+    (4096, 1024, 4096): 0.94,
+    (4096, 2048, 1024): 0.78,
+    (4096, 2048, 2048): 0.97,
+    (4096, 2048, 4096): 1.11,
+    (4096, 4096, 1024): 0.92,
+    (4096, 4096, 2048): 1.1,
+    (4096, 4096, 4096): 1.22,
+    (8192, 1024, 1024): 0.72,
+    (8192, 1024, 2048): 0.92,
+    (8192, 1024, 4096): 1.04,
+    (8192, 2048, 1024): 0.91,
+    (8192, 2048, 2048): 1.1,
+    (8192, 2048, 4096): 1.19,
+    (8192, 4096, 1024): 1.02,
+    (8192, 4096, 2048): 1.18,
+    (8192, 4096, 4096): 1.29,
+    (16384, 1024, 1024): 0.8,
+    (16384, 1024, 2048): 1.01,
+    (16384, 1024, 4096): 1.08,
+    (16384, 2048, 1024): 0.99,
+    (16384, 2048, 2048): 1.13,
+    (16384, 2048, 4096): 1.24,
+    (16384, 4096, 1024): 1.07,
+    (16384, 4096, 2048): 1.23,
+    (16384, 4096, 4096): 1.35,
+}
+"""M, N, K: fp8_blockwise over bf16, the host ahead; benchmarks/payoff_grid.py on an H100 (docs/experiments.md)."""
 
-def test_the_model_is_near_the_measurement():
-    # docs/experiments.md, host time: 1.062 ms in bf16, 0.805 ms in FP8
-    assert payoff(4096, 4096, "1x128", 8192).speedup == pytest.approx(1.062 / 0.805, rel=0.05)
+
+@pytest.mark.parametrize("shape", MEASURED)
+def test_the_model_is_near_the_measurement(shape: tuple[int, int, int]):
+    M, N, K = shape
+    modelled = payoff(N, K, "1x128", M, compiled=True)
+    assert modelled.speedup == pytest.approx(MEASURED[shape], rel=0.14)
+    assert not modelled.pays or MEASURED[shape] >= 0.97
 
 
 def test_more_tokens_and_larger_layers_pay_more():
@@ -83,7 +126,3 @@ def test_the_tokens_of_a_pass_and_compiling_decide(model: Layers):
 def test_emulation_is_no_question_of_speed(model: Layers):
     assert set(statuses(make_plan(model, "mxfp4", device="cuda")).values()) == {"emulated"}
     assert set(statuses(make_plan(model, "fp8_blockwise", device="cpu")).values()) == {"native"}
-
-
-def test_the_threshold_allows_for_the_noise_of_measuring():
-    assert SMALLEST == 0.97

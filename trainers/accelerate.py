@@ -7,19 +7,28 @@ the schedule on, lets the guard look, and counts what loss scaling skips. `accel
 it. What to log is in `controller(accelerator).scalars()`.
 """
 
+import functools
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
+import torch
+from accelerate import DistributedType
+from accelerate.utils import DynamoBackend
 from torch import nn
 
 from lowprec.errors import UserError
 from trainers.amp import check_weights, configure
 from trainers.callback import show_log
 from trainers.controller import PrecisionController
+from trainers.schedule import make_schedule
 from trainers.wandb_log import log_plan
 
 logger = logging.getLogger("lowprec")
+
+_DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 def prepare(
@@ -36,29 +45,25 @@ def prepare(
     """Convert `model` in place, then `accelerator.prepare(model, optimizer, *others)`.
 
     Args:
-        accelerator: an accelerate.Accelerator; its mixed precision is autocast's. fp16 (which it refuses on a CPU) gets the precision's
-            loss scaling.
+        accelerator: an accelerate.Accelerator; its mixed precision is autocast's. fp16 gets the precision's loss scaling.
         model, optimizer: not prepared yet; the optimizer may hold the model's parameters already, which stay the same objects.
         others: data loaders, learning-rate schedulers.
         precision: a recipe name, a mapping, a YAML path, a Recipe or a PrecisionConfig. `guard.data` must be "skip": only the loop itself
             could go back in its data.
         steps: optimizer steps of the whole run; phases that end at a share of it need it.
         tokens: of a forward pass on one device; phases in tokens need it.
-        compiled: whether the blocks are compiled.
+        compiled: whether the blocks are compiled, if the accelerator's dynamo backend does not say so.
         directory: where events.jsonl is written; nowhere if left out.
     Returns:
         What `accelerator.prepare` returns for them, in the same order.
     Raises:
-        UserError: the precision is wrong, or does not fit this run.
+        UserError: the precision is wrong, or does not fit this run. Nothing has been converted or prepared then.
     """
+    compiled = compiled or accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
     controller = PrecisionController(precision, tokens=tokens, compiled=compiled)
-    guard = controller.config.guard
-    if guard is not None and guard.data == "replay":
-        raise UserError("precision.guard.data: replay needs a loop that can go back in its data; in one of your own take skip")
-    if isinstance(model, list | tuple) or not isinstance(model, nn.Module):
-        raise UserError(f"prepare takes one model after the accelerator, got {type(model).__name__}")
-    if accelerator.mixed_precision == "fp16":
-        check_weights(model)
+    _check(accelerator, model, optimizer, controller)
+    per_step = tokens and tokens * accelerator.num_processes * accelerator.gradient_accumulation_steps
+    make_schedule(controller.config, steps, per_step)
     plan = controller.convert(model, accelerator.device)
     if accelerator.is_main_process:
         show_log()
@@ -68,10 +73,9 @@ def prepare(
     prepared = accelerator.prepare(model, optimizer, *others)
     if accelerator.scaler is not None:
         configure(accelerator.scaler, controller.config.loss_scaling)
-    per_step = tokens and tokens * accelerator.num_processes * accelerator.gradient_accumulation_steps
     run = _Run(
         controller,
-        model=accelerator.unwrap_model(prepared[0]),
+        model=accelerator.unwrap_model(prepared[0], keep_torch_compile=False),
         optimizer=prepared[1],
         settings={
             "total_steps": steps,
@@ -81,7 +85,7 @@ def prepare(
             "main": accelerator.is_main_process,
         },
     )
-    accelerator.register_for_checkpointing(run)
+    run.keep_with(accelerator)
     if accelerator.is_main_process:
         log_plan(plan)
     return prepared
@@ -89,10 +93,35 @@ def prepare(
 
 def controller(accelerator: Any) -> PrecisionController:
     """What `prepare` made for it: plan, phase, events, scalars. UserError if that was never called."""
-    for registered in accelerator._custom_objects:
-        if isinstance(registered, _Run):
-            return registered.controller
-    raise UserError("this Accelerator has no precision: call trainers.accelerate.prepare first")
+    run = _find(accelerator)
+    if run is None:
+        raise UserError("this Accelerator has no precision: call trainers.accelerate.prepare first")
+    return run.controller
+
+
+def _find(accelerator: Any) -> "_Run | None":
+    return next((registered for registered in accelerator._custom_objects if isinstance(registered, _Run)), None)
+
+
+def _check(accelerator: Any, model: Any, optimizer: Any, controller: PrecisionController) -> None:
+    """UserError for what can't be trained."""
+    if not isinstance(model, nn.Module):
+        raise UserError(f"prepare takes one model after the accelerator, got {type(model).__name__}")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UserError(f"prepare takes the model's optimizer after the model, got {type(optimizer).__name__}")
+    if _find(accelerator) is not None:
+        raise UserError("this Accelerator has a model with a precision already: make another Accelerator for another model")
+    guard = controller.config.guard
+    if guard is not None and guard.data == "replay":
+        raise UserError("precision.guard.data: replay needs a loop that can go back in its data; in one of your own take skip")
+    kind = accelerator.distributed_type
+    if kind not in _DATA_PARALLEL and not accelerator.is_fsdp2:
+        name = "FSDP version 1" if kind == DistributedType.FSDP else DistributedType(kind).value
+        raise UserError(f"precision in an Accelerate loop needs one process, DDP or FSDP2 (fsdp_version: 2), not {name}")
+    if accelerator.mixed_precision == "fp16":
+        check_weights(model)
+        if accelerator.scaler is None:
+            raise UserError(f"mixed_precision: Accelerate has neither fp16 autocast nor loss scaling on {accelerator.device}; take bf16")
 
 
 class _Run:
@@ -101,27 +130,59 @@ class _Run:
     def __init__(self, controller: PrecisionController, model: nn.Module, optimizer: Any, settings: dict[str, Any]) -> None:
         self.controller, self.model, self.optimizer, self.settings = controller, model, optimizer, settings
         self.step = 0
+        self._counts = True
         self._begin()
         inner = optimizer.step
 
-        def step(*args: Any, **kwargs: Any) -> Any:
+        def step(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
             result = inner(*args, **kwargs)
-            if optimizer.gradient_state.sync_gradients:
+            if self._counts and optimizer.gradient_state.sync_gradients:
                 self.step += 1
                 controller.after_step(self.step, skipped=optimizer.step_was_skipped)
                 controller.before_step(self.step)
             return result
 
-        optimizer.step = step
+        # A method, since a learning-rate scheduler that is made after this looks for its function.
+        optimizer.step = MethodType(step, optimizer)
+
+    def keep_with(self, accelerator: Any) -> None:
+        """Be in the accelerator's checkpoints from now on."""
+        accelerator.register_for_checkpointing(self)
+        accelerator.save_state = self._aside(accelerator.save_state, self._about_to_save)
+        accelerator.load_state = self._aside(accelerator.load_state)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, **self.controller.state_dict()}
+        scaler = self.settings["scaler"]
+        return {"step": self.step, "scaler": None if scaler is None else scaler.state_dict(), **self.controller.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        scaler = self.settings["scaler"]
         self.step = state["step"]
+        if scaler is not None and state["scaler"]:
+            # Accelerate has loaded it, too, but under FSDP2 before the step that `_aside` tells of, which moves it on.
+            scaler.load_state_dict(state["scaler"])
+            configure(scaler, self.controller.config.loss_scaling, resumed=True)
         self.controller.load_state_dict(state)
         self._begin()
 
     def _begin(self) -> None:
         self.controller.start(self.model, self.optimizer, step=self.step, **self.settings)
         self.controller.before_step(self.step)
+
+    def _about_to_save(self) -> None:
+        self.controller.saved(self.step)
+
+    def _aside(self, method: Callable[..., Any], first: Callable[[], None] = lambda: None) -> Callable[..., Any]:
+        """`method` without counting steps: sharded optimizers make their state by a step on gradients of zero, when it is saved or loaded
+        before there is any (torch.distributed.checkpoint.state_dict, `_init_optim_state`)."""
+
+        @functools.wraps(method)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            first()
+            self._counts = False
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self._counts = True
+
+        return wrapped

@@ -212,7 +212,6 @@ class PrecisionController:
     def _set_phase(self, number: int) -> Plan:
         self.phase = number
         ladder = [] if self.config.guard is None else [library.get(name) for name in self.config.guard.ladder]
-        others = [config for config in self.phases if config is not self.phases[number]]
         plan = lowprec.convert(
             self._model,
             self.phases[number],
@@ -220,7 +219,7 @@ class PrecisionController:
             tokens=self.tokens,
             compiled=self.compiled,
             raised=self.raised,
-            later=(*others, *ladder),
+            later=(*self.phases, *ladder),  # the present one, too: what its layers hold stays
         )
         self.plan = with_parts = plan.with_parts(self.parts)
         return with_parts

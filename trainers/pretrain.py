@@ -207,12 +207,21 @@ def _parts(config: RunConfig, device_type: str, autocast: PartPlan, liger: Any) 
     used = ", ".join(liger.applied)
     reasons = "; ".join(f"{names}: {why}" for why, names in _grouped((k.reason, k.name) for k in liger.kernels if not k.used).items())
     blocks = "each decoder block by torch.compile, in place" if config.compile == "blocks" else ""
-    return [
+    parts = [
         autocast,
         PartPlan(name="attention", choice=f"{config.attention.mask} by {kernel}", reason=reason),
         PartPlan(name="liger", choice=used or "none", reason=reasons),
         PartPlan(name="compile", choice=config.compile, reason=blocks),
     ]
+    precision, guard = config.precision, config.precision.guard
+    if precision.schedule:
+        recipes = ["none" if phase.recipe is None else phase.recipe.name for phase in precision.phases()]
+        phases = (f"{recipe} until {phase.until}" for recipe, phase in zip(recipes, precision.schedule, strict=True))
+        parts.append(PartPlan(name="schedule", choice=", ".join(phases)))
+    if guard is not None:
+        does = f"snapshots every {guard.snapshot_every} steps, ladder {' < '.join(guard.ladder)}, data {guard.data}"
+        parts.append(PartPlan(name="guard", choice=f"on: {does}"))
+    return parts
 
 
 def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """What a run tells Weights & Biases beyond transformers' own callback: the plan as a table, events, and scalars that came too late for it.
 
-Everything goes to the run that is active (transformers' callback starts it before training begins); without one nothing happens.
+Everything goes to the run that is active (transformers' callback starts it when training begins); without one nothing happens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,10 @@ _STEP = "train/global_step"
 
 
 def log_plan(plan: Plan, step: int = 0) -> None:
-    """The plan as a table, "lowprec/plan"."""
+    """The plan as a table, "lowprec/plan", and in one line in the run's summary, "lowprec/plan_summary".
+
+    (Under the table's own name the line would take the table's place in the summary, where the workspace looks for it.)
+    """
     if (run := _run()) is None:
         return
     import wandb
@@ -24,11 +27,11 @@ def log_plan(plan: Plan, step: int = 0) -> None:
         backend = "/".join(dict.fromkeys(gemm.backend for gemm in layer.gemms))
         rows.append([layer.name, *layer.shape, layer.recipe or "", backend, layer.status, layer.reason])
     run.log({"lowprec/plan": wandb.Table(columns=columns, data=rows), _STEP: step})
-    run.summary["lowprec/plan"] = plan.summary()
+    run.summary["lowprec/plan_summary"] = plan.summary()
 
 
 def log_events(events: Sequence[Mapping[str, Any]], plan: Plan) -> None:
-    """Each event as a line of text at its step, and the plan that it led to."""
+    """Each event as a line of text at its step, "lowprec/event", and the plan that they led to."""
     if (run := _run()) is None:
         return
     for event in events:

@@ -1,7 +1,7 @@
 """Matrix products of quantised operands, a_MK . b_NK^T -> c_MN, by the fastest backend that supports them."""
 
 from lowprec.errors import UserError, nearest
-from lowprec.gemm.base import FP32_SUMS, Accumulation, GemmBackend, Operand, Support
+from lowprec.gemm.base import FP32_SUMS, UNSIZED, Accumulation, GemmBackend, Operand, Size, Support
 from lowprec.gemm.bf16_exact import ExactInBf16Backend
 from lowprec.gemm.hopper import HopperBackend
 from lowprec.gemm.reference import ReferenceBackend
@@ -14,16 +14,20 @@ _ALL = (TorchBackend(), ScaledMMBackend(), HopperBackend(), TritonBackend(), Exa
 BACKENDS: dict[str, GemmBackend] = {backend.name: backend for backend in _ALL}
 """Fastest first, but for what a backend's `rank` says: `auto` takes the first that supports a product."""
 
-__all__ = ["BACKENDS", "FP32_SUMS", "Accumulation", "GemmBackend", "Operand", "Support", "select"]
+__all__ = ["BACKENDS", "FP32_SUMS", "Accumulation", "GemmBackend", "Operand", "Size", "Support", "select"]
 
 
 def select(
-    a: OperandSpec | None, b: OperandSpec | None, device_type: str, backend: str = "auto", sums: Accumulation = FP32_SUMS, weights: int = 0
+    a: OperandSpec | None,
+    b: OperandSpec | None,
+    device_type: str,
+    backend: str = "auto",
+    sums: Accumulation = FP32_SUMS,
+    size: Size = UNSIZED,
 ) -> tuple[GemmBackend, Support]:
     """The backend that multiplies operands `a` and `b` on a device and sums as told, and what it says of them.
 
-    `weights`, the number of the layer's weights, decides between backends of about the same speed. The reason of an emulated product
-    also tells why no faster backend took it.
+    `size` decides between backends of about the same speed. The reason of an emulated product also tells why no faster backend took it.
 
     Raises:
         UserError: no such backend, or the one asked for does not support the product.
@@ -36,7 +40,7 @@ def select(
             raise UserError(f"precision.backend: '{backend}' can't multiply {a} by {b} on {device_type}: {support.reason}")
         return BACKENDS[backend], support
     refusals: dict[str, list[str]] = {}
-    for candidate in sorted(BACKENDS.values(), key=lambda candidate: (candidate.name == "reference", candidate.rank(a, b, weights))):
+    for candidate in sorted(BACKENDS.values(), key=lambda candidate: (candidate.name == "reference", candidate.rank(a, b, size))):
         support = candidate.supports(a, b, device_type, sums)
         if support.ok:
             return candidate, Support(ok=True, native=support.native, reason="; ".join([support.reason, *_told(refusals)]))

@@ -6,7 +6,7 @@ transposed product is the product of transposed operands.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import torch
 from torch import Tensor
@@ -50,6 +50,19 @@ class Support:
     reason: str
 
 
+@dataclass(frozen=True)
+class Size:
+    """What is known of a product's size before its operands are there."""
+
+    weights: int = 0
+    """Of the layer; 0: unknown."""
+    wide: bool = False
+    """Its result has more columns than it contracts elements."""
+
+
+UNSIZED: Final = Size()
+
+
 class GemmBackend(ABC):
     """One way to multiply. Stateless."""
 
@@ -59,8 +72,8 @@ class GemmBackend(ABC):
     plain_dtype: ClassVar[torch.dtype] = torch.float32
     """What it then takes values in."""
 
-    def rank(self, a: OperandSpec | None, b: OperandSpec | None, weights: int) -> int:
-        """Where `auto` asks this backend for such a product of a layer of so many weights (0: unknown): lower is earlier."""
+    def rank(self, a: OperandSpec | None, b: OperandSpec | None, size: Size) -> int:
+        """Where `auto` asks this backend for such a product: lower is earlier."""
         return 0
 
     @abstractmethod

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lowprec.formats.random import derive_key
-from lowprec.gemm import GemmBackend, Operand, select
+from lowprec.gemm import GemmBackend, Operand, Size, select
 from lowprec.nn.codes import shared_codes, weight_codes
 from lowprec.nn.swiglu import swiglu_backward
 from lowprec.quant import OperandSpec, QTensor, fake_quantize, quantize
@@ -57,8 +57,11 @@ class LinearGemms:
     """Those of x, w and g that a fused kernel quantises with one scale per tensor or per row, both directions at once."""
 
     @classmethod
-    def on(cls, device_type: str, recipe: Recipe, backend: str = "auto", weights: int = 0) -> "LinearGemms":
-        fprop, dgrad, wgrad = (select(*recipe.operands(gemm), device_type, backend, recipe.gemm(gemm).sums, weights)[0] for gemm in GEMMS)
+    def on(cls, device_type: str, recipe: Recipe, backend: str = "auto", shape: tuple[int, int] = (0, 0)) -> "LinearGemms":
+        """`shape`: outputs and inputs of the layer, if known."""
+        fprop, dgrad, wgrad = (
+            select(*recipe.operands(gemm), device_type, backend, recipe.gemm(gemm).sums, gemm_size(gemm, *shape))[0] for gemm in GEMMS
+        )
         gemms = cls(recipe=recipe, fprop=fprop, dgrad=dgrad, wgrad=wgrad)
         plain = {name: specs for name, operands in _PAIRS.items() if (specs := _plain(gemms, *operands)) is not None}
         found = {name: directions(*specs) for name, specs in plain.items()}
@@ -74,6 +77,11 @@ class LinearGemms:
 
     def decodes(self, gemm: str) -> bool:
         return getattr(self, gemm).decoded
+
+
+def gemm_size(gemm: str, N: int, K: int) -> Size:
+    """Of one of the products of a layer with N outputs and K inputs."""
+    return Size(weights=N * K, wide={"fprop": N > K, "dgrad": K > N}.get(gemm, False))
 
 
 def _plain(gemms: LinearGemms, *operands: tuple[str, str]) -> tuple[OperandSpec, OperandSpec] | None:
@@ -221,7 +229,11 @@ class LowPrecisionLinear(nn.Linear):
         """
         assert type(linear) in (nn.Linear, cls)
         device_type = device_type or linear.weight.device.type
-        chosen = {} if device_type == "meta" else {device_type: LinearGemms.on(device_type, recipe, backend, linear.weight.numel())}
+        chosen = (
+            {}
+            if device_type == "meta"
+            else {device_type: LinearGemms.on(device_type, recipe, backend, (linear.out_features, linear.in_features))}
+        )
         if evaluation is not None:
             keeps = (*keeps, evaluation)
         state = states_of((recipe, *keeps), linear.weight.device, seed, layer)
@@ -290,7 +302,7 @@ class LowPrecisionLinear(nn.Linear):
             recipe, known = self.evaluation, self.evaluation_gemms
         if device_type not in known:
             # A module that was moved: its backends are chosen once per type of device.
-            known[device_type] = LinearGemms.on(device_type, recipe, self.backend, self.weight.numel())
+            known[device_type] = LinearGemms.on(device_type, recipe, self.backend, (self.out_features, self.in_features))
         x_MK = x.reshape(-1, self.in_features)
         gemms, grad_enabled = known[device_type], torch.is_grad_enabled()
         keeps = device_type in KEEPS_CODES and not torch.compiler.is_compiling() and not _capturing(device_type)

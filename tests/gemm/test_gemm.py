@@ -11,8 +11,9 @@ from lowprec.errors import UserError
 from lowprec.formats.element import BF16, E2M1, E4M3, FP16, FP32, INT4, INT8
 from lowprec.formats.rounding import round_to_format
 from lowprec.formats.scaling import ALL, BlockScaling
-from lowprec.gemm import BACKENDS, Accumulation, select
+from lowprec.gemm import BACKENDS, Accumulation, Size, select
 from lowprec.gemm.reference import ReferenceBackend
+from lowprec.nn.linear import gemm_size
 from lowprec.quant import OperandSpec, fake_quantize, quantize
 from lowprec.testing import ODD_SHAPES, fp32_accumulation_bound, gaussian, heavy_tailed
 
@@ -229,3 +230,18 @@ def test_other_values_are_no_bf16_numbers(text):
     spec = OperandSpec.parse(text)
     assert not BACKENDS["bf16_exact"].supports(spec, spec, "cuda").ok
     assert select(spec, spec, "cuda")[0].name != "bf16_exact"
+
+
+def test_our_kernel_comes_before_cublaslt_where_it_was_faster():
+    tile, block = OperandSpec.parse("e4m3[1x128 fp32]"), OperandSpec.parse("e4m3[128x128 fp32]")
+
+    def first(b: OperandSpec, weights: int, wide: bool) -> bool:
+        size = Size(weights=weights, wide=wide)
+        return BACKENDS["hopper"].rank(tile, b, size) < BACKENDS["scaled_mm"].rank(tile, b, size)
+
+    assert first(tile, 2**27, False)
+    assert first(block, 2**24, False)
+    assert first(block, 2**27, True)
+    assert not first(block, 2**27, False)
+    assert [gemm_size(gemm, 28672, 4096).wide for gemm in ("fprop", "dgrad", "wgrad")] == [True, False, False]
+    assert gemm_size("dgrad", 4096, 14336).wide
