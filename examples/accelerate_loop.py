@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, skip_first_batches
+from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -21,7 +21,8 @@ recipe = next((word for word in sys.argv[1:] if not word.startswith("-")), "fp8_
 precision = {"recipe": recipe, "schedule": [{"until": "20%", "recipe": "bf16"}, {"until": "100%"}], "guard": True}
 
 torch.manual_seed(0)
-accelerator = Accelerator()
+# A sampler that shuffles by its own seed and the epoch: a run that resumes has other random numbers when it makes its data loader.
+accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=0))
 model = LlamaForCausalLM(
     LlamaConfig(vocab_size=256, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2)
 ).to(accelerator.device)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, ValidationInfo, field_validator
 
 from lowprec.errors import UserError, nearest
 
@@ -18,6 +18,17 @@ class StrictConfig(BaseModel):
     """A frozen section of the configuration that rejects unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """To Python, and so to pydantic, true is a 1."""
+        if isinstance(value, bool) and info.field_name is not None:
+            hint = cls.model_fields[info.field_name].annotation
+            kinds = {hint, *get_args(hint)}
+            if kinds & {int, float} and bool not in kinds:
+                raise ValueError(f"expected a number, got {str(value).lower()}")
+        return value
 
 
 C = TypeVar("C", bound=StrictConfig)

@@ -22,6 +22,7 @@ from lowprec.schema import StrictConfig, parse
 from lowprec.yaml12 import load, load_mapping
 from trainers.data.config import DataConfig
 from trainers.models import ModelConfig
+from trainers.optimizers import OptimizerConfig
 
 
 class AttentionConfig(StrictConfig):
@@ -46,6 +47,8 @@ class RunConfig(StrictConfig):
     precision: PrecisionConfig = PrecisionConfig()
     attention: AttentionConfig = AttentionConfig()
     kernels: KernelsConfig = KernelsConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Formats of the weights and of AdamW's moments."""
     compile: Literal["blocks", "off"] = "off"
     """torch.compile each decoder block in place, or nothing."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

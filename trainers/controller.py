@@ -13,11 +13,13 @@ Its state is plain JSON data and goes into the checkpoint; buffers of the layers
 
 import json
 import logging
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import lowprec
@@ -67,6 +69,7 @@ class PrecisionController:
         """What happened, oldest first: phase changes, breaches, what was raised."""
         self.probed: dict[str, LayerProbe] = {}
         self._unlogged = False
+        self._sqnr: dict[str, float] | None = None
         self._schedule = Schedule(ends=(0,))
         self._guard = None if self.config.guard is None else Guard(self.config.guard)
         self._snapshots, self._watch = Snapshots(), None
@@ -74,6 +77,8 @@ class PrecisionController:
         self._scaler: Any = None
         self._scale: float | None = None
         self._directory: Path | None = None
+        self._stale_after: int | None = None
+        """After which step the directory has events of a course that the run has left."""
         self._tells = True
         self._restored: tuple[int, int] | None = None
         """When the guard last went back, and to which step."""
@@ -112,8 +117,8 @@ class PrecisionController:
         self._schedule = make_schedule(self.config, total_steps, tokens_per_step)
         self._model, self._optimizer, self._scaler = model, optimizer, scaler
         self._directory, self._tells = (directory if main else None), main
-        if self._directory is not None and self.replay_before is None:
-            keep_lines_until(self._directory / EVENTS, step)
+        # Not before a step is done: an Accelerate loop starts at 0 before it loads its checkpoint.
+        self._stale_after = step if self.replay_before is None else None
         self.replay_before = None
         self._set_phase(self._schedule.phase(step))
         if self._guard is not None:
@@ -152,6 +157,7 @@ class PrecisionController:
         Raises:
             TrainingStopped: the guard has recovered as often as it may, or the loss scale is below its floor.
         """
+        self._forget_stale_events()
         self.skipped_steps += skipped
         if self._probe is not None and self._probe.armed:
             self.probed = self._probe.end()
@@ -231,7 +237,7 @@ class PrecisionController:
         assert self._guard is not None
         assert self._watch is not None
         loss, norm, layers = self._watch.read(self._scale)
-        sqnr = None if sampled is None else _sqnr(sampled)
+        sqnr = None if sampled is None else self._worst_sqnr(sampled)
         return self._guard.observe(
             Observation(step=step, loss=loss, grad_norm=norm, layers=layers, skipped=skipped, scaled=self._scaler_in_use(), sqnr=sqnr)
         )
@@ -249,7 +255,7 @@ class PrecisionController:
                 "look at the data and the learning rate, and go on from an earlier checkpoint"
             )
         self.recoveries += 1
-        changes = worst(breach, recipes, _sqnr(self.probed) if self.probed else None, config)
+        changes = worst(breach, recipes, self._sqnr, config)
         self.raised |= changes
         if config.data == "replay":
             self.replay_before = step
@@ -265,6 +271,17 @@ class PrecisionController:
         else:
             self._tell(step, "raised", "no layer: all are as high as the ladder goes")
 
+    def _worst_sqnr(self, sampled: dict[str, LayerProbe]) -> dict[str, float]:
+        """Of each layer's worst operand on the worst rank [dB]: ranks see other data, and must decide alike. What is no number counts as
+        minus infinity, which a minimum keeps."""
+        operands = [(probe.sqnr_x, probe.sqnr_w, probe.sqnr_g) for probe in sampled.values()]
+        lowest = torch.tensor(operands, dtype=torch.float64, device=self._device).reshape(-1, 3).amin(1)
+        lowest = lowest.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
+        self._sqnr = dict(zip(sampled, lowest.tolist(), strict=True))
+        return self._sqnr
+
     def _last_good(self, step: int) -> int:
         """The snapshot to go back to from a breach at `step`: one that some healthy steps have followed, since a bad update shows only in
         the steps after it; and an older one than last time, if that did not help for long."""
@@ -276,6 +293,11 @@ class PrecisionController:
                 good = [at for at in good if at < back]
         return max(good) if good else min(steps)
 
+    def _forget_stale_events(self) -> None:
+        if self._directory is not None and self._stale_after is not None:
+            keep_lines_until(self._directory / EVENTS, self._stale_after)
+        self._stale_after = None
+
     def _tell(self, step: int, event: str, reason: str, **more: Any) -> None:
         record = {"step": step, "event": event, "reason": reason, **more}
         self.events.append(record)
@@ -284,8 +306,3 @@ class PrecisionController:
         if self._directory is not None:
             with open(self._directory / EVENTS, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
-
-
-def _sqnr(probed: dict[str, LayerProbe]) -> dict[str, float]:
-    """Of each layer's worst operand."""
-    return {name: min(probe.sqnr_x, probe.sqnr_w, probe.sqnr_g) for name, probe in probed.items()}

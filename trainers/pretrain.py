@@ -33,6 +33,7 @@ from trainers.data import DataConfig, load_data
 from trainers.data.corpus import open_corpus
 from trainers.host import flops_per_token, keep_freed_memory, peak_memory_bytes, resolve_device
 from trainers.models import build_config, build_model, check_length
+from trainers.optimizers import OptimizerConfig, build, prepare_weights
 from trainers.progress import MetricsCallback, ProgressBar, ThroughputCallback
 
 T = TypeVar("T")
@@ -81,6 +82,7 @@ def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> d
     autocast, autocast_part = autocast_settings(settings, config.precision.recipe, device_type)
     args = training_arguments(settings, device_type, autocast)
     _check_replay(config.precision, args)
+    _optimizer(config.optimizer, args)
     disable_progress_bar()  # transformers' own: the run has one
     if device_type == "cpu":
         keep_freed_memory()
@@ -135,6 +137,7 @@ def _build(config: RunConfig, settings: dict[str, Any], device_type: str, proces
         model_config.bos_token_id = model_config.eos_token_id = loaded.tokenizer.eos_token_id
     set_seed(settings.get("seed", 42))
     model = build_model(config.model, model_config, attn_implementation="sdpa")
+    prepare_weights(model, config.optimizer)
     attach(model, mask)
     plan = make_plan(model, config.precision, device=device_type, **_pass(config, settings))
     liger = apply_liger(
@@ -158,6 +161,7 @@ def _trainer(model: Any, args: Any, loaded: Any, low_precision: LowPrecisionCall
         processing_class=loaded.tokenizer,
         data_collator=default_data_collator,
         callbacks=[low_precision, throughput, MetricsCallback(), ProgressBar()],
+        optimizer_cls_and_kwargs=_optimizer(config.optimizer, args),
     )
     for replaced in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(replaced)
@@ -166,6 +170,25 @@ def _trainer(model: Any, args: Any, loaded: Any, low_precision: LowPrecisionCall
     callbacks.sort(key=lambda callback: callback is not throughput)
     low_precision.put_first(trainer)
     return trainer
+
+
+def _optimizer(config: OptimizerConfig, args: Any) -> Any:
+    """What the Trainer makes its optimizer of; None for its own choice."""
+    if config == OptimizerConfig():
+        return None
+    if not args.optim.startswith("adamw_torch"):
+        raise UserError(f"optimizer: these weights and moments are AdamW's, but trainer.optim is {args.optim.value}")
+
+    class AdamW(torch.optim.Optimizer):  # anything else the Trainer takes for a factory
+        def __new__(cls, parameters: Any, **settings: Any) -> Any:
+            return build(config, parameters, **settings)
+
+    betas = (args.adam_beta1, args.adam_beta2)
+    settings = {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon, "weight_decay": args.weight_decay}
+    weight = torch.nn.Linear(1, 1)
+    prepare_weights(weight, config)
+    AdamW(weight.parameters(), **settings)  # what is wrong in it shows now
+    return AdamW, settings
 
 
 def _check_replay(precision: Any, args: Any) -> None:

@@ -90,7 +90,7 @@ def test_the_loss_scale_of_the_wrapped_optimizer_is_set_and_logged(tmp_path: Pat
     assert logs["loss_scale"] == state.log_history[-1]["loss_scale"] == 1024.0
     assert logs["skipped_steps"] == 1
     Optimizer.scaler.update(0.5)
-    with pytest.raises(LossScaleError, match="the loss scale fell to 0.5, below its floor 1, at optimizer step 0 \\(2 steps skipped\\)"):
+    with pytest.raises(LossScaleError, match=r"the loss scale fell to 0\.5, below its floor 1, at optimizer step 0 \(2 steps skipped\)"):
         callback.on_step_end(trainer.args, state, trainer.control, optimizer=Optimizer)
 
 
@@ -98,7 +98,7 @@ def test_fp16_weights_can_not_be_scaled(tmp_path: Path):
     trainer = _trainer(tmp_path)
     trainer.args.fp16 = True  # TrainingArguments takes it with a GPU only
     with pytest.raises(
-        UserError, match="fp16 training: parameter 'model.embed_tokens.weight' is float16 already; load the model in float32"
+        UserError, match=r"fp16 training: parameter 'model\.embed_tokens\.weight' is float16 already; load the model in float32"
     ):
         LowPrecisionCallback("fp16").on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model.half())
 

@@ -36,6 +36,23 @@ def test_plan_of_a_large_model_builds_no_weights():
     assert len(shapes) == 29
 
 
+def test_the_plan_says_what_schedule_and_guard_will_do():
+    config = str(ROOT / "configs" / "llama-tiny-guarded-cpu.yaml")
+
+    def parts(*overrides: str) -> dict[str, str]:
+        printed = command("plan", config, *overrides, check=True).stdout
+        _, _, below_the_layers = printed.partition("\n\n")
+        return dict(line.split(maxsplit=1) for line in below_the_layers.partition("\n\n")[0].splitlines())
+
+    shipped = parts("precision.guard.data=replay")
+    assert shipped["schedule"] == "bf16 until 5%, fp8_blockwise until 90%, fp8_blockwise(fprop=bf16) until 100%"
+    assert shipped["guard"] == "on: snapshots every 20 steps, ladder mxfp4 < fp8_blockwise < bf16, data replay"
+    phases = "[{until: 200 steps, recipe: none}, {until: 90%, recipe: mxfp4}, {recipe: bf16}]"
+    other = parts(f"precision.schedule={phases}", "precision.guard=false")
+    assert other["schedule"] == "none until 200 steps, mxfp4 until 90%, bf16 until 100%"
+    assert "guard" not in other
+
+
 def test_recipes_as_json():
     recipes = {recipe["name"]: recipe for recipe in json.loads(command("recipes", "--json", check=True).stdout)}
     assert list(recipes) == lowprec.recipes.names()

@@ -160,7 +160,7 @@ def test_replay_needs_checkpoints(tmp_path: Path):
         ({"ladder": []}, "guard.ladder: the ladder needs at least one recipe"),
         ({"snapshots_every": 5}, "guard.snapshots_every: unknown key; did you mean 'snapshot_every'?"),
         ({"sqnr_floor": 10.0}, "guard.sqnr_floor looks at what probe_every measures"),
-        ({"window": True}, "guard.window"),
+        ({"window": True}, "guard.window: expected a number, got true"),
     ],
 )
 def test_wrong_settings_are_one_line(guard: dict[str, Any], message: str):
@@ -179,5 +179,5 @@ def test_quantisation_errors_are_logged_and_may_be_a_breach(tmp_path: Path):
     told = events(tmp_path)
     assert told[0]["reason"].startswith("sqnr: the quantisation of model.layers.")
     assert len(told[2]["layers"]) == 2
-    after = [record for record in trainer.state.log_history if record.get("step") == 21][0]
+    after = next(record for record in trainer.state.log_history if record.get("step") == 21)
     assert after["sqnr_x_median"] >= 17.5

@@ -1,4 +1,4 @@
-"""A resumed run is the same run, bit for bit: recipes with state, in the middle of every phase, with the guard's memory; and after a kill."""
+"""A resumed run is the same run, bit for bit: recipes with state, in every phase, with the guard's memory; and after a kill."""
 
 import json
 import os
@@ -117,7 +117,8 @@ from tests.trainers.hf import small_trainer, prose
 from trainers import LowPrecisionCallback
 
 torch.set_num_threads(1)
-trainer = small_trainer(Path(sys.argv[1]), LowPrecisionCallback("mxfp4_aws"), max_steps=6, save_strategy="steps", save_steps=2, data=prose(100))
+saves = {"save_strategy": "steps", "save_steps": 2}
+trainer = small_trainer(Path(sys.argv[1]), LowPrecisionCallback("mxfp4_aws"), max_steps=6, data=prose(100), **saves)
 save, what = torch.save, sys.argv[2]
 
 def killed(value, path, *args, **kwargs):
@@ -129,14 +130,15 @@ def killed(value, path, *args, **kwargs):
 
 torch.save = killed
 if what == "trainer_state":
-    def to_json(path):
+    state = type(trainer.state)
+    own = state.save_to_json
+    def to_json(self, path):
         if "checkpoint-4" in path:
             Path(path).write_text('{"global_step": 4, "log_hist')
             os.kill(os.getpid(), signal.SIGKILL)
-        own(path)
-    own = type(trainer.state).save_to_json.__get__(trainer.state)
-    type(trainer.state).save_to_json = lambda self, path: to_json(path)
-trainer.train(resume_from_checkpoint=len(sys.argv) > 3 or None)
+        own(self, path)
+    state.save_to_json = to_json
+trainer.train()
 """
 
 
