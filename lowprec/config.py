@@ -77,7 +77,10 @@ class Until(StrictConfig):
         return cls(value=value, unit="share" if unit == "%" else "tokens" if unit == "tokens" else "steps")
 
     def __str__(self) -> str:
-        return f"{100 * self.value:g}%" if self.unit == "share" else f"{self.value:g} {self.unit}"
+        if self.unit == "share":
+            return f"{100 * self.value:g}%"
+        letter, size = next(((letter, size) for letter, size in reversed(_MAGNITUDES.items()) if self.value >= size), ("", 1.0))
+        return f"{self.value / size:g}{letter.upper() if size > 1e3 else letter} {self.unit}"
 
 
 class PhaseConfig(StrictConfig):

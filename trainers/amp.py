@@ -43,6 +43,16 @@ def configure(scaler: torch.amp.GradScaler, config: LossScalingConfig, *, resume
     scaler.load_state_dict({**scaler.state_dict(), **settings, **fresh})
 
 
+def prepare_to_load(scaler: torch.amp.GradScaler, device: torch.device | str) -> None:
+    """Before a checkpoint is loaded, the scaler's own state last: make the scale that a scaler makes when it is first used.
+
+    To load a sharded optimizer's state torch first takes an empty step of the optimizer (torch.distributed.checkpoint.state_dict), in which
+    the scaler of Accelerate's wrapping takes part, and fails without a scale.
+    """
+    if scaler.is_enabled():
+        scaler.scale(torch.ones((), device=device))
+
+
 def check_floor(scaler: torch.amp.GradScaler, config: LossScalingConfig, step: int, skipped: int) -> None:
     """Stop where the loss scale is below `config.min_scale`. It reads the scale, which waits for the device.
 

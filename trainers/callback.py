@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from lowprec.errors import TrainingStopped
 from lowprec.plan import PartPlan, Plan
 from trainers import rundir
-from trainers.amp import check_weights, configure
+from trainers.amp import check_weights, configure, prepare_to_load
 from trainers.controller import PrecisionController
 from trainers.wandb_log import log_events, log_plan, log_scalars
 
@@ -60,7 +60,7 @@ class LowPrecisionCallback(TrainerCallback):
     def __init__(self, precision: Any, *, parts: Iterable[PartPlan] = (), tokens: int | None = None, compiled: bool = False) -> None:
         self.controller = PrecisionController(precision, parts=parts, tokens=tokens, compiled=compiled)
         self._told = 0
-        self._comes_first = False
+        self._comes_first = self._begun = False
 
     @property
     def precision(self) -> Any:
@@ -80,10 +80,15 @@ class LowPrecisionCallback(TrainerCallback):
     def train(self, trainer: Any, resume_from_checkpoint: str | None = None) -> Any:
         """`trainer.train()`, and again from the last good checkpoint whenever the guard wants to go back to it (`guard.data: replay`).
 
+        It also resumes fp16 under FSDP2, which the Trainer alone (transformers 5.17, accelerate 1.15) fails to do.
+
         Raises:
             TrainingStopped: there is no such checkpoint.
         """
         while True:
+            scaler = trainer.accelerator.scaler
+            if resume_from_checkpoint and scaler is not None:
+                prepare_to_load(scaler, trainer.args.device)
             output = trainer.train(resume_from_checkpoint=resume_from_checkpoint)
             before = self.controller.replay_before
             if before is None:
@@ -129,10 +134,13 @@ class LowPrecisionCallback(TrainerCallback):
         self._keep(state)
         if state.is_world_process_zero and controller.plan is not None:
             controller.plan.save(Path(args.output_dir) / PLAN_FILE)
-            if "wandb" in args.report_to:
-                log_plan(controller.plan)
+        self._begun = True
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._begun and "wandb" in args.report_to and state.is_world_process_zero and self.controller.plan is not None:
+            # Not when training begins: wandb's callback, if it comes after this one, has not started the run then.
+            log_plan(self.controller.plan, state.global_step)
+        self._begun = False
         phase = self.controller.phase
         self.controller.before_step(state.global_step)
         if self.controller.phase != phase:

@@ -51,7 +51,8 @@ def plan_run(config: RunConfig) -> Plan:
     check_length(model_config, config.data.seq_len)
     with torch.device("meta"):
         model = build_model(config.model.model_copy(update={"path": None}), model_config, attn_implementation="sdpa")
-    plan = make_plan(model, config.precision, device=device_type, **_pass(config, settings))
+    # Of each phase, for its errors; the first one's is shown.
+    plan, *_ = (make_plan(model, phase, device=device_type, **_pass(config, settings)) for phase in config.precision.phases())
     _, autocast = autocast_settings(settings, config.precision.recipe, device_type)
     liger = plan_liger(
         model,

@@ -148,3 +148,71 @@ def test_sharded_plain_and_missing_gradients_under_one_scaler(ranks: list[dict[s
         assert found["plain"] == [0.0, 0.0]
         assert found["idle"] == [1.0, 1.0]  # its step was skipped, on both
         assert found["skipped"] == 1
+
+
+_LOADED = """
+import copy, json, os, sys
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import fully_shard
+from tests.trainers.hf import small_model
+from trainers.amp import prepare_to_load
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1] + "/store", rank=0, world_size=1)
+Accelerator(cpu=True)
+batch, whole = torch.arange(64).repeat(2).view(4, 32), StateDictOptions(full_state_dict=True)
+
+def build(seed):
+    model = small_model(seed)
+    for block in model.model.layers:
+        fully_shard(block)
+    fully_shard(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024, growth_interval=3)
+    return model, AcceleratedOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-3), scaler=scaler), scaler
+
+def step(model, optimizer, scaler):
+    loss = model(input_ids=batch, labels=batch).loss
+    scaler.scale(loss).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item(), scaler.get_scale()
+
+first = build(0)
+for _ in range(4):
+    step(*first)
+model, optimizer, scaler = first
+weights, scale = copy.deepcopy(model.state_dict()), copy.deepcopy(scaler.state_dict())
+moments = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=whole))
+expected = [step(*first) for _ in range(5)]
+outcomes = []
+for prepared in (False, True):
+    model, optimizer, scaler = again = build(7)
+    model.load_state_dict(weights)
+    if prepared:
+        prepare_to_load(scaler, "cpu")
+    try:
+        set_optimizer_state_dict(model, optimizer, moments, options=whole)
+    except AssertionError as error:
+        outcomes.append(str(error))
+        continue
+    scaler.load_state_dict(scale)
+    outcomes.append([step(*again) for _ in range(5)] == expected)
+print(json.dumps(outcomes))
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+def test_a_sharded_optimizer_is_loaded_beside_its_scaler(tmp_path: Path):
+    """As transformers loads it under FSDP2: without a scale that fails, with one the run goes on bit for bit."""
+    process = subprocess.run(
+        [sys.executable, "-c", _LOADED, str(tmp_path)], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    without, prepared = json.loads(process.stdout.splitlines()[-1])
+    assert "_scale is None" in without
+    assert prepared is True

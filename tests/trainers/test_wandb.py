@@ -89,7 +89,6 @@ def test_the_commands_events_and_the_plan_after_them(command: tuple[Path, Path, 
     assert set(recipes(log, rows)[3].values()) == {"fp8_blockwise"}
 
 
-@pytest.mark.xfail(strict=True, reason="the callback, put first, logs the plan before wandb's callback has started the run")
 def test_the_commands_run_begins_with_the_plan_of_its_first_phase(command: tuple[Path, Path, Rows]):
     _, log, rows = command
     plans = recipes(log, rows)
