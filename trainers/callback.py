@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import DefaultFlowCallback, TrainerCallback
 
 from lowprec.errors import TrainingStopped
 from lowprec.plan import PartPlan, Plan
@@ -72,9 +72,12 @@ class LowPrecisionCallback(TrainerCallback):
         return self.controller.plan
 
     def put_first(self, trainer: Any) -> None:
-        """Come before the Trainer's other callbacks, so that what this one logs also reaches those that it puts first (TensorBoard's)."""
+        """Come before the Trainer's other callbacks, so that what this one logs also reaches those that it puts first (TensorBoard's).
+
+        But after the one that decides whether a step is saved: the guard may have to take that back.
+        """
         callbacks = trainer.callback_handler.callbacks
-        callbacks.sort(key=lambda callback: callback is not self)
+        callbacks.sort(key=lambda callback: 0 if isinstance(callback, DefaultFlowCallback) else 1 if callback is self else 2)
         self._comes_first = True
 
     def train(self, trainer: Any, resume_from_checkpoint: str | None = None) -> Any:

@@ -201,6 +201,7 @@ class PrecisionController:
             "skipped_steps": self.skipped_steps,
             "recoveries": self.recoveries,
             "raised": {name: recipe.name for name, recipe in self.raised.items()},
+            "restored": self._restored,
             "guard": None if self._guard is None else self._guard.state_dict(),
         }
 
@@ -208,6 +209,7 @@ class PrecisionController:
         """Before `start`. What a replay has learnt since the checkpoint stays."""
         if self.replay_before is None:
             self.recoveries = state["recoveries"]
+            self._restored = None if state["restored"] is None else (state["restored"][0], state["restored"][1])
             self.raised = {name: library.resolve(recipe) for name, recipe in state["raised"].items()}
         self.skipped_steps = state["skipped_steps"]
         if self._guard is not None and state["guard"] is not None:

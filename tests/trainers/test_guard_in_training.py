@@ -147,6 +147,21 @@ def test_the_precision_that_was_raised_holds_in_later_phases_where_it_is_higher(
     assert (seen[19], seen[20], seen[29], seen[30], seen[39]) == ("mxfp4", "fp8_blockwise", "fp8_blockwise", "bf16", "mxfp8")
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_the_step_of_a_breach_is_not_saved(first: bool, tmp_path: Path):
+    """It would take the place of the checkpoint to go back to."""
+    model = small_model()
+    callback = LowPrecisionCallback({"recipe": "mxfp4", "guard": {**GUARD, "data": "replay"}})
+    saves = {"save_strategy": "steps", "save_steps": 4, "save_total_limit": 1}
+    trainer = small_trainer(tmp_path, callback, NaNGradient(model, 15), model=model, max_steps=20, **saves)
+    if first:
+        callback.put_first(trainer)
+    callback.train(trainer)
+    assert trainer.state.global_step == 20
+    assert [event["step"] for event in events(tmp_path) if event["event"] == "breach"] == [16]
+    assert model.get_submodule(LAYER).weight.isfinite().all()
+
+
 def test_replay_needs_checkpoints(tmp_path: Path):
     with pytest.raises(TrainingStopped, match="no checkpoint before step 21"):
         run(tmp_path, {**GUARD, "data": "replay"}, NaNGradient, 20)
