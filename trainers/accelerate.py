@@ -20,7 +20,7 @@ from accelerate.utils import DynamoBackend
 from torch import nn
 
 from lowprec.errors import UserError
-from trainers.amp import check_weights, configure
+from trainers.amp import check_weights, configure, prepare_to_load
 from trainers.callback import show_log
 from trainers.controller import PrecisionController
 from trainers.schedule import make_schedule
@@ -170,6 +170,8 @@ class _Run:
         self.controller.before_step(self.step)
 
     def _about_to_save(self) -> None:
+        if self.settings["scaler"] is not None:
+            prepare_to_load(self.settings["scaler"], next(self.model.parameters()).device)
         self.controller.saved(self.step)
 
     def _aside(self, method: Callable[..., Any], first: Callable[[], None] = lambda: None) -> Callable[..., Any]:

@@ -177,8 +177,8 @@ SAVED = (2, 4, 5, 7)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float], dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """(folder of checkpoints, losses, final state, what was seen) of a run that nothing interrupts."""
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
+    """(folder of checkpoints, losses, the model's final state, what was seen, the controller's state) of a run that nothing interrupts."""
     folder = tmp_path_factory.mktemp("checkpoints")
     loop = Loop(RESUMED, accumulate=2, scaler=True, directory=folder)
 
@@ -187,12 +187,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float], 
             loop.accelerator.save_state(str(folder / str(batch // 2)))
 
     loop.train(2 * STEPS, after=save)
-    return folder, loop.losses, {name: value.clone() for name, value in loop.module.state_dict().items()}, loop.seen
+    state = {name: value.clone() for name, value in loop.module.state_dict().items()}
+    return folder, loop.losses, state, loop.seen, loop.controller.state_dict()
 
 
 @pytest.mark.parametrize("step", SAVED)
 def test_a_resumed_run_goes_on_bit_for_bit(whole: Any, step: int, tmp_path: Path):
-    folder, losses, state, seen = whole
+    folder, losses, state, seen, kept = whole
     (tmp_path / "events.jsonl").write_text((folder / "events.jsonl").read_text())
     torch.manual_seed(step)  # no luck of equal random numbers
     loop = Loop(RESUMED, accumulate=2, scaler=True, directory=tmp_path)
@@ -200,6 +201,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(whole: Any, step: int, tmp_path: Path
     loop.train(2 * STEPS, begin=2 * step)
     assert loop.losses == losses[2 * step :]
     assert loop.seen == seen[2 * step :]
+    assert loop.controller.state_dict() == kept  # the guard's statistics, too
     mine = loop.module.state_dict()
     assert mine.keys() == state.keys()
     assert all(torch.equal(mine[name], value) for name, value in state.items())
@@ -208,7 +210,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(whole: Any, step: int, tmp_path: Path
 
 def test_what_is_resumed_has_state_and_a_scale_that_grows(whole: Any):
     """The test above would pass on anything else, too."""
-    _, _, state, seen = whole
+    _, _, state, seen, _ = whole
     assert {entry["recipe"] for entry in seen} == {"bf16", "mxfp4_aws", "fp8_delayed"}
     assert [entry["loss_scale"] for entry in seen[1::2]] == [1024, 1024, 2048, 2048, 2048, 4096, 4096, 4096, 8192]
     assert state[f"{LAYER}.rounding_state"][2] > 0
@@ -252,9 +254,9 @@ def test_a_step_that_makes_the_optimizers_state_is_none():
     """What torch.distributed.checkpoint does with a sharded optimizer that has no state yet."""
     from torch.distributed.checkpoint.state_dict import _init_optim_state
 
-    loop = Loop({"schedule": [{"until": "1 steps", "recipe": "bf16"}, {"recipe": "mxfp8"}]})
+    loop = Loop({"schedule": [{"until": "1 steps", "recipe": "bf16"}, {"recipe": "mxfp8"}]}, scaler=True)
     run = loop.accelerator._custom_objects[0]
-    run._aside(lambda: _init_optim_state(loop.optimizer))()
+    run._aside(lambda: _init_optim_state(loop.optimizer), run._about_to_save)()
     assert loop.optimizer.state
     assert (run.step, loop.controller.phase) == (0, 0)
     assert [entry["recipe"] for entry in loop.train(2).seen] == ["bf16", "mxfp8"]
@@ -275,7 +277,7 @@ def _run(precision: Any = "fp8_blockwise", model: Any = None, optimizer: Any = N
         ({"precision": "fp8_blokwise"}, "unknown recipe 'fp8_blokwise'; did you mean 'fp8_blockwise'"),
         ({"precision": {"guard": {"data": "replay"}}}, "precision.guard.data: replay needs a loop that can go back in its data"),
         ({"precision": {"schedule": [{"until": "5%"}, {}]}}, "precision.schedule.0.until: 5% of how many steps?"),
-        ({"precision": {"schedule": [{"until": "1M tokens"}, {}]}, "steps": 9}, "precision.schedule.0.until: 1e+06 tokens can't be told"),
+        ({"precision": {"schedule": [{"until": "1M tokens"}, {}]}, "steps": 9}, "precision.schedule.0.until: 1M tokens can't be told"),
         ({"model": [torch.nn.Linear(8, 8)]}, "prepare takes one model after the accelerator, got list"),
         ({"optimizer": DataLoader([1])}, "prepare takes the model's optimizer after the model, got DataLoader"),
     ],
