@@ -54,6 +54,10 @@ def test_two_processes_on_the_cpu_train_as_one_on_their_batches(tmp_path: Path):
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
     assert len(read_metrics(two)) == len(read_metrics(one))  # the main process alone writes them
     assert losses(two)[3] < losses(two)[1]
+    # Of a number of rows that two processes can't share evenly: none of them counts twice.
+    assert summaries[0]["val_loss"] == pytest.approx(summaries[1]["val_loss"], rel=1e-6)
+    assert summaries[0]["bits_per_byte"] == pytest.approx(summaries[1]["bits_per_byte"], rel=1e-6)
+    assert summaries[0]["data"]["validation"]["examples"] % 2 == 1
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
