@@ -123,6 +123,8 @@ class LowPrecisionCallback(TrainerCallback):
             configure(scaler, controller.config.loss_scaling, resumed=bool(state.global_step))
         if held is not None:
             controller.load_state_dict(held)
+        elif not state.global_step:
+            controller.forget()
         tokens_per_step = controller.tokens and controller.tokens * args.gradient_accumulation_steps * args.world_size
         controller.start(
             model,

@@ -162,6 +162,18 @@ def test_the_step_of_a_breach_is_not_saved(first: bool, tmp_path: Path):
     assert model.get_submodule(LAYER).weight.isfinite().all()
 
 
+def test_another_run_knows_nothing_of_the_one_before(tmp_path: Path):
+    model = small_model()
+    callback = LowPrecisionCallback({"recipe": "mxfp4", "guard": GUARD})
+    trainer = small_trainer(tmp_path, callback, NaNGradient(model, 15), model=model, max_steps=18)
+    trainer.train()
+    assert callback.controller.recoveries == 1
+    trainer.train()
+    assert callback.controller.recoveries == 0
+    assert {module.recipe.name for module in model.modules() if isinstance(module, LowPrecisionLinear)} == {"mxfp4"}
+    assert not (tmp_path / "events.jsonl").read_text()  # it was the other run's
+
+
 def test_replay_needs_checkpoints(tmp_path: Path):
     with pytest.raises(TrainingStopped, match="no checkpoint before step 21"):
         run(tmp_path, {**GUARD, "data": "replay"}, NaNGradient, 20)
