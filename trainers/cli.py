@@ -151,9 +151,9 @@ def bench_linear(device: str, shape: str, recipe: str, against: str, compiled: b
     """Run one linear layer forward and backward, beside nn.Linear in bf16."""
     shapes = _shapes(shape)
     from lowprec.bench import linear
-    from trainers.show import linear_table
+    from trainers.show import linear_row, linear_table
 
-    result = linear.run(device, shapes, recipe, _names(against), compiled, seconds)
+    result = linear.run(device, shapes, recipe, _names(against), compiled, seconds, lambda row: click.echo(linear_row(row), err=True))
     click.echo(json.dumps(result, indent=1) if as_json else linear_table(result))
 
 

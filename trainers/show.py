@@ -96,6 +96,13 @@ def linear_table(result: dict[str, Any]) -> str:
     return "\n".join([_text(table), *_failures(result["rows"], "shape")])
 
 
+def linear_row(row: dict[str, Any]) -> str:
+    """One of `linear_table`'s rows as a line, for whoever waits for the others."""
+    if row["failure"]:
+        return f"{_by(row['shape'])} {row['name']}: failed: {row['failure']}"
+    return f"{_by(row['shape'])} {row['name']}: {_milliseconds(row['time'])} ms, {_times(row['speedup'])}"
+
+
 def train_table(result: dict[str, Any]) -> str:
     """Training steps; below them what each row's precision is, or why it failed."""
     how = [f"batch {result['batch']} x {result['seq']} tokens", "blocks compiled" if result["compiled"] else "eager"]

@@ -4,6 +4,9 @@ bf16 weight, input and gradient; no gradient is there before a step, as after an
 each step, as in training: a layer may keep what it made of a tensor it has seen. The weight does not change between the steps, so a layer
 that keeps its codes quantises it once; "weight quantised each step" makes ours forget them, as an optimizer's step would.
 
+Each layer is timed in turns with the bf16 one, and its speed-up is over that time: a GPU at its power limit slows down as it heats up, by
+more than many a difference that is to be seen here.
+
 Errors are relative in the Frobenius norm, to fp32 products of the same bf16 matrices.
 """
 
@@ -19,7 +22,7 @@ from lowprec.bench import rivals
 from lowprec.bench.ceilings import MATRICES, Ceilings, Floor, Shape
 from lowprec.bench.inputs import describe, open_device, resolve_recipe
 from lowprec.bench.rivals import Layer
-from lowprec.bench.timing import measure
+from lowprec.bench.timing import measure, measure_in_turns
 from lowprec.nn import LowPrecisionLinear
 from lowprec.recipe import Recipe
 
@@ -36,6 +39,7 @@ def run(
     against: Sequence[str] = (),
     compiled: bool = False,
     seconds: float = 0.5,
+    report: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> dict[str, Any]:
     """Measure a linear layer of each shape (tokens M, outputs N, inputs K).
 
@@ -43,9 +47,11 @@ def run(
         against: rivals to run as well, of `RIVALS`; bf16 always runs.
         compiled: also measure ours through torch.compile.
         seconds: the time that each measurement takes.
+        report: called with each row as soon as it is there; some rivals tune themselves for minutes.
     Returns:
-        {"device", "threads", "torch", "recipe", "rows": [{"shape", "name", "time", "speedup": over bf16, "tflops", "floor", "of_floor",
-        "errors": {"y", "dx", "dw"}, "failure"}], "ceilings"}; "failure" is None, or why there are no figures.
+        {"device", "threads", "torch", "recipe", "rows": [{"shape", "name", "time", "bf16": timing of the bf16 layer in turns with this one,
+        "speedup": over that, "tflops", "floor", "of_floor", "errors": {"y", "dx", "dw"}, "failure"}], "ceilings"}; "failure" is None, or
+        why there are no figures.
     Raises:
         UserError: an unknown recipe, rival or device, or a rival that is not installed.
     """
@@ -57,25 +63,21 @@ def run(
     for shape in shapes:
         case = _Case(shape, place)
         floors = {quantised: ceilings.layer_floor(shape, chosen, quantised) for quantised in (_KEEPS_WEIGHT, tuple(MATRICES))}
-        baseline = None
         for name, make, quantised in _contenders(chosen, against, compiled):
             floor = ceilings.layer_floor(shape, None) if quantised is None else floors[quantised]
-            row = {"shape": list(shape), "name": name} | case.measure(make, floor, seconds)
-            if name == "bf16":
-                baseline = row["time"]
-            row["speedup"] = baseline["median"] / row["time"]["median"] if baseline and row["time"] else None
-            rows.append(row)
+            rows.append({"shape": list(shape), "name": name} | case.measure(make, floor, seconds))
+            report(rows[-1])
             rivals.release_memory()
     return {**describe(place), "recipe": recipe, "rows": rows, "ceilings": ceilings.to_list()}
 
 
-Contender = tuple[str, Callable[[nn.Linear], Layer], tuple[str, ...] | None]
-"""A row's name, what makes the layer, and what the layer must quantise in each step (None: a layer in bf16)."""
+Contender = tuple[str, Callable[[nn.Linear], Layer] | None, tuple[str, ...] | None]
+"""A row's name, what makes the layer from the bf16 one (None: that one itself), and what it must quantise in each step (None: nothing)."""
 
 
 def _contenders(recipe: Recipe, against: Sequence[str], compiled: bool) -> Iterable[Contender]:
     everything = tuple(MATRICES)
-    yield "bf16", _bf16, None
+    yield "bf16", None, None
     yield "lowprec", lambda linear: _ours(linear, recipe), _KEEPS_WEIGHT
     if (forget := _forget_weights()) is not None:
         yield "lowprec, weight quantised each step", lambda linear: _ours(linear, recipe, before=forget), everything
@@ -85,10 +87,6 @@ def _contenders(recipe: Recipe, against: Sequence[str], compiled: bool) -> Itera
         yield name, make, everything
     for name, make in (rivals.te_layers() if "te" in against else {}).items():
         yield name, make, _KEEPS_WEIGHT if "cached" in name else everything
-
-
-def _bf16(linear: nn.Linear) -> Layer:
-    return linear, linear.weight
 
 
 def _ours(linear: nn.Linear, recipe: Recipe, *, before: Callable[[], None] | None = None, compiled: bool = False) -> Layer:
@@ -129,22 +127,28 @@ class _Case:
         with torch.no_grad():
             self.linear.weight.copy_(normal(N, K) * K**-0.5)
 
-    def measure(self, make: Callable[[nn.Linear], Layer], floor: Floor, seconds: float) -> dict[str, Any]:
-        """The figures of one layer, or why it failed."""
+    def measure(self, make: Callable[[nn.Linear], Layer] | None, floor: Floor, seconds: float) -> dict[str, Any]:
+        """The figures of one layer (None: the bf16 one), or why it failed."""
+
+        def bf16() -> object:
+            return self._step(self.linear, self.linear.weight)
 
         def figures() -> dict[str, Any]:
-            forward, weight = make(self.linear)
-            time = measure(lambda: self._step(forward, weight), self.device, seconds=seconds)
+            forward, weight = (self.linear, self.linear.weight) if make is None else make(self.linear)
+            if make is None:
+                time = beside = measure(bf16, self.device, seconds=seconds)
+            else:
+                beside, time = measure_in_turns(bf16, lambda: self._step(forward, weight), self.device, seconds=seconds)
             M, N, K = self.shape
-            rate = 6.0 * M * N * K / time.median / 1e9
+            figures = {"time": asdict(time), "bf16": asdict(beside), "speedup": beside.median / time.median}
             # After the timing: delayed scaling has seen amaxes by then.
             errors = self._errors(*self._step(forward, weight))
-            return {"time": asdict(time), "tflops": rate, **floor.beside(time), "errors": errors, "failure": None}
+            return {**figures, "tflops": 6.0 * M * N * K / time.median / 1e9, **floor.beside(time), "errors": errors, "failure": None}
 
         result, failure = rivals.attempt(figures)
         if result is None:
-            self.x.grad = None
-            return dict.fromkeys(("time", "tflops", "of_floor", "errors")) | floor.beside(None) | {"failure": failure}
+            self.x.grad = self.linear.weight.grad = None
+            return dict.fromkeys(("time", "bf16", "speedup", "tflops", "of_floor", "errors")) | floor.beside(None) | {"failure": failure}
         return result
 
     def _step(self, forward: Callable[[Tensor], Tensor], weight: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -14,6 +14,8 @@ import torch
 _FLUSHED = 256 << 20
 """Bytes that are overwritten to empty the L2 cache; larger than any GPU's."""
 
+_TURNS = 6
+
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
@@ -32,11 +34,20 @@ def summarise(times: Sequence[float]) -> Timing:
 
 def measure(function: Callable[[], object], device: torch.device, *, seconds: float = 0.5, most: int = 200) -> Timing:
     """Time `function` for about `seconds`, at least 7 and at most `most` calls, after three to warm up, on a GPU a fifth of `seconds`."""
-    if device.type == "cuda":
-        return summarise(_times_on_gpu(function, device, seconds, most))
-    for _ in range(3):
-        once = _time_on_cpu(function)
-    return summarise([_time_on_cpu(function) for _ in range(_calls(once, seconds, most))])
+    clock = _Clock(device)
+    return summarise(clock.times(function, clock.warm_up(function, seconds, most)))
+
+
+def measure_in_turns(
+    first: Callable[[], object], second: Callable[[], object], device: torch.device, *, seconds: float = 0.5, most: int = 200
+) -> tuple[Timing, Timing]:
+    """Time two functions as `measure` does, in turns: what a device loses as it heats up, both lose alike."""
+    clock = _Clock(device)
+    contenders = [(function, -(-clock.warm_up(function, seconds, most) // _TURNS), []) for function in (first, second)]
+    for turn in range(_TURNS):
+        for function, calls, times in contenders if turn % 2 == 0 else reversed(contenders):
+            times += clock.times(function, calls)
+    return summarise(contenders[0][2]), summarise(contenders[1][2])
 
 
 def measure_steps(step: Callable[[], object], device: torch.device, *, steps: int = 10, warmup: int = 4) -> Timing:
@@ -52,29 +63,38 @@ def measure_steps(step: Callable[[], object], device: torch.device, *, steps: in
     return summarise(times)
 
 
+class _Clock:
+    """Times calls of functions on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.cache = torch.empty(_FLUSHED if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
+
+    def warm_up(self, function: Callable[[], object], seconds: float, most: int) -> int:
+        """How many calls take about `seconds`."""
+        for _ in range(3):
+            once = _time_on_cpu(function)
+        if self.device.type == "cuda":
+            once = statistics.median(self.times(function, 5))
+            self.times(function, _calls(once, seconds / 5, most))
+        return _calls(once, seconds, most)
+
+    def times(self, function: Callable[[], object], calls: int) -> list[float]:
+        """Milliseconds of each of `calls` calls; on a GPU all are queued before the first is waited for."""
+        if self.device.type != "cuda":
+            return [_time_on_cpu(function) for _ in range(calls)]
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]
+        for start, end in events:
+            self.cache.zero_()
+            start.record()
+            function()
+            end.record()
+        torch.cuda.synchronize(self.device)
+        return [start.elapsed_time(end) for start, end in events]
+
+
 def _calls(once: float, seconds: float, most: int) -> int:
     return max(7, min(most, int(seconds * 1e3 / max(once, 1e-3))))
-
-
-def _times_on_gpu(function: Callable[[], object], device: torch.device, seconds: float, most: int) -> list[float]:
-    cache = torch.empty(_FLUSHED, dtype=torch.uint8, device=device)
-    for _ in range(3):
-        function()
-    once = statistics.median(_queue(function, device, cache, 5))
-    _queue(function, device, cache, _calls(once, seconds / 5, most))
-    return _queue(function, device, cache, _calls(once, seconds, most))
-
-
-def _queue(function: Callable[[], object], device: torch.device, cache: torch.Tensor, calls: int) -> list[float]:
-    """Milliseconds of each of `calls` calls, all queued before the first is waited for."""
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]
-    for start, end in events:
-        cache.zero_()
-        start.record()
-        function()
-        end.record()
-    torch.cuda.synchronize(device)
-    return [start.elapsed_time(end) for start, end in events]
 
 
 def _time_on_cpu(function: Callable[[], object]) -> float:

@@ -12,7 +12,7 @@ import torch
 
 from lowprec.bench import gemm, linear, rivals
 from lowprec.bench.ceilings import Ceilings, Floor, flops, gemm_shape, product_kind, quantiser_bytes, random_operands
-from lowprec.bench.timing import Timing, measure, measure_steps, summarise
+from lowprec.bench.timing import Timing, measure, measure_in_turns, measure_steps, summarise
 from lowprec.errors import UserError
 from lowprec.quant import QTensor, quantize
 from lowprec.recipe import library
@@ -43,6 +43,14 @@ def test_measuring_warms_up_and_calls_at_least_seven_times():
     time = measure_steps(lambda: calls.append(1), CPU, steps=2, warmup=4)
     assert len(calls) == 6
     assert 0 < time.p20 <= time.median <= time.p80
+
+
+def test_measuring_in_turns_gives_each_as_many_early_as_late_calls():
+    order: list[str] = []
+    first, second = measure_in_turns(lambda: order.append("a"), lambda: order.append("b"), CPU, seconds=0.0)
+    assert "".join(order) == "aaa" + "bbb" + "aabbbbaa" * 3
+    assert 0 < first.p20 <= first.median <= first.p80
+    assert second.median > 0
 
 
 def test_on_a_gpu_the_cache_is_emptied_before_each_call_outside_of_its_time(monkeypatch: pytest.MonkeyPatch):
@@ -195,7 +203,7 @@ def test_linear():
     assert all(1e-3 < error < 2.5e-3 for error in bf16["errors"].values())
     for row in ours:
         assert all(0.03 < error < 0.05 for error in row["errors"].values())  # two e4m3 operands: about 28.5 dB
-        assert row["speedup"] == pytest.approx(bf16["time"]["median"] / row["time"]["median"])
+        assert row["speedup"] == pytest.approx(row["bf16"]["median"] / row["time"]["median"])
         assert row["tflops"] == pytest.approx(6e-9 * 64 * 128 * 256 / row["time"]["median"])
     assert ours[0]["floor"]["quantisers_ms"] < ours[1]["floor"]["quantisers_ms"]
 
@@ -214,7 +222,7 @@ def test_linear_steps_start_from_a_new_tensor_without_gradients(monkeypatch: pyt
 
     monkeypatch.setattr(rivals, "torchao_layers", lambda: {"theirs": make, "broken": broken})
     rows = {row["name"]: row for row in linear.run(shapes=(SHAPE,), against=("torchao",), seconds=0.0)["rows"]}
-    assert len({tensor for tensor, _ in seen}) == len(seen) == 3 + 7 + 1
+    assert len({tensor for tensor, _ in seen}) == len(seen) == 3 + 6 * 2 + 1
     assert all(gradient is None for _, gradient in seen)
     assert rows["theirs"]["errors"] == rows["bf16"]["errors"]
     assert rows["broken"]["failure"].startswith("RuntimeError: no kernel image")
@@ -228,8 +236,13 @@ def test_linear_as_json_and_as_a_table(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert [row["shape"] for row in result["rows"][::3]] == [[64, 128, 256], [32, 128, 128]]
     assert {entry["kind"] for entry in result["ceilings"]} == {"bf16", "copy"}
     monkeypatch.setattr(rivals, "torchao_layers", lambda: {"torchao block": broken})
-    table = run_command(capsys, *arguments[:-4], "--against", "torchao", "--seconds", "0")
-    assert "torchao block 32x128x128 failed: RuntimeError: no kernel image for this device" in table
+    cli.main(["bench", *arguments[:-4], "--against", "torchao", "--seconds", "0"])
+    shown = capsys.readouterr()
+    assert "torchao block 32x128x128 failed: RuntimeError: no kernel image for this device" in shown.out
+    as_they_came = shown.err.splitlines()
+    assert len(as_they_came) == 2 * 4
+    assert as_they_came[0].startswith("64x128x256 bf16: ")
+    assert as_they_came[-1].startswith("32x128x128 torchao block: failed: RuntimeError: no kernel image")
 
 
 def test_transformer_engines_layer_gets_the_weight_and_is_told_of_the_first_step(monkeypatch: pytest.MonkeyPatch):

@@ -1,0 +1,108 @@
+"""The trainer layer over native FP8 layers: probes, and the callback in transformers' Trainer with a PEFT model."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from lowprec import convert
+from lowprec.nn import LowPrecisionLinear
+from lowprec.observe import LayerProbe, Probe
+from lowprec.recipe import library
+from trainers import LowPrecisionCallback
+
+pytestmark = pytest.mark.gpu
+
+TEXTS = [f"{number}: " + "the quick brown fox jumps over the lazy dog. " * 2 for number in range(32)]
+ROWS = [list(text.encode())[:64] for text in TEXTS]
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=256, **sizes))
+
+
+def train(model: Any, *, probed: bool) -> tuple[list[float], list[dict[str, LayerProbe]]]:
+    optimizer, watched, found, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), Probe(model), [], []
+    batch = torch.tensor(ROWS[:4], device="cuda")
+    for number in range(3):
+        if probed and number != 1:
+            watched.begin()
+        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        loss.backward()
+        if watched.armed:
+            found.append(watched.end())
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, found
+
+
+@pytest.mark.parametrize("recipe", ["fp8_blockwise", "fp8_delayed", "mxfp4_aws"])
+def test_training_is_the_same_bits_with_a_probe(recipe: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms ask for it
+    plain = llama().to("cuda", torch.bfloat16)
+    convert(plain, recipe)
+    probed = copy.deepcopy(plain)
+    torch.use_deterministic_algorithms(True)
+    try:
+        losses, _ = train(plain, probed=False)
+        again, found = train(probed, probed=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert again == losses
+    assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), probed.state_dict().values(), strict=True))
+    assert [len(layers) for layers in found] == [14, 14]
+    floor = 10 if recipe == "mxfp4_aws" else 20
+    for layer in found[-1].values():
+        assert floor < layer.sqnr_g < 60
+        assert min(layer.sqnr_x, layer.sqnr_w) > floor
+
+
+@pytest.mark.parametrize("recipe", ["fp8_blockwise", "fp8_rowwise", "mxfp8"])
+def test_a_probe_measures_what_it_measures_on_a_cpu(recipe: str):
+    torch.manual_seed(0)
+    linear = nn.Linear(384, 256, bias=False, dtype=torch.bfloat16)
+    x, g = torch.randn(192, 384).bfloat16(), torch.randn(192, 256).bfloat16()
+    found = []
+    for device in ("cpu", "cuda"):
+        layer = LowPrecisionLinear.from_linear(copy.deepcopy(linear), library.get(recipe)).to(device)
+        watched = Probe(layer)
+        with watched.sampling():
+            layer(x.to(device).requires_grad_()).backward(g.to(device))
+        found.append(watched.layers[""])
+    for name in ("sqnr_x", "sqnr_w", "sqnr_g", "underflow_x", "underflow_g", "saturated_x"):
+        assert getattr(found[1], name) == pytest.approx(getattr(found[0], name), rel=1e-6), name
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model.eval()(input_ids=torch.tensor(ROWS[7:8], device="cuda")).logits
+
+
+def test_adapters_train_on_a_converted_model_and_are_saved(tmp_path: Path):
+    lora = peft.LoraConfig(r=8, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    rows: Any = [{"input_ids": row, "labels": row} for row in ROWS]
+    settings: dict[str, Any] = {"max_steps": 8, "learning_rate": 1e-2, "per_device_train_batch_size": 8, "logging_steps": 1}
+    settings |= {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "bf16": True, "gradient_checkpointing": True}
+    torch.manual_seed(1)
+    model = peft.get_peft_model(llama(), lora)
+    args = TrainingArguments(output_dir=str(tmp_path), **settings)
+    trainer = Trainer(model, args, train_dataset=rows, callbacks=[LowPrecisionCallback("fp8_blockwise")])
+    trainer.train()
+    losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
+    assert losses[-1] < losses[0] - 0.5
+    converted = [name for name, module in model.named_modules() if isinstance(module, LowPrecisionLinear)]
+    assert len(converted) == 14
+    assert all(name.endswith("base_layer") for name in converted)
+    model.save_pretrained(tmp_path / "adapters")
+    loaded = llama()
+    convert(loaded, "fp8_blockwise")
+    loaded = peft.PeftModel.from_pretrained(loaded, str(tmp_path / "adapters")).to("cuda")
+    assert torch.equal(logits(loaded), logits(trainer.model))
