@@ -1,16 +1,20 @@
 """What one optimizer step shows of itself: the loss and the gradient norms, with one wait for the device.
 
 A training loop that clips and zeroes gradients, as the Trainer does before any callback sees the step's end, leaves nothing to look at.
-So the norms are taken in the backward, when a parameter's gradient has been added: outside of compiled graphs, after FSDP2 has reduced and
-scattered it (it calls these hooks of the sharded parameter), before any clipping, and still times the loss scale.
+So the norms are taken at the end of each backward, of all gradients at once: a kernel for each of some hundred parameters would cost the
+host a quarter of a small model's step. That is outside of compiled graphs, after FSDP2 has reduced and scattered the gradients or DDP has
+averaged them, before any clipping, and still times the loss scale. An optimizer that steps inside the backward and frees each gradient at
+once leaves nothing to measure.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd import Variable
 
 
 class Watch:
@@ -28,15 +32,16 @@ class Watch:
         """The modules that have trainable parameters of their own, in model order."""
         self._owner: list[int] = []
         self._handles: list[Any] = []
-        parameters = self._own_parameters(model)
+        self._due = False
+        parameters = self._parameters = self._own_parameters(model)
         device = parameters[0].device if parameters else torch.device("cpu")
         self._norms = torch.zeros(len(parameters), device=device)
         # On the device from the start: a copy from the host in every step would wait for it.
         self._shares = torch.tensor([_share(parameter) for parameter in parameters], dtype=torch.float64, device=device)
         self._loss: Tensor | None = None
         self._micro_batches = 0
-        for number, parameter in enumerate(parameters):
-            self._handles.append(parameter.register_post_accumulate_grad_hook(self._norm_into(number)))
+        # FSDP2 calls these hooks of a sharded parameter when its gradient is there.
+        self._handles += [parameter.register_post_accumulate_grad_hook(self._has_gradient) for parameter in parameters]
         self._handles.append(model.register_forward_hook(self._add_loss, with_kwargs=True))
 
     def read(self, scale: float | None = None) -> tuple[float | None, float, dict[str, float]]:
@@ -44,13 +49,12 @@ class Watch:
 
         The loss is None if the model returned none. It is the mean over the micro-batches; their sum where the model was told
         `num_items_in_batch`, of which each loss is a share then. Over the ranks it is the mean. A parameter without a gradient counts as 0.
-        Parameters that every rank holds whole have their local gradients measured, before DDP averages them: their norm is the root of the
-        mean square over the ranks.
+        Of parameters that every rank holds whole, the norm is the root of the mean square over the ranks, whose gradients DDP has averaged.
 
         Args:
             scale: the loss scale that the gradients were multiplied by.
         """
-        seen, self._loss = self._loss, None
+        seen, self._loss, self._due = self._loss, None, False
         loss = self._norms.new_zeros(1) if seen is None else seen.reshape(1).to(self._norms.device)
         # In float64 a square neither overflows nor vanishes.
         sums = torch.cat([loss.double(), self._norms.double().square() * self._shares])
@@ -84,15 +88,28 @@ class Watch:
                 parameters.update(dict.fromkeys(own))
         return list(parameters)
 
-    def _norm_into(self, number: int) -> Any:
-        def hook(parameter: Tensor) -> None:
-            # Over an accumulated step the gradient grows: its last norm is the step's.
-            gradient = _local(parameter.grad)
-            if gradient is not None:
-                dtype = torch.promote_types(gradient.dtype, torch.float32)
-                self._norms[number].copy_(torch.linalg.vector_norm(gradient, dtype=dtype))
+    def _has_gradient(self, parameter: Tensor) -> None:
+        if not self._due:
+            self._due = True
+            # FSDP2 and DDP end a backward by callbacks like this one, queued before it or after: two in a row come last.
+            _after_backward(lambda: _after_backward(self._measure))
 
-        return hook
+    @torch.no_grad()
+    def _measure(self) -> None:
+        """The norms of the gradients so far. Over an accumulated step they grow: the last ones are the step's."""
+        self._due = False
+        alike: dict[tuple[torch.device, torch.dtype], tuple[list[int], list[Tensor]]] = {}
+        for number, parameter in enumerate(self._parameters):
+            if (gradient := _local(parameter.grad)) is not None:
+                numbers, gradients = alike.setdefault((gradient.device, gradient.dtype), ([], []))
+                numbers.append(number)
+                gradients.append(gradient)
+        norms = [self._norms.new_zeros(())] * len(self._parameters)
+        for (_, dtype), (numbers, gradients) in alike.items():
+            found = torch._foreach_norm(gradients, 2, dtype=torch.promote_types(dtype, torch.float32))
+            for number, norm in zip(numbers, found, strict=True):
+                norms[number] = norm.to(self._norms)
+        self._norms.copy_(torch.stack(norms))
 
     def _add_loss(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         # Evaluation is no step. Checkpointing computes the blocks again, never the model that holds them.
@@ -105,6 +122,11 @@ class Watch:
         self._loss = loss if self._loss is None else self._loss + loss
         if kwargs.get("num_items_in_batch") is None:
             self._micro_batches += 1
+
+
+def _after_backward(function: Callable[[], None]) -> None:
+    """Call `function` at the end of the backward that is running."""
+    Variable._execution_engine.queue_callback(function)
 
 
 def _local(gradient: Any) -> Tensor | None:

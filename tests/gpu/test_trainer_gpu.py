@@ -19,6 +19,7 @@ from trainers import LowPrecisionCallback
 pytestmark = pytest.mark.gpu
 
 TEXTS = [f"{number}: " + "the quick brown fox jumps over the lazy dog. " * 2 for number in range(32)]
+PRECISION = {"recipe": "fp8_blockwise", "skip_slow": False}
 ROWS = [list(text.encode())[:64] for text in TEXTS]
 
 
@@ -48,7 +49,7 @@ def train(model: Any, *, probed: bool) -> tuple[list[float], list[dict[str, Laye
 def test_training_is_the_same_bits_with_a_probe(recipe: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms ask for it
     plain = llama().to("cuda", torch.bfloat16)
-    convert(plain, recipe)
+    convert(plain, {"recipe": recipe, "skip_slow": False})
     probed = copy.deepcopy(plain)
     torch.use_deterministic_algorithms(True)
     try:
@@ -94,7 +95,7 @@ def test_adapters_train_on_a_converted_model_and_are_saved(tmp_path: Path):
     torch.manual_seed(1)
     model = peft.get_peft_model(llama(), lora)
     args = TrainingArguments(output_dir=str(tmp_path), **settings)
-    trainer = Trainer(model, args, train_dataset=rows, callbacks=[LowPrecisionCallback("fp8_blockwise")])
+    trainer = Trainer(model, args, train_dataset=rows, callbacks=[LowPrecisionCallback(PRECISION)])
     trainer.train()
     losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
     assert losses[-1] < losses[0] - 0.5
@@ -103,6 +104,6 @@ def test_adapters_train_on_a_converted_model_and_are_saved(tmp_path: Path):
     assert all(name.endswith("base_layer") for name in converted)
     model.save_pretrained(tmp_path / "adapters")
     loaded = llama()
-    convert(loaded, "fp8_blockwise")
+    convert(loaded, PRECISION)
     loaded = peft.PeftModel.from_pretrained(loaded, str(tmp_path / "adapters")).to("cuda")
     assert torch.equal(logits(loaded), logits(trainer.model))

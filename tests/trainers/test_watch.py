@@ -60,6 +60,33 @@ def test_a_step_is_measured_and_the_next_starts_anew():
     assert watch.read() == (None, 0.0, dict.fromkeys(watch.names, 0.0))
 
 
+def test_after_a_backward_that_failed_the_next_is_measured():
+    model = _model()
+    watch = Watch(model)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    handle = model.model.layers[0].register_full_backward_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        _step(model, 0)
+    handle.remove()
+    watch.read()
+    _step(model, 0)
+    assert watch.read()[2] == pytest.approx(_norms(model), rel=CLOSE)
+
+
+def test_parameters_without_a_gradient_count_as_zero():
+    model = _model()
+    unused = nn.Linear(4, 4, bias=False)
+    model.add_module("unused", unused)
+    watch = Watch(model)
+    _step(model, 0)
+    expected = _norms(model)
+    assert "unused" not in expected
+    assert watch.read()[2] == pytest.approx(expected | {"unused": 0.0}, rel=CLOSE)
+
+
 def test_names_are_in_model_order():
     names = Watch(_model()).names
     assert (names[0], names[-1]) == ("model.embed_tokens", "lm_head")
