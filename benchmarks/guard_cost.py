@@ -24,6 +24,7 @@ TURNS, WARMUP, STEPS = 6, 5, 20
 
 def main() -> None:
     preset, batch, seq = (sys.argv[1:] + ["llama-350m", "16", "1024"][len(sys.argv) - 1 :])[:3]
+    batch, seq = int(batch), int(seq)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = build_config(ModelConfig(preset=preset), 32000)
     config.use_cache = False
@@ -31,11 +32,11 @@ def main() -> None:
     with device:
         model = build_model(ModelConfig(preset=preset), config, attn_implementation="sdpa").to(torch.bfloat16).train()
     compiled = device.type == "cuda"
-    controller = PrecisionController({"recipe": "fp8_blockwise", "guard": {"snapshot_every": 10**6}}, compiled=compiled)
+    controller = PrecisionController({"recipe": "fp8_blockwise", "guard": {"snapshot_every": 10**6}}, tokens=batch * seq, compiled=compiled)
     print(controller.convert(model, device).summary())
     compile_blocks(model, "blocks" if compiled else "off", device.type)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=compiled)
-    tokens = torch.randint(config.vocab_size, (int(batch), int(seq)), device=device)
+    tokens = torch.randint(config.vocab_size, (batch, seq), device=device)
     done = 0
 
     def milliseconds(*, watched: bool, steps: int) -> float:

@@ -84,7 +84,8 @@ def test_a_probe_measures_what_it_measures_on_a_cpu(recipe: str):
 
 @torch.no_grad()
 def logits(model: Any) -> Tensor:
-    return model.eval()(input_ids=torch.tensor(ROWS[7:8], device="cuda")).logits
+    with torch.autocast("cuda", torch.bfloat16):  # as the Trainer runs it
+        return model.eval()(input_ids=torch.tensor(ROWS[7:8], device="cuda")).logits.float()
 
 
 def test_adapters_train_on_a_converted_model_and_are_saved(tmp_path: Path):
