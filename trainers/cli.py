@@ -4,8 +4,12 @@ Exit status: 0 done, 2 the user's input is wrong (one line on stderr), 1 anythin
 `lowprec --help` answers at once.
 """
 
+import contextlib
+import functools
 import json
+import logging
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -25,6 +29,22 @@ _RECIPE = click.option("--recipe", default="fp8_blockwise", show_default=True, h
 _SECONDS = click.option(
     "--seconds", default=0.5, show_default=True, type=click.FloatRange(min=0.0), help="Time that each row is measured for."
 )
+
+
+_NOISY = ("torchao", "torch.utils._pytree")
+"""What these warn of when transformers imports torchao, kernels of torchao's that this machine can't load, is no business of a run."""
+
+
+def _answers(command: Callable[..., str]) -> Callable[..., None]:
+    """A command whose result is the only thing on stdout, for programs to read: what libraries print meanwhile goes to stderr."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        with contextlib.redirect_stdout(sys.stderr):
+            answer = command(*args, **kwargs)
+        click.echo(answer)
+
+    return run
 
 
 class _Commands(click.Group):
@@ -63,7 +83,8 @@ def train(config: str, overrides: tuple[str, ...]) -> None:
 @_CONFIG
 @_OVERRIDES
 @_JSON
-def plan(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
+@_answers
+def plan(config: str, overrides: tuple[str, ...], as_json: bool) -> str:
     """Show what would run where: each linear layer's recipe and backend, native or emulated, and why. Builds no weights."""
     from trainers.config import load_run
 
@@ -71,29 +92,31 @@ def plan(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
     from trainers.pretrain import plan_run
 
     plan = plan_run(run)
-    click.echo(json.dumps(plan.to_dict(), indent=1, ensure_ascii=False) if as_json else str(plan))
+    return json.dumps(plan.to_dict(), indent=1, ensure_ascii=False) if as_json else str(plan)
 
 
 @cli.command()
 @_JSON
-def doctor(as_json: bool) -> None:
+@_answers
+def doctor(as_json: bool) -> str:
     """Show this machine: device, versions, which recipes run natively, what is missing and how to install it."""
     from trainers.doctor import examine
     from trainers.show import doctor_table
 
     report = examine()
-    click.echo(json.dumps(report, indent=1) if as_json else doctor_table(report))
+    return json.dumps(report, indent=1) if as_json else doctor_table(report)
 
 
 @cli.command()
 @_JSON
-def recipes(as_json: bool) -> None:
+@_answers
+def recipes(as_json: bool) -> str:
     """List the recipes, each with its three GEMMs as equations."""
     from trainers.doctor import describe_recipes
     from trainers.show import recipes_table
 
     described = describe_recipes()
-    click.echo(json.dumps(described, indent=1, ensure_ascii=False) if as_json else recipes_table(described))
+    return json.dumps(described, indent=1, ensure_ascii=False) if as_json else recipes_table(described)
 
 
 @cli.group(cls=_Commands)
@@ -108,7 +131,8 @@ def bench() -> None:
 @click.option("--dtype", default="fp32", show_default=True, help="Of the matrix: fp32 or bf16.")
 @click.option("--compile", "compiled", is_flag=True, help="Through torch.compile, rivals as well.")
 @_JSON
-def bench_quantize(device: str, against: str, shape: str, dtype: str, compiled: bool, as_json: bool) -> None:
+@_answers
+def bench_quantize(device: str, against: str, shape: str, dtype: str, compiled: bool, as_json: bool) -> str:
     """Quantise and dequantise a matrix in every format, beside a copy of it; and on a GPU make FP8 codes."""
     rows, _, columns = shape.partition("x")
     if not (rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
@@ -118,7 +142,7 @@ def bench_quantize(device: str, against: str, shape: str, dtype: str, compiled: 
 
     rivals = _names(against)
     result = quantize.run(device, rivals, (int(rows), int(columns)), compiled, dtype)
-    click.echo(json.dumps(result, indent=1) if as_json else bench_table(result, rivals))
+    return json.dumps(result, indent=1) if as_json else bench_table(result, rivals)
 
 
 @bench.command("gemm")
@@ -129,14 +153,15 @@ def bench_quantize(device: str, against: str, shape: str, dtype: str, compiled: 
 @click.option("--backend", default="", help="Backends to measure, joined by commas; all that are native by default.")
 @_SECONDS
 @_JSON
-def bench_gemm(device: str, shape: str, recipe: str, against: str, backend: str, seconds: float, as_json: bool) -> None:
+@_answers
+def bench_gemm(device: str, shape: str, recipe: str, against: str, backend: str, seconds: float, as_json: bool) -> str:
     """Multiply a recipe's operands, as each GEMM of a linear layer does, by every backend that can, beside torch in bf16."""
     shapes = _shapes(shape)
     from lowprec.bench import gemm
     from trainers.show import gemm_table
 
     result = gemm.run(device, shapes, recipe, _names(against), _names(backend), seconds)
-    click.echo(json.dumps(result, indent=1) if as_json else gemm_table(result))
+    return json.dumps(result, indent=1) if as_json else gemm_table(result)
 
 
 @bench.command("linear")
@@ -147,14 +172,15 @@ def bench_gemm(device: str, shape: str, recipe: str, against: str, backend: str,
 @click.option("--compile", "compiled", is_flag=True, help="Also ours through torch.compile.")
 @_SECONDS
 @_JSON
-def bench_linear(device: str, shape: str, recipe: str, against: str, compiled: bool, seconds: float, as_json: bool) -> None:
+@_answers
+def bench_linear(device: str, shape: str, recipe: str, against: str, compiled: bool, seconds: float, as_json: bool) -> str:
     """Run one linear layer forward and backward, beside nn.Linear in bf16."""
     shapes = _shapes(shape)
     from lowprec.bench import linear
     from trainers.show import linear_row, linear_table
 
     result = linear.run(device, shapes, recipe, _names(against), compiled, seconds, lambda row: click.echo(linear_row(row), err=True))
-    click.echo(json.dumps(result, indent=1) if as_json else linear_table(result))
+    return json.dumps(result, indent=1) if as_json else linear_table(result)
 
 
 @bench.command("train")
@@ -169,13 +195,14 @@ def bench_linear(device: str, shape: str, recipe: str, against: str, compiled: b
 @click.option("--liger", is_flag=True, help="Use those of Liger's kernels that apply.")
 @click.option("--steps", default=10, show_default=True, type=click.IntRange(min=2), help="Steps that are timed, after four to warm up.")
 @_JSON
-def bench_train(recipe: str, against: str, as_json: bool, **settings: Any) -> None:
+@_answers
+def bench_train(recipe: str, against: str, as_json: bool, **settings: Any) -> str:
     """Run training steps of a model on random tokens, weights in bf16."""
     from trainers import bench_train
     from trainers.show import train_table
 
     result = bench_train.run(recipes=_names(recipe), against=_names(against), **settings)
-    click.echo(json.dumps(result, indent=1) if as_json else train_table(result))
+    return json.dumps(result, indent=1) if as_json else train_table(result)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -198,6 +225,8 @@ def _shapes(text: str) -> list[tuple[int, int, int]]:
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of the console command."""
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         cli.main(args=args, prog_name="lowprec", standalone_mode=False)
     except UserError as error:

@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 import lowprec
 from tests.trainers.runs import CONFIG, ROOT
 from tests.trainers.runs import lowprec as command
@@ -34,6 +36,14 @@ def test_plan_of_a_large_model_builds_no_weights():
     assert shapes["model.layers.3.mlp.down_proj"] == [4096, 14336]
     assert shapes["model.layers.0.self_attn.k_proj"] == [1024, 4096]
     assert len(shapes) == 29
+
+
+def test_what_libraries_print_is_not_part_of_the_answer(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    result = command("plan", str(CONFIG), "--json", check=True)
+    assert json.loads(result.stdout)["device"] == "cpu"
+    assert "WANDB" in result.stderr  # transformers tells of it on stdout
+    assert "Failed to load" not in result.stderr  # torchao of its GPU kernels
 
 
 def test_the_plan_says_what_schedule_and_guard_will_do():
