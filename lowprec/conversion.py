@@ -7,12 +7,15 @@ output head, which stays as it is: its gradient feeds everything and its error g
 Embeddings and norms are no linear layers and are never touched. Adapters that PEFT added stay as they are too, unless a rule names them;
 rules know every layer by the name that it has without PEFT as well.
 
+The weights of a mixture's experts, stacks of matrices in one parameter, are decided one by one like layers, by the parameter's name
+(`nn/experts.py`).
+
 Parameters keep their identity, names and state-dict keys; the modules stay the same objects. So convert before or after building the
 optimizer, loading a checkpoint or registering hooks; but before `fully_shard` or parametrizations, which give a module a class of
 their own.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -24,18 +27,15 @@ from lowprec import fusion
 from lowprec.config import TE, PrecisionConfig, parse_precision
 from lowprec.errors import UserError
 from lowprec.gemm import select
-from lowprec.nn import LowPrecisionLinear
+from lowprec.nn import LowPrecisionLinear, experts
+from lowprec.nn.experts import ExpertProjection
 from lowprec.nn.linear import gemm_size
-from lowprec.nn.te_linear import DelayedTELinear, TELinear, te_reason, why_not_shape, why_not_te
+from lowprec.nn.te_linear import TELinear, te_reason, why_not_te
 from lowprec.payoff import TOKENS, payoff
 from lowprec.plan import GemmPlan, LayerPlan, Plan
 from lowprec.recipe import GEMMS, GemmSpec, Recipe
 from lowprec.recipe.rules import Rule, check_rules
-
-_HEADS = ("lm_head", "embed_out", "output_projection", "score", "classifier")
-"""Last parts of the names by which models call their output layer, for those that have no `get_output_embeddings`."""
-
-_CONVERTED = (LowPrecisionLinear, TELinear, DelayedTELinear)
+from lowprec.weights import CONVERTED, Weight, find_weights, name_without_peft, output_heads, recipes_of, why_not_convert
 
 AS_IT_IS = Recipe(name="as it is", fprop=GemmSpec(), dgrad=GemmSpec(), wgrad=GemmSpec(), about="nn.Linear's own products")
 """Of a layer that is left alone now, but not in all of a run."""
@@ -73,40 +73,81 @@ def convert(
     plan = make_plan(model, config, device=device, tokens=tokens, compiled=compiled, raised=raised)
     decisions = _decisions(model, config, plan.device, tokens, compiled, raised)
     others = [_decisions(model, parse_precision(other), plan.device, tokens, compiled) for other in later]
-    for number, (name, decision) in enumerate(decisions.items()):
-        module = model.get_submodule(name)
-        keeps = tuple(recipe for other in others if (recipe := other[name].recipe) is not None)
-        if decision.recipe is not None or keeps:
-            assert isinstance(module, nn.Linear)
-            if config.backend == TE:
-                assert decision.recipe is not None
-                TELinear.from_linear(module, decision.recipe)
-                continue
-            if isinstance(module, TELinear):
-                module.to_linear()
-            LowPrecisionLinear.from_linear(
-                module,
-                decision.recipe or AS_IT_IS,
-                config.backend if decision.recipe is not None else "auto",
-                plan.device,
-                seed=torch.initial_seed(),
-                layer=number,
-                keeps=keeps,
-                evaluation=None if config.evaluation == "training" or decision.recipe is None else config.evaluation,
-            )
-        elif isinstance(module, _CONVERTED):
-            module.to_linear()
+    projections: dict[nn.Module, dict[str, ExpertProjection]] = {}
+    for number, (name, weight) in enumerate(list(find_weights(model))):
+        recipe = decisions[name].recipe
+        keeps = tuple(kept for other in others if (kept := other[name].recipe) is not None)
+        evaluation = None if config.evaluation == "training" or recipe is None else config.evaluation
+        if weight.stack:
+            if recipe is not None or keeps or experts.is_converted(weight.module):
+                projections.setdefault(weight.module, {})[weight.stack] = ExpertProjection(
+                    recipe or AS_IT_IS,
+                    weight.shape,
+                    config.backend if recipe is not None else "auto",
+                    weight.data.device,
+                    seed=torch.initial_seed(),
+                    layer=number,
+                    keeps=keeps if evaluation is None else (*keeps, evaluation),
+                    evaluation=evaluation,
+                )
+        else:
+            _convert_linear(weight.module, recipe, config, plan.device, number, keeps, evaluation)
+    for module, made in projections.items():
+        if all(projection.recipe is AS_IT_IS and not projection.keeps for projection in made.values()):
+            experts.revert_experts(module)
+        else:
+            rest = {name: _as_it_is(module, name) for name in experts.stacks(module) if name not in made}
+            experts.convert_experts(module, {**made, **rest})
     fusion.apply(model, _fused(model, config, decisions, plan.device))
     return plan
 
 
+def _convert_linear(
+    module: nn.Module,
+    recipe: Recipe | None,
+    config: PrecisionConfig,
+    device_type: str,
+    number: int,
+    keeps: tuple[Recipe, ...],
+    evaluation: Recipe | None,
+) -> None:
+    if recipe is None and not keeps:
+        if isinstance(module, CONVERTED):
+            module.to_linear()
+        return
+    assert isinstance(module, nn.Linear)
+    if config.backend == TE:
+        assert recipe is not None
+        TELinear.from_linear(module, recipe)
+        return
+    if isinstance(module, TELinear):
+        module.to_linear()
+    LowPrecisionLinear.from_linear(
+        module,
+        recipe or AS_IT_IS,
+        config.backend if recipe is not None else "auto",
+        device_type,
+        seed=torch.initial_seed(),
+        layer=number,
+        keeps=keeps,
+        evaluation=evaluation,
+    )
+
+
+def _as_it_is(module: nn.Module, name: str) -> ExpertProjection:
+    return ExpertProjection(AS_IT_IS, experts.stack_shape(module, name)[1:], "auto", getattr(module, name).device)
+
+
 def revert(model: nn.Module) -> int:
-    """Turn every converted layer of `model` back into the nn.Linear it was, in place. Returns how many there were."""
-    layers = [module for module in model.modules() if isinstance(module, _CONVERTED)]
-    for layer in layers:
-        layer.to_linear()
+    """Turn every converted layer of `model` back into what it was, in place. Returns how many there were, experts' weights by the stack."""
+    converted = [module for module in model.modules() if isinstance(module, CONVERTED) or experts.is_converted(module)]
+    count = len(recipes_of(model)) + sum(isinstance(module, TELinear) for module in converted)
+    for module in converted:
+        if isinstance(module, CONVERTED):
+            module.to_linear()
+        experts.revert_experts(module)
     fusion.apply(model, [])
-    return len(layers)
+    return count
 
 
 def make_plan(
@@ -122,9 +163,8 @@ def make_plan(
     config = parse_precision(precision)
     device_type = _device_type(model, device)
     decisions = _decisions(model, config, device_type, tokens, compiled, raised)
-    layers = tuple(
-        _plan_layer(name, model.get_submodule(name), decision, config.backend, device_type) for name, decision in decisions.items()
-    )
+    weights = dict(find_weights(model))
+    layers = tuple(_plan_layer(name, weights[name], decision, config.backend, device_type) for name, decision in decisions.items())
     fused = _fused(model, config, decisions, device_type)
     plan = Plan(device=device_type, layers=layers, parts=(fusion.part(fused),) if fused else ())
     if config.strict:
@@ -151,14 +191,14 @@ def _decisions(
     raised: Mapping[str, Recipe] = MappingProxyType({}),
 ) -> dict[str, _Decision]:
     """By the full name of each linear layer, in the model's order."""
-    linears = dict(_linear_layers(model))
-    found = {name: _without_peft(model, name) for name in linears}
+    weights = dict(find_weights(model))
+    found = {name: name_without_peft(model, name, weight.stack) for name, weight in weights.items()}
     plain = {name: own for name, (own, _) in found.items()}
     rules = [_PlainNameRule(modules=rule.modules, recipe=rule.recipe, plain=plain) for rule in config.ordered_rules()]
     check_rules(rules, list(plain.values()))
-    heads = _output_heads(model, linears, plain)
+    heads = output_heads(model, weights, plain)
     decisions = {}
-    for name, module in linears.items():
+    for name, weight in weights.items():
         rule = next((rule for rule in rules if rule.matches_layer(name)), None)
         recipe, by = (config.recipe, "default") if rule is None else (rule.recipe, rule.modules)
         if recipe is None:
@@ -167,9 +207,9 @@ def _decisions(
             decision = _Decision(recipe=None, rule=by, reason="the output head stays in high precision unless a rule names it")
         elif rule is None and found[name][1]:
             decision = _Decision(recipe=None, rule=by, reason="adapter: small, and trained in high precision")
-        elif (obstacle := _obstacle(module) or _te_obstacle(module, recipe, config.backend)) is not None:
+        elif (obstacle := why_not_convert(weight, recipe, config.backend)) is not None:
             decision = _Decision(recipe=None, rule=by, reason=obstacle, blocked=True)
-        elif rule is None and (loss := _loss(module, recipe, config, device_type, tokens, compiled)) is not None:
+        elif rule is None and (loss := _loss(weight, recipe, config, device_type, tokens, compiled)) is not None:
             decision = _Decision(recipe=None, rule=by, reason=loss)
         else:
             decision = _Decision(recipe=recipe, rule=by)
@@ -186,43 +226,21 @@ def _fused(model: nn.Module, config: PrecisionConfig, decisions: dict[str, _Deci
     return fusion.fusable(model, {name: decision.recipe for name, decision in decisions.items()}, device_type, config.backend)
 
 
-def _loss(module: nn.Module, recipe: Recipe, config: PrecisionConfig, device_type: str, tokens: int | None, compiled: bool) -> str | None:
+def _loss(weight: Weight, recipe: Recipe, config: PrecisionConfig, device_type: str, tokens: int | None, compiled: bool) -> str | None:
     """Why the recipe would slow the layer down; None if it would not, or if that is not to be asked."""
-    assert isinstance(module, nn.Linear)
     if not config.skip_slow or config.backend != "auto" or device_type != "cuda":
         return None
     chosen = {gemm: select(*recipe.operands(gemm), device_type, "auto", recipe.gemm(gemm).sums)[0].name for gemm in GEMMS}
     if not {chosen["fprop"], chosen["dgrad"]} <= {"hopper", "scaled_mm"}:
         return None
-    N, K = module.weight.shape
+    if weight.stack:
+        return "experts run one after another here, each launched anew for its number of tokens: not known to pay on a GPU"
+    N, K = weight.shape
     wgrad_x = recipe.operands("wgrad")[1]
     found = payoff(N, K, "" if wgrad_x is None else wgrad_x.kind, tokens, compiled)
     if found.pays:
         return None
     return f"{recipe.name} would run at {found.speedup:.2f} of bf16's speed with {tokens or TOKENS} tokens a pass: {found.limit}"
-
-
-def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module that multiplies by a weight matrix, nn.Linear or like it, once."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) or _is_conv1d(module):
-            yield name, module
-
-
-def _obstacle(module: nn.Module) -> str | None:
-    if type(module) in (nn.Linear, *_CONVERTED):
-        return None
-    kind = type(module).__name__
-    if _is_conv1d(module):
-        return "transformers' Conv1D keeps its weight transposed and is no nn.Linear"
-    if kind.startswith("FSDP"):
-        return f"{kind}: already sharded; convert before fully_shard"
-    return f"{kind} is a subclass of nn.Linear with a forward of its own"
-
-
-def _te_obstacle(module: nn.Module, recipe: Recipe, backend: str) -> str | None:
-    assert isinstance(module, nn.Linear)
-    return why_not_shape(module, recipe) if backend == TE else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,58 +259,21 @@ class _PlainNameRule(Rule):
         return super().matches(name) or any(super(_PlainNameRule, self).matches(full) for full, own in self.plain.items() if own == name)
 
 
-_PEFT = {
-    "PeftModel": ("base_model",),
-    "PeftMixedModel": ("base_model",),
-    "BaseTuner": ("model", "lora_model"),
-    "BaseTunerLayer": ("base_layer",),
-    "AuxiliaryTrainingWrapper": ("original_module", "modules_to_save", "token_adapter"),
-}
-"""PEFT's wrappers, by the name of their class so that PEFT need not be imported, and where each keeps what was there before it."""
-
-
-def _without_peft(model: nn.Module, name: str) -> tuple[str, bool]:
-    """The name that a layer has without PEFT, and whether PEFT added it: whether it lies in a wrapper, but is not what that wraps."""
-    plain, added, module = [], False, model
-    for part in name.split("."):
-        kept = next((_PEFT[base.__name__] for base in type(module).__mro__ if base.__name__ in _PEFT), None)
-        copies = isinstance(module, nn.ModuleDict) and plain[-1:] == ["modules_to_save"]
-        added |= kept is not None and part not in kept
-        if copies:  # by the adapter's name
-            plain.pop()
-        elif kept is None or part not in kept or part == "modules_to_save":
-            plain.append(part)
-        module = module.get_submodule(part)
-    return ".".join(plain), added
-
-
-def _output_heads(model: nn.Module, linears: dict[str, nn.Module], plain: dict[str, str]) -> set[str]:
-    """The layers whose output is the model's: by transformers' own account, by a weight tied to an embedding, or by name."""
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # pyright: ignore[reportCallIssue]
-    head = getattr(head, "base_layer", head)  # an adapter's
-    return {
-        name
-        for name, module in linears.items()
-        if module is head or id(module.weight) in embeddings or plain[name].rpartition(".")[2] in _HEADS
-    }
-
-
-def _plan_layer(name: str, module: nn.Module, decision: _Decision, backend: str, device_type: str) -> LayerPlan:
-    weight: Any = module.weight
+def _plan_layer(name: str, weight: Weight, decision: _Decision, backend: str, device_type: str) -> LayerPlan:
     gemms, reason = (), decision.reason
     if decision.recipe is not None:
-        gemms = tuple(_plan_gemm(decision.recipe, gemm, device_type, backend, tuple(weight.shape)) for gemm in GEMMS)
+        gemms = tuple(_plan_gemm(decision.recipe, gemm, device_type, backend, weight.shape) for gemm in GEMMS)
         reason = "; ".join(dict.fromkeys(gemm.reason for gemm in gemms if not gemm.native))
     return LayerPlan(
         name=name,
-        kind="Linear" if isinstance(module, _CONVERTED) else type(module).__name__,
-        shape=tuple(weight.t().shape if _is_conv1d(module) else weight.shape),
+        kind="Linear" if isinstance(weight.module, CONVERTED) else type(weight.module).__name__,
+        shape=weight.shape,
         recipe=None if decision.recipe is None else decision.recipe.name,
         rule=decision.rule,
         gemms=gemms,
         reason=reason,
         blocked=decision.blocked,
+        experts=weight.experts,
     )
 
 
@@ -311,11 +292,6 @@ def _check_strict(plan: Plan) -> None:
             raise UserError(f"precision.strict: {layer.name} can't be converted: {layer.reason}")
         if layer.converted and not layer.native:
             raise UserError(f"precision.strict: {layer.name} would run {layer.recipe} emulated on {plan.device}: {layer.reason}")
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D, the linear layer of GPT-2, told by its name so that transformers need not be imported."""
-    return type(module).__name__ == "Conv1D"
 
 
 def _device_type(model: nn.Module, device: str | torch.device | None) -> str:

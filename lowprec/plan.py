@@ -25,7 +25,7 @@ class GemmPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPlan:
-    """One linear layer."""
+    """One linear layer, or one weight of all experts of a mixture."""
 
     name: str
     kind: str
@@ -41,6 +41,8 @@ class LayerPlan:
     """Why it was left alone, or is emulated."""
     blocked: bool = False
     """It was meant to be converted, but can't be."""
+    experts: int = 1
+    """How many matrices of this shape the parameter holds."""
 
     @property
     def converted(self) -> bool:
@@ -56,7 +58,7 @@ class LayerPlan:
 
     @property
     def weights(self) -> int:
-        return self.shape[0] * self.shape[1]
+        return self.experts * self.shape[0] * self.shape[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +125,7 @@ class Plan:
         for group in self._groups():
             first = group[0]
             backends = "/".join(dict.fromkeys(gemm.backend for gemm in first.gemms)) or "-"
-            shape = f"{first.shape[0]} x {first.shape[1]}"
+            shape = f"{first.experts} x " * (first.experts > 1) + f"{first.shape[0]} x {first.shape[1]}"
             rows.append((_merged_name(group), shape, str(len(group)), first.recipe or "-", backends, first.status))
             if first.reason:
                 reasons.setdefault(f"{first.status}: {first.reason}", []).append(_merged_name(group))

@@ -21,7 +21,7 @@ ORDER = (
     ("recipe",),
     ("nn",),
     ("config", "payoff", "plan"),
-    ("fusion",),
+    ("fusion", "weights"),
     ("conversion",),
     ("attention", "bench", "kernels", "observe"),
     ("testing",),

@@ -1,8 +1,11 @@
 """Where FP8 pays, and what the plan does where it does not."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import lowprec
 from lowprec.conversion import make_plan
@@ -126,3 +129,19 @@ def test_the_tokens_of_a_pass_and_compiling_decide(model: Layers):
 def test_emulation_is_no_question_of_speed(model: Layers):
     assert set(statuses(make_plan(model, "mxfp4", device="cuda")).values()) == {"emulated"}
     assert set(statuses(make_plan(model, "fp8_blockwise", device="cpu")).values()) == {"native"}
+
+
+def test_experts_are_left_alone_on_a_gpu_unless_they_are_asked_for(monkeypatch: pytest.MonkeyPatch):
+    on_cpu(monkeypatch)
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 1, "num_attention_heads": 32, "vocab_size": 64}
+    with torch.device("meta"):
+        model = MixtralForCausalLM(MixtralConfig(**sizes))
+
+    def experts(precision: Any) -> set[str]:
+        plan = make_plan(model, precision, device="cuda", tokens=16384)
+        return {layer.status for layer in plan.layers if layer.experts > 1}
+
+    assert experts("fp8_blockwise") == {"left alone"}
+    assert experts({"recipe": "fp8_blockwise", "skip_slow": False}) == {"native"}
+    assert experts({"recipe": "bf16", "rules": [{"modules": r".*\.experts\..*", "recipe": "fp8_blockwise"}]}) == {"native"}
+    assert experts("mxfp4") == {"emulated"}

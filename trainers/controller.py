@@ -25,12 +25,12 @@ from torch import nn
 import lowprec
 from lowprec.config import PrecisionConfig, parse_precision
 from lowprec.errors import TrainingStopped
-from lowprec.nn import LowPrecisionLinear
 from lowprec.observe import LayerProbe, Probe
 from lowprec.plan import PartPlan, Plan
 from lowprec.recipe import Recipe, library
+from lowprec.weights import recipes_of
 from trainers.amp import check_floor
-from trainers.guard import Breach, Guard, Observation, worst
+from trainers.guard import Breach, Guard, Observation, layers_meant, worst
 from trainers.rundir import EVENTS, keep_lines_until
 from trainers.schedule import Schedule, make_schedule
 from trainers.snapshot import Snapshots
@@ -252,9 +252,10 @@ class PrecisionController:
     def _recover(self, step: int, breach: Breach) -> None:
         assert self._guard is not None
         config = self._guard.config
-        recipes = {name: module.recipe for name, module in self._model.named_modules() if isinstance(module, LowPrecisionLinear)}
+        recipes = recipes_of(self._model)
         # A norm's gradient is not finite because of a layer's behind it, whatever their order in the model.
-        blamed = sorted(breach.layers, key=lambda name: name not in recipes)
+        meant = layers_meant(recipes)
+        blamed = sorted(breach.layers, key=lambda name: not meant(name))
         self._tell(step, "breach", f"{breach.kind}: {breach.reason}", layers=blamed[:8])
         if self.recoveries >= config.max_recoveries:
             raise TrainingStopped(

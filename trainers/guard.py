@@ -7,7 +7,7 @@ that loss scaling skipped, never enter what later steps are compared with.
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal
@@ -192,7 +192,8 @@ def worst(breach: Breach, recipes: dict[str, Recipe], sqnr: dict[str, float] | N
     steps = {name: ladder_step(recipe, config.ladder) for name, recipe in recipes.items()}
     higher = {name: recipe for name, recipe in steps.items() if recipe is not None}
     # A layer may be blamed itself and by its adapters.
-    blamed = list(dict.fromkeys(name for name in map(_without_adapter(recipes), breach.layers) if name in higher))
+    meant = layers_meant(recipes)
+    blamed = list(dict.fromkeys(name for watched in breach.layers for name in meant(watched) if name in higher))
     measured = {name: (sqnr or {}).get(name, math.inf) for name in higher}
     if blamed:
         candidates = blamed
@@ -211,14 +212,23 @@ def _lowest_first(sqnr: dict[str, float] | None) -> list[str]:
     return sorted(values, key=lambda name: -math.inf if math.isnan(values[name]) else values[name])
 
 
-def _without_adapter(recipes: dict[str, Recipe]) -> Callable[[str], str]:
-    """name -> the converted layer that it means: itself, or of an adapter (PEFT's `q_proj.lora_A.default`) the layer that it adapts."""
+def layers_meant(recipes: Mapping[str, Recipe]) -> Callable[[str], tuple[str, ...]]:
+    """watched module -> the converted layers that it means: itself; of experts, watched as one module, their weights; of an adapter (PEFT's
+    `q_proj.lora_A.default`) the layer that it adapts; none of a norm."""
     suffix = ".base_layer"
     adapted = {name.removesuffix(suffix): name for name in recipes if name.endswith(suffix)}
+    stacks: dict[str, tuple[str, ...]] = {}
+    for name in recipes:
+        parent = name.rpartition(".")[0]
+        stacks[parent] = (*stacks.get(parent, ()), name)
 
-    def layer(name: str) -> str:
-        parts = name.split(".")
+    def meant(watched: str) -> tuple[str, ...]:
+        if watched in recipes:
+            return (watched,)
+        if watched in stacks:
+            return stacks[watched]
+        parts = watched.split(".")
         parents = (".".join(parts[:length]) for length in range(len(parts) - 1, 0, -1))
-        return name if name in recipes else next((adapted[parent] for parent in parents if parent in adapted), name)
+        return next(((adapted[parent],) for parent in parents if parent in adapted), ())
 
-    return layer
+    return meant

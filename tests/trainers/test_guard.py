@@ -223,3 +223,8 @@ def test_an_adapter_stands_for_the_layer_that_it_adapts():
     recipes = {"model.q_proj.base_layer": "mxfp4", "model.k_proj.base_layer": "mxfp4", "model.up_proj": "mxfp4"}
     blamed = ("model.k_proj.lora_B.default", "model.k_proj.lora_A.default", "model.k_proj_norm")
     assert _raised(blamed, recipes, share=1.0) == {"model.k_proj.base_layer": "fp8_blockwise"}
+
+
+def test_experts_that_are_watched_as_one_rise_weight_by_weight():
+    recipes = {"mlp.experts.gate_up_proj": "mxfp4", "mlp.experts.down_proj": "bf16", "up_proj": "mxfp4"}
+    assert _raised(("mlp.experts",), recipes, share=1.0) == {"mlp.experts.gate_up_proj": "fp8_blockwise"}

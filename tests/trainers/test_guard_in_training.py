@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainerCallback
 
 from lowprec import UserError
 from lowprec.errors import TrainingStopped
@@ -208,3 +208,23 @@ def test_quantisation_errors_are_logged_and_may_be_a_breach(tmp_path: Path):
     assert len(told[2]["layers"]) == 2
     after = next(record for record in trainer.state.log_history if record.get("step") == 21)
     assert after["sqnr_x_median"] >= 17.5
+
+
+def test_experts_go_up_the_ladder(tmp_path: Path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=64, num_local_experts=4, use_cache=False, **sizes))
+
+    fault = Fault(model, 14)
+    weight = model.model.layers[1].mlp.experts.down_proj
+    weight.register_hook(lambda g: g * torch.nan if fault.active else g)
+    callback = LowPrecisionCallback({"recipe": "mxfp4", "guard": {**GUARD, "raise_share": 0.2}})
+    trainer = small_trainer(tmp_path, callback, fault, model=model, max_steps=20)
+    trainer.train()
+    breach, _, raised = events(tmp_path)
+    prefix = "model.layers.1.mlp.experts"
+    assert breach["layers"][0] == prefix
+    assert raised["layers"] == [f"{prefix}.{name}: mxfp4 -> fp8_blockwise" for name in ("gate_up_proj", "down_proj")]
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert {layer["recipe"] for layer in plan["layers"] if layer["name"].startswith(prefix)} == {"fp8_blockwise"}

@@ -1,0 +1,125 @@
+"""What a model multiplies by: the weights of its linear layers and of its experts, by name, and what stands against converting them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lowprec.config import TE
+from lowprec.nn import LowPrecisionLinear, experts
+from lowprec.nn.te_linear import DelayedTELinear, TELinear, why_not_shape
+from lowprec.recipe import Recipe
+
+_HEADS = ("lm_head", "embed_out", "output_projection", "score", "classifier")
+"""Last parts of the names by which models call their output layer, for those that have no `get_output_embeddings`."""
+
+CONVERTED = (LowPrecisionLinear, TELinear, DelayedTELinear)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight that something is multiplied by: a linear layer's, or the stack of an experts' one."""
+
+    module: nn.Module
+    stack: str = ""
+    """The name of the parameter that holds several matrices; "" for a linear layer."""
+
+    @property
+    def data(self) -> Any:
+        return getattr(self.module, self.stack or "weight")
+
+    @property
+    def experts(self) -> int:
+        return self.data.shape[0] if self.stack else 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(outputs N, inputs K), of one expert."""
+        if self.stack:
+            _, N, K = experts.stack_shape(self.module, self.stack)
+            return N, K
+        N, K = self.data.t().shape if _is_conv1d(self.module) else self.data.shape
+        return N, K
+
+
+def find_weights(model: nn.Module) -> Iterator[tuple[str, Weight]]:
+    """Everything that multiplies by a weight matrix, nn.Linear or like it, or by stacks of them, once."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) or _is_conv1d(module):
+            yield name, Weight(module)
+        else:
+            for stack in experts.stacks(module):
+                yield f"{name}.{stack}".lstrip("."), Weight(module, stack)
+
+
+def why_not_convert(weight: Weight, recipe: Recipe, backend: str) -> str | None:
+    """Why a weight's products can't be turned to a recipe; None if they can."""
+    module = weight.module
+    kind = type(module).__name__
+    if kind.startswith("FSDP"):
+        return f"{kind}: already sharded; convert before fully_shard"
+    if weight.stack:
+        return "backend te runs linear layers only" if backend == TE else experts.why_not_stack(module, recipe)
+    if _is_conv1d(module):
+        return "transformers' Conv1D keeps its weight transposed and is no nn.Linear"
+    if type(module) not in (nn.Linear, *CONVERTED):
+        return f"{kind} is a subclass of nn.Linear with a forward of its own"
+    assert isinstance(module, nn.Linear)
+    return why_not_shape(module, recipe) if backend == TE else None
+
+
+def recipes_of(model: nn.Module) -> dict[str, Recipe]:
+    """The recipe of each converted layer by its name, in the plan's order; of Transformer Engine's layers none."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LowPrecisionLinear):
+            found[name] = module.recipe
+        elif experts.is_converted(module):
+            found |= {f"{name}.{stack}".lstrip("."): recipe for stack, recipe in experts.recipes_of(module).items()}
+    return found
+
+
+def output_heads(model: nn.Module, weights: dict[str, Weight], plain: dict[str, str]) -> set[str]:
+    """The layers whose output is the model's: by transformers' own account, by a weight tied to an embedding, or by name."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # pyright: ignore[reportCallIssue]
+    head = getattr(head, "base_layer", head)  # an adapter's
+    return {
+        name
+        for name, weight in weights.items()
+        if weight.module is head or id(weight.data) in embeddings or plain[name].rpartition(".")[2] in _HEADS
+    }
+
+
+_PEFT = {
+    "PeftModel": ("base_model",),
+    "PeftMixedModel": ("base_model",),
+    "BaseTuner": ("model", "lora_model"),
+    "BaseTunerLayer": ("base_layer",),
+    "AuxiliaryTrainingWrapper": ("original_module", "modules_to_save", "token_adapter"),
+}
+"""PEFT's wrappers, by the name of their class so that PEFT need not be imported, and where each keeps what was there before it."""
+
+
+def name_without_peft(model: nn.Module, name: str, stack: str = "") -> tuple[str, bool]:
+    """The name that a layer has without PEFT, and whether PEFT added it: whether it lies in a wrapper, but is not what that wraps.
+
+    `stack`: the last part of the name, if that is a parameter's.
+    """
+    plain, added, module = [], False, model
+    for part in name.removesuffix(stack).strip(".").split("."):
+        kept = next((_PEFT[base.__name__] for base in type(module).__mro__ if base.__name__ in _PEFT), None)
+        copies = isinstance(module, nn.ModuleDict) and plain[-1:] == ["modules_to_save"]
+        added |= kept is not None and part not in kept
+        if copies:  # by the adapter's name
+            plain.pop()
+        elif kept is None or part not in kept or part == "modules_to_save":
+            plain.append(part)
+        module = module.get_submodule(part)
+    return ".".join(filter(None, [*plain, stack])), added
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D, the linear layer of GPT-2, told by its name so that transformers need not be imported."""
+    return type(module).__name__ == "Conv1D"
