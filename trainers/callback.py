@@ -20,6 +20,7 @@ from lowprec.plan import PartPlan, Plan
 from trainers import rundir
 from trainers.amp import check_weights, configure, prepare_to_load
 from trainers.controller import PrecisionController
+from trainers.original_names import accept_original_names
 from trainers.wandb_log import log_events, log_plan, log_scalars
 
 logger = logging.getLogger("lowprec")
@@ -110,6 +111,7 @@ class LowPrecisionCallback(TrainerCallback):
                 logger.warning("a checkpoint that was not written to its end is set aside as %s", torn)
         if args.fp16:
             check_weights(model)
+        accept_original_names(model)
         self.controller.compiled = self.controller.compiled or bool(args.torch_compile)
         plan = self.controller.convert(model, args.device)
         if state.is_world_process_zero:

@@ -25,12 +25,15 @@ def prose(rows: int) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": row} for row in text[: 64 * rows].view(rows, 64)]
 
 
-def small_trainer(folder: Path, *callbacks: TrainerCallback, model: Any = None, data: Any = None, **arguments: Any) -> Trainer:
+def small_trainer(
+    folder: Path, *callbacks: TrainerCallback, model: Any = None, data: Any = None, evaluated: Any = None, **arguments: Any
+) -> Trainer:
     settings: dict[str, Any] = {"max_steps": 12, "learning_rate": 3e-3, "per_device_train_batch_size": 4, "report_to": "none"}
     settings |= {"logging_steps": 1, "use_cpu": True, "dataloader_pin_memory": False, "disable_tqdm": True, "save_strategy": "no"}
     args = TrainingArguments(output_dir=str(folder), **{**settings, **arguments})
     model = small_model() if model is None else model
-    return Trainer(model, args, train_dataset=data or counting(), callbacks=list(callbacks))  # pyright: ignore[reportArgumentType]
+    datasets: dict[str, Any] = {"train_dataset": data or counting(), "eval_dataset": evaluated}
+    return Trainer(model, args, callbacks=list(callbacks), **datasets)
 
 
 def losses(trainer: Trainer) -> dict[int, float]:

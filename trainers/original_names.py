@@ -1,0 +1,74 @@
+"""Loading what transformers saved under a model's original names.
+
+transformers 5 keeps some models, most mixtures of experts among them, under other names than their checkpoints have: `save_pretrained`
+writes `block_sparse_moe.experts.0.w1.weight` for a slice of `mlp.experts.gate_up_proj`, and `from_pretrained` puts it back. The Trainer
+saves its checkpoints by the one, but resumes, and loads the best model, by `load_state_dict`, which ignores names that it does not know:
+experts and router silently stay as they were (transformers 5.17). So the model translates what it is handed.
+"""
+
+import copy
+import re
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+_NUMBER = re.compile(r"\d+")
+_OWN_PARTS = 3
+"""Last parts of a buffer's name that no renaming touches: `low_precision.down_proj.rounding_state`, `q_proj.rounding_state`'s too."""
+
+
+def accept_original_names(model: nn.Module) -> Any:
+    """Let `model.load_state_dict` take a state dict that `save_pretrained` wrote. Returns the hook's handle.
+
+    Only a model of transformers' that is neither wrapped nor sharded is helped; a state dict that has all of its names is left alone.
+    """
+    return model.register_load_state_dict_pre_hook(_translate)
+
+
+def _translate(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    if prefix or not isinstance(model, PreTrainedModel):
+        return
+    known = model.state_dict()
+    missing = known.keys() - state_dict.keys()
+    strange = {name: tensor for name, tensor in state_dict.items() if name not in known}
+    if not missing or not strange:
+        return
+    # transformers translates only while it builds a model.
+    weights = {name: tensor for name, tensor in state_dict.items() if not _ours(name)}
+    built, told = _build(model, weights)
+    if not missing & built.keys() - told:
+        return
+    for name in missing & built.keys() - told:
+        state_dict[name] = built[name]
+    for name in filter(_ours, missing):
+        like = [other for other in strange if _ours(other) and _place(other) == _place(name)]
+        if len(like) == 1:
+            state_dict[name] = strange[like[0]]
+    for name in strange:
+        del state_dict[name]
+
+
+def _build(model: PreTrainedModel, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], set[str]]:
+    """What transformers makes of these weights, by the model's names, and the names for which they had nothing."""
+    kind: Any = next(base for base in type(model).__mro__ if base.__module__.startswith("transformers.") or base is PreTrainedModel)
+    # The widest dtype holds all of them; what is loaded from it is rounded to the model's own.
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in weights.values() if tensor.is_floating_point()), torch.bfloat16)
+    with torch.random.fork_rng(devices=[]):
+        built, info = kind.from_pretrained(
+            None, config=copy.deepcopy(model.config), state_dict=weights, dtype=dtype, output_loading_info=True
+        )
+    return built.state_dict(), set(info["missing_keys"])
+
+
+def _ours(name: str) -> bool:
+    """Whether a recipe keeps it."""
+    last = name.rpartition(".")[2]
+    return last == "rounding_state" or last.startswith("amax_history_")
+
+
+def _place(name: str) -> tuple[Any, ...]:
+    """What stays of a buffer's name if modules are renamed: the numbers in it, and its end."""
+    return (*_NUMBER.findall(name), *name.split(".")[-_OWN_PARTS:])
