@@ -3,7 +3,8 @@
     plan = lowprec.convert(model, "fp8_blockwise")
 
 A linear layer is decided by the first rule that matches its whole name; without one it takes the configuration's recipe, except for the
-output head, which stays as it is: its gradient feeds everything and its error goes straight into the loss (arXiv 2412.19437, 3.3.1).
+output head, which stays as it is: its gradient feeds everything and its error goes straight into the loss. So do the gates of a mixture of
+experts, whose errors send tokens elsewhere (arXiv 2412.19437, 3.3.1).
 Embeddings and norms are no linear layers and are never touched. Adapters that PEFT added stay as they are too, unless a rule names them;
 rules know every layer by the name that it has without PEFT as well.
 
@@ -35,7 +36,7 @@ from lowprec.payoff import TOKENS, payoff
 from lowprec.plan import GemmPlan, LayerPlan, Plan
 from lowprec.recipe import GEMMS, GemmSpec, Recipe
 from lowprec.recipe.rules import Rule, check_rules
-from lowprec.weights import CONVERTED, Weight, find_weights, name_without_peft, output_heads, recipes_of, why_not_convert
+from lowprec.weights import CONVERTED, Weight, expert_gates, find_weights, name_without_peft, output_heads, recipes_of, why_not_convert
 
 AS_IT_IS = Recipe(name="as it is", fprop=GemmSpec(), dgrad=GemmSpec(), wgrad=GemmSpec(), about="nn.Linear's own products")
 """Of a layer that is left alone now, but not in all of a run."""
@@ -196,7 +197,7 @@ def _decisions(
     plain = {name: own for name, (own, _) in found.items()}
     rules = [_PlainNameRule(modules=rule.modules, recipe=rule.recipe, plain=plain) for rule in config.ordered_rules()]
     check_rules(rules, list(plain.values()))
-    heads = output_heads(model, weights, plain)
+    heads, gates = output_heads(model, weights, plain), expert_gates(model)
     decisions = {}
     for name, weight in weights.items():
         rule = next((rule for rule in rules if rule.matches_layer(name)), None)
@@ -205,6 +206,8 @@ def _decisions(
             decision = _Decision(recipe=None, rule=by, reason="the recipe is 'none'")
         elif rule is None and name in heads:
             decision = _Decision(recipe=None, rule=by, reason="the output head stays in high precision unless a rule names it")
+        elif rule is None and name in gates:
+            decision = _Decision(recipe=None, rule=by, reason="a gate of experts stays in high precision unless a rule names it")
         elif rule is None and found[name][1]:
             decision = _Decision(recipe=None, rule=by, reason="adapter: small, and trained in high precision")
         elif (obstacle := why_not_convert(weight, recipe, config.backend)) is not None:

@@ -14,6 +14,9 @@ from lowprec.recipe import Recipe
 _HEADS = ("lm_head", "embed_out", "output_projection", "score", "classifier")
 """Last parts of the names by which models call their output layer, for those that have no `get_output_embeddings`."""
 
+_GATES = {"gate", "router", "shared_expert_gate"}
+"""Names by which mixtures of experts call what decides between them."""
+
 CONVERTED = (LowPrecisionLinear, TELinear, DelayedTELinear)
 
 
@@ -90,6 +93,17 @@ def output_heads(model: nn.Module, weights: dict[str, Weight], plain: dict[str, 
         for name, weight in weights.items()
         if weight.module is head or id(weight.data) in embeddings or plain[name].rpartition(".")[2] in _HEADS
     }
+
+
+def expert_gates(model: nn.Module) -> set[str]:
+    """The layers that decide which experts a token goes to, or how much of one it takes: gates and routers beside experts."""
+    found = set()
+    for name, module in model.named_modules():
+        children = dict(module.named_children())
+        for gate in _GATES & children.keys() if "experts" in children else ():
+            beneath = (inner for inner, layer in children[gate].named_modules() if isinstance(layer, nn.Linear))
+            found |= {".".join(filter(None, [name, gate, inner])) for inner in beneath}
+    return found
 
 
 _PEFT = {

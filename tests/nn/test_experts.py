@@ -12,6 +12,8 @@ from transformers import (
     GptOssForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
@@ -21,6 +23,7 @@ from transformers.models.nemotron_h.configuration_nemotron_h import NemotronHCon
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 import lowprec
+from lowprec.conversion import make_plan
 from lowprec.errors import UserError
 from lowprec.nn import LowPrecisionLinear
 from lowprec.nn.experts import stacks
@@ -218,6 +221,35 @@ def test_rules_choose_single_weights():
     recipes = {name: recipe.name for name, recipe in recipes_of(net).items()}
     assert recipes[prefix.format(1, "gate_up_proj")] == "as it is"
     assert recipes[prefix.format(0, "down_proj")] == "mxfp8"
+
+
+def test_gates_stay_in_high_precision_unless_a_rule_names_them():
+    more = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 64}
+    with torch.device("meta"):
+        net = Qwen2MoeForCausalLM(Qwen2MoeConfig(**SIZES, intermediate_size=96, **more))
+    gate = "model.layers.0.mlp.shared_expert_gate"
+
+    def found(precision: Any) -> Any:
+        return next(layer for layer in make_plan(net, precision).layers if layer.name == gate)
+
+    assert not found("fp8_blockwise").converted
+    assert found("fp8_blockwise").reason == "a gate of experts stays in high precision unless a rule names it"
+    assert found({"recipe": "bf16", "rules": [{"modules": r".*_gate", "recipe": "mxfp8"}]}).recipe == "mxfp8"
+
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.up = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    assert all(layer.converted for layer in lowprec.convert(nn.Sequential(Dense()), "fp8_blockwise").layers)
+
+    class Mixture(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router, self.experts = nn.Sequential(nn.Linear(8, 2)), nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+    plan = lowprec.convert(nn.Sequential(Mixture()), "fp8_blockwise")
+    assert {layer.name: layer.converted for layer in plan.layers} == {"0.router.0": False, "0.experts.0": True, "0.experts.1": True}
 
 
 def test_the_plan_names_experts_that_it_leaves_alone():
