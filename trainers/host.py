@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from lowprec.errors import UserError
+from lowprec.weights import find_weights
 
 
 def resolve_device(device: str) -> str:
@@ -43,13 +44,18 @@ def peak_flops() -> float | None:
 def flops_per_token(model: Any, seq_len: int) -> float:
     """Operations of forward and backward for one token: 6 a weight that multiplies, 12 layers x width x length for attention.
 
-    (arXiv 2204.02311, appendix B; embeddings that are only looked up do not count, masks do not save anything.)
+    (arXiv 2204.02311, appendix B; embeddings that are only looked up do not count, masks do not save anything.) Of the experts of a mixture
+    those count that a token goes to.
     """
     looked_up = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
     tied = head is not None and head.weight is looked_up
     weights = sum(parameter.numel() for parameter in model.parameters()) - (0 if tied else looked_up.numel())
     config = model.config
+    chosen = getattr(config, "num_experts_per_tok", None)
+    if chosen is not None:
+        stacks = [weight.data for _, weight in find_weights(model) if weight.stack]
+        weights -= sum(stack.numel() * (1 - chosen / len(stack)) for stack in stacks)
     return 6.0 * weights + 12.0 * config.num_hidden_layers * config.hidden_size * seq_len
 
 

@@ -274,7 +274,8 @@ def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 def _head_is_low_precision(model: Any, plan: Plan) -> bool:
     head = model.get_output_embeddings()
-    return any(layer.converted and model.get_submodule(layer.name) is head for layer in plan.layers)
+    names = {name for name, module in model.named_modules() if module is head}
+    return any(layer.converted and layer.name in names for layer in plan.layers)
 
 
 def _planned_vocabulary(config: DataConfig) -> int:
