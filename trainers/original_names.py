@@ -29,7 +29,7 @@ def accept_original_names(model: nn.Module) -> Any:
 
 
 def _translate(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    if prefix or not isinstance(model, PreTrainedModel):
+    if prefix or not isinstance(model, PreTrainedModel) or type(model).__name__.startswith("FSDP"):
         return
     known = model.state_dict()
     missing = known.keys() - state_dict.keys()

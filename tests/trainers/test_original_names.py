@@ -1,6 +1,8 @@
 """Mixtures of experts are resumed as they were, although transformers saves them under other names than they have."""
 
 import copy
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,9 @@ from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, Qw
 
 import lowprec
 from tests.trainers.hf import losses, prose, small_model, small_trainer
+from tests.trainers.runs import CONFIG, make_corpus, overrides
+from tests.trainers.runs import losses as run_losses
+from tests.trainers.runs import lowprec as command
 from trainers import LowPrecisionCallback
 from trainers.original_names import accept_original_names
 
@@ -97,3 +102,18 @@ def test_what_has_its_names_or_can_not_have_them_is_left_alone(tmp_path: Path):
     plain: LlamaForCausalLM = small_model()
     accept_original_names(plain)
     assert not plain.load_state_dict(saved(plain, tmp_path)).missing_keys
+
+
+def test_the_command_trains_and_resumes_a_mixture_from_its_configuration(tmp_path: Path):
+    model = tmp_path / "model"
+    MixtralConfig(**SIZES | {"vocab_size": 320}, num_key_value_heads=2, num_local_experts=4).save_pretrained(model)
+    own = [setting for setting in overrides(make_corpus(tmp_path / "corpus")) if not setting.startswith("model.")]
+    arguments = ["train", str(CONFIG), *own, f"model={{path: {model}}}", "precision.recipe=mxfp4_aws", "precision.guard=true"]
+    arguments += ["trainer.max_steps=6", "trainer.save_steps=4", "trainer.save_strategy=steps"]
+    command(*arguments, f"trainer.output_dir={tmp_path / 'whole'}", check=True)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "again" / "checkpoint-4")
+    command(*arguments, f"trainer.output_dir={tmp_path / 'again'}", "trainer.resume_from_checkpoint=true", check=True)
+    first, again = run_losses(tmp_path / "whole"), run_losses(tmp_path / "again")
+    assert again == {step: first[step] for step in (5, 6)}
+    layers = json.loads((tmp_path / "again" / "plan.json").read_text())["layers"]
+    assert {layer["experts"] for layer in layers if "experts" in layer["name"] and layer["converted"]} == {4}
