@@ -79,7 +79,8 @@ def recipes_of(model: nn.Module) -> dict[str, Recipe]:
         if isinstance(module, LowPrecisionLinear):
             found[name] = module.recipe
         elif experts.is_converted(module):
-            found |= {f"{name}.{stack}".lstrip("."): recipe for stack, recipe in experts.recipes_of(module).items()}
+            projections = experts.projections_of(module)
+            found |= {f"{name}.{stack}".lstrip("."): projection.recipe for stack, projection in projections.items()}
     return found
 
 

@@ -162,9 +162,9 @@ def revert_experts(module: nn.Module) -> None:
         module.__class__ = type(module).plain  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def recipes_of(module: Any) -> dict[str, Recipe]:
-    """The recipe of each of a converted module's stacks."""
-    return {name: module.low_precision[name].recipe for name in stacks(module)}
+def projections_of(module: Any) -> dict[str, ExpertProjection]:
+    """What multiplies by each of a converted module's stacks."""
+    return {name: module.low_precision[name] for name in stacks(module)}
 
 
 def is_converted(module: nn.Module) -> bool:

@@ -13,7 +13,8 @@ Compiled blocks do not run hooks that came after their compilation. A sampled st
 without compiling anything anew; it costs an eager step, and its sums may be rounded differently from a compiled one's.
 
 Of a layer that runs several times in a step (gradient accumulation, activation checkpointing, which repeats the forward) the first time
-counts. Layers of Transformer Engine's are not measured: their codes are made out of sight.
+counts. Of the experts of a mixture it is the one with the most tokens. Layers of Transformer Engine's are not measured: their codes are
+made out of sight.
 """
 
 import math
@@ -27,7 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lowprec.nn import LowPrecisionLinear
+from lowprec.nn import LowPrecisionLinear, experts
+from lowprec.nn.experts import ExpertProjection
 from lowprec.quant import OperandSpec, quantize
 from lowprec.recipe.state import history_name
 
@@ -96,12 +98,18 @@ class Probe:
         self._found = {}
         for name, module in self.model.named_modules():
             if isinstance(module, LowPrecisionLinear):
-                found = self._found[name] = {}
-                self._handles.append(module.register_forward_pre_hook(_measure_inputs(found), with_kwargs=True))
-                self._handles.append(module.register_forward_hook(self._watch_gradient(found)))
+                self._watch(name, module)
+            elif experts.is_converted(module):
+                for stack, projection in experts.projections_of(module).items():
+                    self._watch(f"{name}.{stack}".lstrip("."), projection)
         # Who has not imported the compiler has compiled nothing, and importing it takes seconds.
         if self._handles and "torch._dynamo" in sys.modules:
             self._stance = torch.compiler.set_stance("force_eager")
+
+    def _watch(self, name: str, module: LowPrecisionLinear | ExpertProjection) -> None:
+        found = self._found[name] = {}
+        self._handles.append(module.register_forward_pre_hook(_measure_inputs(found), with_kwargs=True))
+        self._handles.append(module.register_forward_hook(self._watch_gradient(found)))
 
     def end(self) -> dict[str, LayerProbe]:
         """Remove the hooks and read the results, the one synchronisation with the device. Returns `layers`."""
@@ -125,12 +133,13 @@ class Probe:
         """A forward hook. The first output that has a gradient is not always the first one: reentrant checkpointing makes that without."""
         watched = False
 
-        def hook(module: LowPrecisionLinear, args: Any, output: Tensor) -> None:
+        def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
             nonlocal watched
             if watched or not output.requires_grad or not module.training or not output.numel():
                 return
             watched = True
-            self._handles.append(output.register_hook(lambda g: _keep(found, "g", g, module)))
+            rows = _busiest(args[1])[1] if isinstance(module, ExpertProjection) else slice(None)
+            self._handles.append(output.register_hook(lambda g: _keep(found, "g", g[rows], module)))
 
         return hook
 
@@ -138,11 +147,17 @@ class Probe:
 def _measure_inputs(found: dict[str, Tensor]) -> Any:
     """A forward pre-hook: x as the layer takes it, after autocast and SwiGLU's product, and w."""
 
-    def hook(module: LowPrecisionLinear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x: Tensor = args[0] if args else kwargs["input"]
-        gate: Tensor | None = args[1] if len(args) > 1 else kwargs.get("times_silu_of")
         if "x" in found or not module.training or not x.numel():
             return
+        if isinstance(module, ExpertProjection):
+            _, counts, weight, _, transposed = args
+            number, rows = _busiest(counts)
+            _keep(found, "x", x[rows], module)
+            _keep(found, "w", weight[number].t() if transposed else weight[number], module)
+            return
+        gate: Tensor | None = args[1] if len(args) > 1 else kwargs.get("times_silu_of")
         with torch.no_grad():
             if torch.is_autocast_enabled(x.device.type):
                 dtype = torch.get_autocast_dtype(x.device.type)
@@ -155,8 +170,15 @@ def _measure_inputs(found: dict[str, Tensor]) -> Any:
     return hook
 
 
+def _busiest(counts: list[int]) -> tuple[int, slice]:
+    """The expert with the most tokens, and where they are."""
+    number = max(range(len(counts)), key=lambda expert: counts[expert])
+    start = sum(counts[:number])
+    return number, slice(start, start + counts[number])
+
+
 @torch.no_grad()
-def _keep(found: dict[str, Tensor], operand: str, t: Tensor, module: LowPrecisionLinear) -> None:
+def _keep(found: dict[str, Tensor], operand: str, t: Tensor, module: Any) -> None:
     gemm, side = _OPERANDS[operand]
     spec = module.recipe.gemm(gemm)
     source = getattr(spec, side)

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GptOssConfig, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from lowprec.conversion import convert
 from lowprec.nn import LowPrecisionLinear
@@ -301,3 +303,55 @@ def test_compiled_blocks_are_measured_in_an_eager_step():
     step(model)
     assert calls > 0
     torch._dynamo.reset()
+
+
+# Experts
+
+
+@pytest.mark.parametrize("recipe", ["fp8_blockwise", "mxfp4_quartet"])
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_of_experts_the_one_with_the_most_tokens_is_measured(kind: str, recipe: str):
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 64, "num_local_experts": 3}
+    module: Any = MixtralExperts(MixtralConfig(**sizes)) if kind == "mixtral" else GptOssExperts(GptOssConfig(**sizes))
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn_like(parameter) / 8)
+    convert(module.train(), recipe)
+    x, chosen = outliers(96, 128, 1), torch.zeros(96, 1, dtype=torch.int64)
+    chosen[:56], chosen[56:90] = 2, 1  # the third has 56 tokens, the first 6
+    taken: list[Tensor] = []
+    module.low_precision["down_proj"].register_full_backward_hook(lambda _, __, gradients: taken.append(gradients[0]))
+    watched = Probe(module)
+    with watched.sampling():
+        module(x.clone().requires_grad_(), chosen, torch.ones(96, 1)).backward(outliers(96, 128, 2))
+    assert list(watched.layers) == ["gate_up_proj", "down_proj"]
+    up = module.gate_up_proj[2].detach()
+    operands = {
+        ("gate_up_proj", "x"): x[:56],
+        ("gate_up_proj", "w"): up.t() if module.is_transposed else up,
+        ("down_proj", "g"): taken[0][-56:],
+    }
+    spec = library.get(recipe)
+    for (name, operand), t in operands.items():
+        gemm = spec.dgrad if operand == "g" else spec.fprop
+        t = gemm.hadamard.apply(t) if gemm.hadamard is not None else t
+        source = gemm.b if operand == "w" else gemm.a
+        sqnr, underflow, _ = direct(t.contiguous(), source, torch.zeros(2, dtype=torch.int64))
+        assert getattr(watched.layers[name], f"sqnr_{operand}") == pytest.approx(sqnr, rel=1e-9)
+        assert getattr(watched.layers[name], f"underflow_{operand}") == pytest.approx(underflow, rel=1e-12)
+    assert hooks(module) == 1  # the test's own
+
+
+def test_a_mixture_trains_the_same_bits_with_a_probe():
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    first: Any = MixtralForCausalLM(MixtralConfig(vocab_size=64, num_key_value_heads=2, num_local_experts=4, **sizes)).train()
+    convert(first, "mxfp4_aws")
+    second = copy.deepcopy(first)
+    losses, state, _ = train(first, probed=False)
+    again, state_again, found = train(second, probed=True)
+    assert again == losses
+    assert all(torch.equal(state[name], state_again[name]) for name in state)
+    assert [len(layers) for layers in found] == [12, 12]
+    assert all(10 < layer.sqnr_g < 60 for layer in found[-1].values())
