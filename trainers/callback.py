@@ -17,6 +17,7 @@ from transformers import DefaultFlowCallback, TrainerCallback
 
 from lowprec.errors import TrainingStopped
 from lowprec.plan import PartPlan, Plan
+from lowprec.recipe.state import is_state
 from trainers import rundir
 from trainers.amp import check_weights, configure, prepare_to_load
 from trainers.controller import PrecisionController
@@ -30,6 +31,17 @@ PLAN_FILE = rundir.PLAN
 STATE = "lowprec"
 """Where the callback's state is in `trainer_state.json`, under `stateful_callbacks`. It is not the class's name: the Trainer would make a
 new callback from what it finds under that, without a model."""
+
+
+_FINISHED = "_lowprec_finished"
+"""Set on a model that is not being trained any more."""
+
+
+def _leave_state_out(model: Any, state_dict: Any, prefix: str, local_metadata: Any) -> None:
+    """What is saved of a finished run's model are its weights, for whoever serves it; the checkpoints have what a run needs to go on."""
+    if getattr(model, _FINISHED, False):
+        for name in [name for name in state_dict if is_state(name)]:
+            del state_dict[name]
 
 
 def show_log() -> None:
@@ -112,6 +124,7 @@ class LowPrecisionCallback(TrainerCallback):
         if args.fp16:
             check_weights(model)
         accept_original_names(model)
+        model.register_state_dict_post_hook(_leave_state_out)
         self.controller.compiled = self.controller.compiled or bool(args.torch_compile)
         plan = self.controller.convert(model, args.device)
         if state.is_world_process_zero:
@@ -142,6 +155,7 @@ class LowPrecisionCallback(TrainerCallback):
         if state.is_world_process_zero and controller.plan is not None:
             controller.plan.save(Path(args.output_dir) / PLAN_FILE)
         self._begun = True
+        setattr(model, _FINISHED, False)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._begun and "wandb" in args.report_to and state.is_world_process_zero and self.controller.plan is not None:
@@ -175,8 +189,9 @@ class LowPrecisionCallback(TrainerCallback):
         if values and "wandb" in args.report_to and state.is_world_process_zero and not self._comes_first:
             log_scalars(values, state.global_step)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.controller.stop()
+        setattr(model, _FINISHED, self.controller.replay_before is None)
 
     def _keep(self, state: Any) -> None:
         """The state goes into whatever checkpoint is written next."""

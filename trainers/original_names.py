@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lowprec.recipe.state import is_state
+
 _NUMBER = re.compile(r"\d+")
 _OWN_PARTS = 3
 """Last parts of a buffer's name that no renaming touches: `low_precision.down_proj.rounding_state`, `q_proj.rounding_state`'s too."""
@@ -31,20 +33,20 @@ def accept_original_names(model: nn.Module) -> Any:
 def _translate(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     if prefix or not isinstance(model, PreTrainedModel) or type(model).__name__.startswith("FSDP"):
         return
-    known = model.state_dict()
-    missing = known.keys() - state_dict.keys()
+    known = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))}
+    missing = known - state_dict.keys()
     strange = {name: tensor for name, tensor in state_dict.items() if name not in known}
     if not missing or not strange:
         return
     # transformers translates only while it builds a model.
-    weights = {name: tensor for name, tensor in state_dict.items() if not _ours(name)}
+    weights = {name: tensor for name, tensor in state_dict.items() if not is_state(name)}
     built, told = _build(model, weights)
     if not missing & built.keys() - told:
         return
     for name in missing & built.keys() - told:
         state_dict[name] = built[name]
-    for name in filter(_ours, missing):
-        like = [other for other in strange if _ours(other) and _place(other) == _place(name)]
+    for name in filter(is_state, missing):
+        like = [other for other in strange if is_state(other) and _place(other) == _place(name)]
         if len(like) == 1:
             state_dict[name] = strange[like[0]]
     for name in strange:
@@ -61,12 +63,6 @@ def _build(model: PreTrainedModel, weights: dict[str, Tensor]) -> tuple[dict[str
             None, config=copy.deepcopy(model.config), state_dict=weights, dtype=dtype, output_loading_info=True
         )
     return built.state_dict(), set(info["missing_keys"])
-
-
-def _ours(name: str) -> bool:
-    """Whether a recipe keeps it."""
-    last = name.rpartition(".")[2]
-    return last == "rounding_state" or last.startswith("amax_history_")
 
 
 def _place(name: str) -> tuple[Any, ...]:

@@ -28,6 +28,15 @@ def history_name(gemm: str, side: str) -> str:
     return f"amax_history_{gemm}_{side}"
 
 
+_HISTORIES = {history_name(*operand) for operand in OPERANDS}
+
+
+def is_state(name: str) -> bool:
+    """Whether a buffer of this full name is what a recipe keeps."""
+    last = name.rpartition(".")[2]
+    return last == ROUNDING_STATE or last in _HISTORIES
+
+
 def operand_spec(recipe: Recipe, gemm: str, side: str) -> OperandSpec | None:
     """What this operand is quantised to, if it is quantised for this GEMM."""
     source = getattr(recipe.gemm(gemm), side)

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
 from lowprec import UserError
 from lowprec.nn import LowPrecisionLinear
+from tests.trainers.hf import losses, small_model, small_trainer
 from trainers import LowPrecisionCallback
 from trainers.amp import LossScaleError
 
@@ -129,3 +131,19 @@ def test_wrong_precision_fails_where_the_callback_is_made():
 def test_a_rule_that_matches_nothing_fails_before_training(tmp_path: Path):
     with pytest.raises(UserError, match="matches none of the 15 linear layers"):
         _trainer(tmp_path, LowPrecisionCallback({"rules": [{"modules": "encoder.*", "recipe": "bf16"}]}))
+
+
+@pytest.mark.parametrize("recipe", ["mxfp4_aws", "fp8_delayed"])
+def test_a_finished_model_is_saved_without_what_the_recipe_keeps_and_a_checkpoint_with_it(recipe: str, tmp_path: Path):
+    trainer = small_trainer(tmp_path, LowPrecisionCallback(recipe), max_steps=4, save_strategy="steps", save_steps=2)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "model"))
+    plain = set(small_model().state_dict())
+    assert set(load_file(tmp_path / "model" / "model.safetensors")) == plain
+    assert set(load_file(tmp_path / "checkpoint-4" / "model.safetensors")) > plain
+    expected = {step: loss for step, loss in losses(trainer).items() if step > 2}
+    kept = {name: buffer.clone() for name, buffer in trainer.model.named_buffers()}
+    set_seed(trainer.args.seed)  # the data's order comes from it, and small_model() has drawn from the same generator
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))  # the same Trainer once more
+    assert {step: loss for step, loss in losses(trainer).items() if step > 2} == expected
+    assert all(torch.equal(buffer, kept[name]) for name, buffer in trainer.model.named_buffers())
