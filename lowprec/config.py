@@ -80,7 +80,7 @@ class Until(StrictConfig):
         if self.unit == "share":
             return f"{100 * self.value:g}%"
         letter, size = next(((letter, size) for letter, size in reversed(_MAGNITUDES.items()) if self.value >= size), ("", 1.0))
-        return f"{self.value / size:g}{letter.upper() if size > 1e3 else letter} {self.unit}"
+        return f"{self.value / size:.15g}{letter.upper() if size > 1e3 else letter} {self.unit}"
 
 
 class PhaseConfig(StrictConfig):

@@ -13,7 +13,7 @@ The weights of a mixture's experts, stacks of matrices in one parameter, are dec
 
 Parameters keep their identity, names and state-dict keys; the modules stay the same objects. So convert before or after building the
 optimizer, loading a checkpoint or registering hooks; but before `fully_shard` or parametrizations, which give a module a class of
-their own.
+their own. Recipes that keep state add buffers: a plain checkpoint is loaded before converting to one of them, or not strictly.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lowprec import fusion
 from lowprec.config import TE, PrecisionConfig, parse_precision
@@ -30,12 +31,13 @@ from lowprec.errors import UserError
 from lowprec.gemm import select
 from lowprec.nn import LowPrecisionLinear, experts
 from lowprec.nn.experts import ExpertProjection
-from lowprec.nn.linear import gemm_size
+from lowprec.nn.linear import able_backend, gemm_size
 from lowprec.nn.te_linear import TELinear, te_reason, why_not_te
 from lowprec.payoff import TOKENS, payoff
 from lowprec.plan import GemmPlan, LayerPlan, Plan
 from lowprec.recipe import GEMMS, GemmSpec, Recipe
 from lowprec.recipe.rules import Rule, check_rules
+from lowprec.recipe.state import states_of
 from lowprec.weights import CONVERTED, Weight, expert_gates, find_weights, name_without_peft, output_heads, recipes_of, why_not_convert
 
 AS_IT_IS = Recipe(name="as it is", fprop=GemmSpec(), dgrad=GemmSpec(), wgrad=GemmSpec(), about="nn.Linear's own products")
@@ -74,17 +76,20 @@ def convert(
     plan = make_plan(model, config, device=device, tokens=tokens, compiled=compiled, raised=raised)
     decisions = _decisions(model, config, plan.device, tokens, compiled, raised)
     others = [_decisions(model, parse_precision(other), plan.device, tokens, compiled) for other in later]
+    kept = {name: tuple(recipe for other in others if (recipe := other[name].recipe) is not None) for name in decisions}
+    other = None if config.evaluation == "training" else config.evaluation
+    evaluations = {name: None if decision.recipe is None else other for name, decision in decisions.items()}
+    for name, decision in decisions.items():  # for its errors, before anything is changed
+        states_of([r for r in (decision.recipe, *kept[name], evaluations[name]) if r is not None], torch.device("meta"))
     projections: dict[nn.Module, dict[str, ExpertProjection]] = {}
     for number, (name, weight) in enumerate(list(find_weights(model))):
-        recipe = decisions[name].recipe
-        keeps = tuple(kept for other in others if (kept := other[name].recipe) is not None)
-        evaluation = None if config.evaluation == "training" or recipe is None else config.evaluation
+        recipe, backend, keeps, evaluation = decisions[name].recipe, decisions[name].backend, kept[name], evaluations[name]
         if weight.stack:
             if recipe is not None or keeps or experts.is_converted(weight.module):
                 projections.setdefault(weight.module, {})[weight.stack] = ExpertProjection(
                     recipe or AS_IT_IS,
                     weight.shape,
-                    config.backend if recipe is not None else "auto",
+                    backend,
                     weight.data.device,
                     seed=torch.initial_seed(),
                     layer=number,
@@ -92,7 +97,7 @@ def convert(
                     evaluation=evaluation,
                 )
         else:
-            _convert_linear(weight.module, recipe, config, plan.device, number, keeps, evaluation)
+            _convert_linear(weight.module, recipe, backend, plan.device, number, keeps, evaluation)
     for module, made in projections.items():
         if all(projection.recipe is AS_IT_IS and not projection.keeps for projection in made.values()):
             experts.revert_experts(module)
@@ -106,7 +111,7 @@ def convert(
 def _convert_linear(
     module: nn.Module,
     recipe: Recipe | None,
-    config: PrecisionConfig,
+    backend: str,
     device_type: str,
     number: int,
     keeps: tuple[Recipe, ...],
@@ -117,7 +122,7 @@ def _convert_linear(
             module.to_linear()
         return
     assert isinstance(module, nn.Linear)
-    if config.backend == TE:
+    if backend == TE:
         assert recipe is not None
         TELinear.from_linear(module, recipe)
         return
@@ -126,7 +131,7 @@ def _convert_linear(
     LowPrecisionLinear.from_linear(
         module,
         recipe or AS_IT_IS,
-        config.backend if recipe is not None else "auto",
+        backend,
         device_type,
         seed=torch.initial_seed(),
         layer=number,
@@ -165,7 +170,7 @@ def make_plan(
     device_type = _device_type(model, device)
     decisions = _decisions(model, config, device_type, tokens, compiled, raised)
     weights = dict(find_weights(model))
-    layers = tuple(_plan_layer(name, weights[name], decision, config.backend, device_type) for name, decision in decisions.items())
+    layers = tuple(_plan_layer(name, weights[name], decision, device_type) for name, decision in decisions.items())
     fused = _fused(model, config, decisions, device_type)
     plan = Plan(device=device_type, layers=layers, parts=(fusion.part(fused),) if fused else ())
     if config.strict:
@@ -181,6 +186,7 @@ class _Decision:
     rule: str
     reason: str = ""
     blocked: bool = False
+    backend: str = "auto"
 
 
 def _decisions(
@@ -192,6 +198,8 @@ def _decisions(
     raised: Mapping[str, Recipe] = MappingProxyType({}),
 ) -> dict[str, _Decision]:
     """By the full name of each linear layer, in the model's order."""
+    if lazy := next((name for name, parameter in model.named_parameters() if is_lazy(parameter)), None):
+        raise UserError(f"{lazy} has no shape yet: let the model see one batch before its precision is decided")
     weights = dict(find_weights(model))
     found = {name: name_without_peft(model, name, weight.stack) for name, weight in weights.items()}
     plain = {name: own for name, (own, _) in found.items()}
@@ -215,10 +223,10 @@ def _decisions(
         elif rule is None and (loss := _loss(weight, recipe, config, device_type, tokens, compiled)) is not None:
             decision = _Decision(recipe=None, rule=by, reason=loss)
         else:
-            decision = _Decision(recipe=recipe, rule=by)
+            decision = _Decision(recipe=recipe, rule=by, backend=config.backend)
         higher = raised.get(name)
         if higher is not None and decision.recipe is not None and higher.narrowest_bits > decision.recipe.narrowest_bits:
-            decision = replace(decision, recipe=higher, rule="raised")
+            decision = replace(decision, recipe=higher, rule="raised", backend=able_backend(higher, config.backend, device_type))
         decisions[name] = decision
     return decisions
 
@@ -239,8 +247,9 @@ def _loss(weight: Weight, recipe: Recipe, config: PrecisionConfig, device_type: 
     if weight.stack:
         return "experts run one after another here, each launched anew for its number of tokens: not known to pay on a GPU"
     N, K = weight.shape
-    wgrad_x = recipe.operands("wgrad")[1]
-    found = payoff(N, K, "" if wgrad_x is None else wgrad_x.kind, tokens, compiled)
+    fprop_x, wgrad_x = recipe.operands("fprop")[0], recipe.operands("wgrad")[1]
+    kinds = ["" if spec is None else spec.kind for spec in (fprop_x, wgrad_x)]
+    found = payoff(N, K, kinds[1], tokens, compiled, fprop_kind=kinds[0])
     if found.pays:
         return None
     return f"{recipe.name} would run at {found.speedup:.2f} of bf16's speed with {tokens or TOKENS} tokens a pass: {found.limit}"
@@ -262,10 +271,10 @@ class _PlainNameRule(Rule):
         return super().matches(name) or any(super(_PlainNameRule, self).matches(full) for full, own in self.plain.items() if own == name)
 
 
-def _plan_layer(name: str, weight: Weight, decision: _Decision, backend: str, device_type: str) -> LayerPlan:
+def _plan_layer(name: str, weight: Weight, decision: _Decision, device_type: str) -> LayerPlan:
     gemms, reason = (), decision.reason
     if decision.recipe is not None:
-        gemms = tuple(_plan_gemm(decision.recipe, gemm, device_type, backend, weight.shape) for gemm in GEMMS)
+        gemms = tuple(_plan_gemm(decision.recipe, gemm, device_type, decision.backend, weight.shape) for gemm in GEMMS)
         reason = "; ".join(dict.fromkeys(gemm.reason for gemm in gemms if not gemm.native))
     return LayerPlan(
         name=name,

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 
 from lowprec.nn import swiglu
-from lowprec.nn.linear import LinearGemms
+from lowprec.nn.linear import LinearGemms, able_backend
 from lowprec.plan import PartPlan
 from lowprec.recipe import Recipe
 
@@ -25,13 +25,16 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if swiglu.is_fused(module) or swiglu.is_swiglu(module):
             down = module.down_proj
-            # Who hooks into down_proj wants to see its input.
-            if isinstance(down, nn.Linear) and not down._forward_pre_hooks and not down._forward_hooks:
+            if isinstance(down, nn.Linear) and not swiglu.is_hooked(down):
                 yield name, module
 
 
 def _is_native(recipe: Recipe | None, device_type: str, backend: str) -> bool:
-    return recipe is not None and device_type != "meta" and LinearGemms.on(device_type, recipe, backend).pairs["x"] is not None
+    return recipe is not None and device_type != "meta" and _gemms(recipe, device_type, backend).pairs["x"] is not None
+
+
+def _gemms(recipe: Recipe, device_type: str, backend: str) -> LinearGemms:
+    return LinearGemms.on(device_type, recipe, able_backend(recipe, backend, device_type))
 
 
 def apply(model: nn.Module, names: list[str]) -> None:

@@ -39,17 +39,18 @@ class Payoff:
         return self.speedup >= SMALLEST
 
 
-def payoff(N: int, K: int, wgrad_kind: str, tokens: int | None = None, compiled: bool = False) -> Payoff:
+def payoff(N: int, K: int, wgrad_kind: str, tokens: int | None = None, compiled: bool = False, *, fprop_kind: str | None = None) -> Payoff:
     """The speed-up of a layer with N outputs and K inputs.
 
     Args:
         wgrad_kind: the kind of scales of wgrad's x (OperandSpec.kind): 1x128, 128x128, tensor or row; "" for bf16 operands there.
         tokens: M of a forward pass; None: `TOKENS`.
         compiled: whether the model is compiled, so that the host runs ahead.
+        fprop_kind: the kind of scales of fprop's x, if that is not wgrad's.
     """
     M = tokens or TOKENS
     product = 2 * M * N * K
-    whole = wgrad_kind in ("tensor", "row", "")
+    whole = (wgrad_kind if fprop_kind is None else fprop_kind) in ("tensor", "row", "")
     blocks = _FP8_WHOLE if whole else _FP8_BLOCKS
     wgrad = {"1x128": _FP8_ROWS, "": _BF16}.get(wgrad_kind, blocks)
     quantising = (6 if whole else 4) * (M * (N + K) + N * K) / (_WHOLE_BYTES if whole else _BYTES)

@@ -27,6 +27,8 @@ class Weight:
     module: nn.Module
     stack: str = ""
     """The name of the parameter that holds several matrices; "" for a linear layer."""
+    bypassed: bool = False
+    """Whether torch's own code multiplies by it without calling the module."""
 
     @property
     def data(self) -> Any:
@@ -48,9 +50,12 @@ class Weight:
 
 def find_weights(model: nn.Module) -> Iterator[tuple[str, Weight]]:
     """Everything that multiplies by a weight matrix, nn.Linear or like it, or by stacks of them, once."""
+    # Which read their linear layers' weights themselves, in eval() and without gradients.
+    readers = (module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer))
+    bypassed = {id(layer) for module in readers for layer in (module.linear1, module.linear2)}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) or _is_conv1d(module):
-            yield name, Weight(module)
+            yield name, Weight(module, bypassed=id(module) in bypassed)
         else:
             for stack in experts.stacks(module):
                 yield f"{name}.{stack}".lstrip("."), Weight(module, stack)
@@ -62,6 +67,10 @@ def why_not_convert(weight: Weight, recipe: Recipe, backend: str) -> str | None:
     kind = type(module).__name__
     if kind.startswith("FSDP"):
         return f"{kind}: already sharded; convert before fully_shard"
+    if "forward" in module.__dict__ and not (isinstance(module, CONVERTED) or experts.is_converted(module)):
+        return f"something has replaced the forward of this {kind} (offloading hooks do): convert before that"
+    if weight.bypassed:
+        return "nn.TransformerEncoderLayer multiplies by its weight without calling it, in eval() and without gradients"
     if weight.stack:
         return "backend te runs linear layers only" if backend == TE else experts.why_not_stack(module, recipe)
     if _is_conv1d(module):

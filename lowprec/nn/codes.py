@@ -92,6 +92,11 @@ def weight_codes(module: nn.Module, w_NK: Tensor, wanted: Directions) -> Codes:
     return entry.codes
 
 
+def forget(module: nn.Module) -> None:
+    """Drop the codes of one module's weight, and the reference to it."""
+    _weights.pop(module, None)
+
+
 def forget_weights() -> None:
     """Drop the codes of all weights: after writing through `.data`, where nothing counts the change."""
     _weights.clear()

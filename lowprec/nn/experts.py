@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lowprec.formats.random import derive_key
-from lowprec.nn.linear import LinearFunction, LinearGemms
+from lowprec.nn.linear import LinearFunction, LinearGemms, able_backend
 from lowprec.recipe import Recipe
 from lowprec.recipe.state import OPERANDS, ROUNDING_STATE, new_state, next_key, states_of, this_rank
 
@@ -30,12 +30,17 @@ def stacks(module: nn.Module) -> tuple[str, ...]:
     if isinstance(module, nn.modules.conv._ConvNd):
         return ()
     own = module.named_parameters(recurse=False)
-    return tuple(name for name, parameter in own if parameter.dim() == 3 and min(parameter.shape) > 1)
+    several = 0 if _says_how(module) else 1  # a lone expert is a stack; another module's [1, N, K], an embedding of positions say, is none
+    return tuple(name for name, p in own if p.dim() == 3 and p.shape[0] > several and min(p.shape[1:]) > 1)
+
+
+def _says_how(module: nn.Module) -> bool:
+    return all(hasattr(module, name) for name in _KNOWN_BY)
 
 
 def why_not_stack(module: nn.Module, recipe: Recipe) -> str | None:
     """Why a stack of experts can't be converted to a recipe; None if it can."""
-    if not all(hasattr(module, name) for name in _KNOWN_BY):
+    if not _says_how(module):
         return f"a stack of matrices of {type(module).__name__}, which does not say how it multiplies by them"
     if any(name != ROUNDING_STATE for name in new_state(recipe, torch.device("cpu"))):
         return "the recipe keeps histories of amaxes, and which tokens an expert sees changes from step to step"
@@ -65,7 +70,8 @@ class ExpertProjection(nn.Module):
     ) -> None:
         super().__init__()
         self.recipe, self.backend, self.shape, self.keeps, self.evaluation = recipe, backend, shape, keeps, evaluation
-        self._gemms: dict[tuple[str, str], LinearGemms] = {}
+        self.seed = (seed, layer)
+        self._gemms: dict[tuple[str, bool], LinearGemms] = {}
         for name, buffer in states_of((recipe, *keeps), device, seed, layer).items():
             if name == ROUNDING_STATE:
                 self.register_buffer(name, buffer)
@@ -78,7 +84,8 @@ class ExpertProjection(nn.Module):
             weight: [E, N, K], or [E, K, N] if `transposed`.
             bias: [E, N].
         """
-        gemms, grad_enabled = self._on(x_SK.device.type), torch.is_grad_enabled()
+        plain, grad_enabled = self.recipe_now.is_plain, torch.is_grad_enabled()
+        gemms = self._on(x_SK.device.type)
         key = self._buffers.get(ROUNDING_STATE)
         if key is not None:
             key = next_key(key, this_rank(), self.training)
@@ -86,19 +93,36 @@ class ExpertProjection(nn.Module):
         biases = [None] * len(weights) if bias is None else bias.unbind(0)
         made = []
         for number, (x, w, b) in enumerate(zip(x_SK.split(counts), weights, biases, strict=True)):
-            if len(x):
+            if len(x) or (number == 0 and not len(x_SK)):  # without any token, too, what comes out has a gradient: ranks wait for it
                 own_key = None if key is None else derive_key(key, number)
                 w = w.t() if transposed else w
+                if plain:
+                    made.append(nn.functional.linear(x, w, b))
+                    continue
                 nothing = (None, None)
                 made.append(LinearFunction.apply(x, w, b, None, gemms, grad_enabled, nothing, nothing, own_key, *_NO_HISTORIES))
-        return torch.cat(made) if made else x_SK.new_zeros(0, self.shape[0])
+        return torch.cat(made)
+
+    @property
+    def recipe_now(self) -> Recipe:
+        return self.recipe if self.training or self.evaluation is None else self.evaluation
 
     def _on(self, device_type: str) -> LinearGemms:
-        recipe = self.recipe if self.training or self.evaluation is None else self.evaluation
-        known = self._gemms.get((device_type, recipe.name))
+        recipe = self.recipe_now
+        known = self._gemms.get((device_type, recipe is self.recipe))
         if known is None:
-            known = self._gemms[device_type, recipe.name] = LinearGemms.on(device_type, recipe, self.backend, self.shape)
+            backend = self.backend if recipe is self.recipe else able_backend(recipe, self.backend, device_type)
+            known = self._gemms[device_type, recipe is self.recipe] = LinearGemms.on(device_type, recipe, backend, self.shape)
         return known
+
+    def reset_parameters(self) -> None:
+        """What makes real values of a module that was built on the meta device."""
+        for name, fresh in states_of((self.recipe, *self.keeps), self._device(), *self.seed).items():
+            if name in self._buffers:
+                self.get_buffer(name).copy_(fresh)
+
+    def _device(self) -> torch.device:
+        return next((buffer.device for buffer in self._buffers.values() if buffer is not None), torch.device("cpu"))
 
     def extra_repr(self) -> str:
         return f"recipe={self.recipe.name}"
@@ -132,10 +156,19 @@ class LowPrecisionExperts:
     def _multiply(self: Any, name: str, x: Tensor, counts: list[int]) -> Tensor:
         device_type = x.device.type
         arguments = counts, getattr(self, name), getattr(self, f"{name}_bias") if self.has_bias else None, self.is_transposed
-        if not torch.is_autocast_enabled(device_type):
+        if self.low_precision[name].recipe_now.is_plain or not torch.is_autocast_enabled(device_type):
             return self.low_precision[name](x, *arguments)
         with torch.autocast(device_type, enabled=False):
             return self.low_precision[name](x.to(torch.get_autocast_dtype(device_type)), *arguments)
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        # The class itself can't be found by a name.
+        return _new_low_precision, (type(self).plain,), self.__getstate__()
+
+
+def _new_low_precision(kind: type) -> Any:
+    made: Any = _low_precision_class(kind)
+    return made.__new__(made)
 
 
 def convert_experts(module: nn.Module, projections: Mapping[str, ExpertProjection]) -> None:

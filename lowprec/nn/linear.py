@@ -25,14 +25,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lowprec.formats.random import derive_key
-from lowprec.gemm import GemmBackend, Operand, Size, select
-from lowprec.nn.codes import shared_codes, weight_codes
+from lowprec.gemm import BACKENDS, GemmBackend, Operand, Size, select
+from lowprec.nn.codes import forget, shared_codes, weight_codes
 from lowprec.nn.swiglu import swiglu_backward
 from lowprec.quant import OperandSpec, QTensor, fake_quantize, quantize
 from lowprec.quant.triton_quantize import Directions, directions, quantize_both, takes
 from lowprec.quant.triton_whole import is_whole, quantize_whole
 from lowprec.recipe import GEMMS, FromFprop, Recipe
-from lowprec.recipe.state import OPERANDS, ROUNDING_STATE, history_name, next_key, states_of, this_rank
+from lowprec.recipe.state import HISTORIES, OPERANDS, ROUNDING_STATE, history_name, next_key, states_of, this_rank
 
 _PAIRS = {"x": (("fprop", "a"), ("wgrad", "b")), "w": (("fprop", "b"), ("dgrad", "b")), "g": (("dgrad", "a"), ("wgrad", "a"))}
 """What is quantised as it is and transposed: (gemm, side) of both."""
@@ -77,6 +77,17 @@ class LinearGemms:
 
     def decodes(self, gemm: str) -> bool:
         return getattr(self, gemm).decoded
+
+
+def able_backend(recipe: Recipe, backend: str, device_type: str) -> str:
+    """`backend`, or "auto" where that can't multiply all that `recipe` asks for.
+
+    Whoever asks for a backend means the configured recipe; one that a layer is raised to, or evaluates in, may have other operands.
+    """
+    if backend not in BACKENDS:
+        return "auto"
+    asked = ((*recipe.operands(gemm), device_type, recipe.gemm(gemm).sums) for gemm in GEMMS)
+    return backend if all(BACKENDS[backend].supports(*product).ok for product in asked) else "auto"
 
 
 def gemm_size(gemm: str, N: int, K: int) -> Size:
@@ -149,7 +160,11 @@ class LinearFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, grad_outputs[0])
+        device_type = grad_outputs[0].device.type
+        if torch.compiler.is_compiling() or not _autocast_on(device_type):
+            return _backward(ctx, grad_outputs[0])
+        with torch.autocast(device_type, enabled=False):  # it would round the operands once more
+            return _backward(ctx, grad_outputs[0])
 
 
 def _backward(ctx: Any, g_MN: Tensor) -> tuple[Tensor | None, ...]:
@@ -197,6 +212,8 @@ class LowPrecisionLinear(nn.Linear):
     backend: str
     seed: tuple[int, int]
     sharded: bool
+    plain: bool
+    """Whether it is nn.Linear still: in a phase that leaves it as it is, say."""
     keeps: tuple[Recipe, ...]
     evaluation: Recipe | None
     evaluation_gemms: dict[str, LinearGemms]
@@ -236,12 +253,14 @@ class LowPrecisionLinear(nn.Linear):
         )
         if evaluation is not None:
             keeps = (*keeps, evaluation)
+        forget(linear)
         state = states_of((recipe, *keeps), linear.weight.device, seed, layer)
         held = {name: buffer for name, buffer in linear._buffers.items() if keeps and name in state}
         linear.__class__ = cls
         assert isinstance(linear, LowPrecisionLinear)
         linear._drop_state()
         linear.recipe, linear.backend, linear.gemms, linear.seed = recipe, backend, chosen, (seed, layer)
+        linear.plain = recipe.is_plain
         linear.sharded = type(linear.weight).__name__ == "DTensor"
         linear.keeps, linear.evaluation, linear.evaluation_gemms = keeps, evaluation, {}
         for name, buffer in (state | held).items():
@@ -256,8 +275,9 @@ class LowPrecisionLinear(nn.Linear):
 
     def to_linear(self) -> nn.Linear:
         """Undo `from_linear`, in place."""
+        forget(self)
         self._drop_state()
-        del self.recipe, self.backend, self.gemms, self.seed, self.sharded, self.keeps, self.evaluation, self.evaluation_gemms
+        del self.recipe, self.backend, self.gemms, self.seed, self.sharded, self.plain, self.keeps, self.evaluation, self.evaluation_gemms
         self.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue]
         return self
 
@@ -268,8 +288,18 @@ class LowPrecisionLinear(nn.Linear):
             for name, fresh in states_of((self.recipe, *self.keeps), self.weight.device, *self.seed).items():
                 self.get_buffer(name).copy_(fresh)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "LowPrecisionLinear":
+        forget(self)  # which refers to the weight: torch may want to swap that for another tensor
+        histories = {name: buffer for name in HISTORIES if (buffer := self._buffers.get(name)) is not None}
+        super()._apply(fn, recurse)
+        for name, history in histories.items():  # fp32, whatever .half() makes of the parameters
+            moved = self.get_buffer(name)
+            if moved.dtype != history.dtype:
+                self._buffers[name] = history.to(moved.device)
+        return self
+
     def _drop_state(self) -> None:
-        for name in (ROUNDING_STATE, *(history_name(*operand) for operand in OPERANDS)):
+        for name in (ROUNDING_STATE, *HISTORIES):
             self._buffers.pop(name, None)
 
     def _state(self) -> tuple[Tensor | None, ...]:
@@ -288,7 +318,12 @@ class LowPrecisionLinear(nn.Linear):
         times_silu_of: a tensor like the input: the layer's input is silu(it) * input then, quantised as it is made (`swiglu.py`).
         """
         device_type, gate = input.device.type, times_silu_of
-        if torch.is_autocast_enabled(device_type):
+        if input.shape[-1:] != (self.in_features,):
+            raise ValueError(f"expected inputs [..., {self.in_features}], got {list(input.shape)}")
+        if self.plain and (self.evaluation is None or self.training):
+            x = input if gate is None else nn.functional.silu(gate) * input
+            return nn.functional.linear(x, self.weight, self.bias)
+        if _autocast_on(device_type):
             # x is cast as nn.Linear would cast it; w is not: it is quantised from its master copy.
             with torch.autocast(device_type, enabled=False):
                 dtype = torch.get_autocast_dtype(device_type)
@@ -302,7 +337,8 @@ class LowPrecisionLinear(nn.Linear):
             recipe, known = self.evaluation, self.evaluation_gemms
         if device_type not in known:
             # A module that was moved: its backends are chosen once per type of device.
-            known[device_type] = LinearGemms.on(device_type, recipe, self.backend, (self.out_features, self.in_features))
+            backend = self.backend if recipe is self.recipe else able_backend(recipe, self.backend, device_type)
+            known[device_type] = LinearGemms.on(device_type, recipe, backend, (self.out_features, self.in_features))
         x_MK = x.reshape(-1, self.in_features)
         gemms, grad_enabled = known[device_type], torch.is_grad_enabled()
         keeps = device_type in KEEPS_CODES and not torch.compiler.is_compiling() and not _capturing(device_type)
@@ -330,6 +366,10 @@ class LowPrecisionLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, recipe={self.recipe.name}"
+
+
+def _autocast_on(device_type: str) -> bool:
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def _capturing(device_type: str) -> bool:

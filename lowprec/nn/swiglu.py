@@ -34,12 +34,27 @@ def swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tenso
 
 
 class _Fused:
-    """The fused forward; the plain one if down_proj has become something else since, wrapped by an adapter say."""
+    """The fused forward; the plain one if down_proj has become something else since, wrapped by an adapter say, or hooks want its input."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        if getattr(type(self.down_proj), "takes_gate", False):
+        if getattr(type(self.down_proj), "takes_gate", False) and not is_hooked(self.down_proj):
             return self.down_proj(self.up_proj(x), times_silu_of=self.gate_proj(x))
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        # The class itself can't be found by a name.
+        return _new_fused, (type(self).unfused,), self.__getstate__()
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody hooks into a module to see its input, and knows nothing of gates."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return any(not getattr(hook, "knows_gates", False) for hook in hooks)
+
+
+def _new_fused(kind: type) -> Any:
+    made: Any = _fused_class(kind)
+    return made.__new__(made)
 
 
 @cache

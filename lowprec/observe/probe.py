@@ -108,8 +108,10 @@ class Probe:
 
     def _watch(self, name: str, module: LowPrecisionLinear | ExpertProjection) -> None:
         found = self._found[name] = {}
-        self._handles.append(module.register_forward_pre_hook(_measure_inputs(found), with_kwargs=True))
-        self._handles.append(module.register_forward_hook(self._watch_gradient(found)))
+        before, after = _measure_inputs(found), self._watch_gradient(found)
+        before.knows_gates = after.knows_gates = True  # see swiglu.is_hooked
+        self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        self._handles.append(module.register_forward_hook(after))
 
     def end(self) -> dict[str, LayerProbe]:
         """Remove the hooks and read the results, the one synchronisation with the device. Returns `layers`."""

@@ -18,6 +18,7 @@ A Hadamard transform belongs to the GEMM, not to an operand: both must share it 
 by FROM_FPROP comes out transformed and is transformed back.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -102,6 +103,11 @@ class Recipe:
         return spec.a, b
 
     @property
+    def is_plain(self) -> bool:
+        """Whether nothing is done to any operand: the products are then those of an nn.Linear."""
+        return all(spec == GemmSpec() for spec in map(self.gemm, GEMMS))
+
+    @property
     def narrowest_bits(self) -> int:
         """Bits of its narrowest operand's elements; 32 if no operand has a format of its own."""
         specs = [spec for gemm in GEMMS for spec in self.operands(gemm) if spec is not None]
@@ -124,13 +130,22 @@ class Recipe:
 
     def with_gemms(self, **parts: "Recipe") -> "Recipe":
         """This recipe with single GEMMs taken from others: `with_gemms(fprop=bf16)`."""
-        name = f"{self.name}({', '.join(f'{gemm}={recipe.name}' for gemm, recipe in parts.items())})" if parts else self.name
-        return replace(self, name=name, **{gemm: recipe.gemm(gemm) for gemm, recipe in parts.items()})
+        return self.changed(parts, {})
 
     def with_fields(self, gemm: str, **fields: Any) -> "Recipe":
         """This recipe with single fields of one GEMM changed: `with_fields("fprop", accumulator_bits=14)`."""
-        words = ", ".join(f"{key}={value}" for key, value in fields.items())
-        return replace(self, name=f"{self.name}({gemm}: {words})", **{gemm: replace(self.gemm(gemm), **fields)})
+        return self.changed({}, {gemm: fields})
+
+    def changed(self, parts: "Mapping[str, Recipe]", fields: Mapping[str, Mapping[str, Any]]) -> "Recipe":
+        """This recipe with GEMMs taken from others (`parts`) and GEMMs changed in single fields, all at once.
+
+        ValueError if the GEMMs don't fit together.
+        """
+        name = f"{self.name}({', '.join(f'{gemm}={recipe.name}' for gemm, recipe in parts.items())})" if parts else self.name
+        for gemm, settings in fields.items():
+            name += f"({gemm}: {', '.join(f'{key}={value}' for key, value in settings.items())})"
+        gemms = {gemm: recipe.gemm(gemm) for gemm, recipe in parts.items()}
+        return replace(self, name=name, **gemms, **{gemm: replace(self.gemm(gemm), **settings) for gemm, settings in fields.items()})
 
 
 def _applied(source: OperandSource, symbol: str) -> str:

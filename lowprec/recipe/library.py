@@ -186,14 +186,19 @@ def resolve(value: Any) -> Recipe:
         raise UserError(f"unknown key '{unknown[0]}' in a recipe{nearest(unknown[0], ('base', *GEMMS))}")
     if "base" not in value:
         raise UserError(f"a recipe given as a mapping needs 'base', the recipe that it changes; got {dict(value)!r}")
-    changed = {gemm: value[gemm] for gemm in GEMMS if isinstance(value.get(gemm), Mapping)}
-    recipe = resolve(value["base"]).with_gemms(**{gemm: resolve(value[gemm]) for gemm in GEMMS if gemm in value and gemm not in changed})
-    for gemm, settings in changed.items():
-        try:
-            recipe = recipe.with_fields(gemm, **{key: _gemm_field(key, setting) for key, setting in settings.items()})
-        except ValueError as error:
-            raise UserError(f"{gemm}: {error}") from None
-    return recipe
+    base, given = resolve(value["base"]), {gemm: value[gemm] for gemm in GEMMS if gemm in value}
+    others = {gemm: resolve(other) for gemm, other in given.items() if not isinstance(other, Mapping)}
+    fields: dict[str, dict[str, Any]] = {}
+    for gemm, settings in given.items():
+        if isinstance(settings, Mapping):
+            try:
+                fields[gemm] = {key: _gemm_field(key, setting) for key, setting in settings.items()}
+            except ValueError as error:
+                raise UserError(f"{gemm}: {error}") from None
+    try:
+        return base.changed(others, fields)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def _gemm_field(key: str, value: Any) -> Any:

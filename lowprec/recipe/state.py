@@ -28,13 +28,13 @@ def history_name(gemm: str, side: str) -> str:
     return f"amax_history_{gemm}_{side}"
 
 
-_HISTORIES = {history_name(*operand) for operand in OPERANDS}
+HISTORIES = tuple(history_name(*operand) for operand in OPERANDS)
 
 
 def is_state(name: str) -> bool:
     """Whether a buffer of this full name is what a recipe keeps."""
     last = name.rpartition(".")[2]
-    return last == ROUNDING_STATE or last in _HISTORIES
+    return last == ROUNDING_STATE or last in HISTORIES
 
 
 def operand_spec(recipe: Recipe, gemm: str, side: str) -> OperandSpec | None:
@@ -55,7 +55,7 @@ def new_state(recipe: Recipe, device: torch.device, seed: int = 0, layer: int = 
         state[ROUNDING_STATE] = torch.tensor([seed % 2**32, layer, 0], dtype=torch.int64, device=device)
     for (gemm, side), spec in specs.items():
         if spec is not None and spec.scaling is not None and spec.scaling.history:
-            state[history_name(gemm, side)] = torch.zeros(spec.scaling.history, device=device)
+            state[history_name(gemm, side)] = torch.zeros(spec.scaling.history, dtype=torch.float32, device=device)
     return state
 
 
