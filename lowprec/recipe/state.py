@@ -51,11 +51,12 @@ def new_state(recipe: Recipe, device: torch.device, seed: int = 0, layer: int = 
     """
     specs = {(gemm, side): operand_spec(recipe, gemm, side) for gemm, side in OPERANDS}
     state = {}
-    if any(spec is not None and spec.stochastic for spec in specs.values()):
-        state[ROUNDING_STATE] = torch.tensor([seed % 2**32, layer, 0], dtype=torch.int64, device=device)
-    for (gemm, side), spec in specs.items():
-        if spec is not None and spec.scaling is not None and spec.scaling.history:
-            state[history_name(gemm, side)] = torch.zeros(spec.scaling.history, dtype=torch.float32, device=device)
+    with torch.inference_mode(False):  # training changes them in place
+        if any(spec is not None and spec.stochastic for spec in specs.values()):
+            state[ROUNDING_STATE] = torch.tensor([seed % 2**32, layer, 0], dtype=torch.int64, device=device)
+        for (gemm, side), spec in specs.items():
+            if spec is not None and spec.scaling is not None and spec.scaling.history:
+                state[history_name(gemm, side)] = torch.zeros(spec.scaling.history, dtype=torch.float32, device=device)
     return state
 
 
