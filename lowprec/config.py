@@ -44,6 +44,15 @@ class RuleConfig(StrictConfig):
     recipe: Recipe | None
     """A recipe; `none` leaves the modules as they are."""
 
+    @field_validator("modules")
+    @classmethod
+    def _is_an_expression(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"'{value}' is not a regular expression: {error}") from None
+        return value
+
     @field_validator("recipe", mode="before")
     @classmethod
     def _resolve(cls, value: Any) -> Recipe | None:
@@ -102,7 +111,7 @@ class PhaseConfig(StrictConfig):
 class LossScalingConfig(StrictConfig):
     """Dynamic loss scaling of fp16 training (torch.amp.GradScaler; arXiv 1710.03740, section 3.2)."""
 
-    init_scale: float = Field(default=2.0**16, gt=0)
+    init_scale: float = Field(default=2.0**16, gt=0, le=2.0**126)
     growth_factor: float = Field(default=2.0, gt=1)
     backoff_factor: float = Field(default=0.5, gt=0, lt=1)
     growth_interval: int = Field(default=2000, ge=1)

@@ -17,7 +17,7 @@ from lowprec.errors import UserError, nearest
 class StrictConfig(BaseModel):
     """A frozen section of the configuration that rejects unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod

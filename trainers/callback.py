@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from transformers import DefaultFlowCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
-from lowprec.errors import TrainingStopped
+from lowprec.errors import TrainingStopped, UserError
 from lowprec.plan import PartPlan, Plan
 from lowprec.recipe.state import is_state
 from trainers import rundir
 from trainers.amp import check_weights, configure, prepare_to_load
-from trainers.controller import PrecisionController
+from trainers.controller import SETTLED, PrecisionController
+from trainers.left_out import is_checkpoint_of, leaves_state_out, load_state, save_state
 from trainers.original_names import accept_original_names
 from trainers.wandb_log import log_events, log_plan, log_scalars
 
@@ -33,15 +35,23 @@ STATE = "lowprec"
 new callback from what it finds under that, without a model."""
 
 
-_FINISHED = "_lowprec_finished"
+FINISHED = "_lowprec_finished"
 """Set on a model that is not being trained any more."""
 
 
 def _leave_state_out(model: Any, state_dict: Any, prefix: str, local_metadata: Any) -> None:
     """What is saved of a finished run's model are its weights, for whoever serves it; the checkpoints have what a run needs to go on."""
-    if getattr(model, _FINISHED, False):
+    if getattr(model, FINISHED, False):
         for name in [name for name in state_dict if is_state(name)]:
             del state_dict[name]
+
+
+def _keep_own_state(model: Any, state_dict: Any, prefix: str, *_: Any) -> None:
+    """And what was left out is not missed when it is loaded again."""
+    if getattr(model, FINISHED, False):
+        for name, buffer in model.named_buffers():
+            if is_state(name):
+                state_dict.setdefault(prefix + name, buffer.clone())
 
 
 def show_log() -> None:
@@ -74,6 +84,9 @@ class LowPrecisionCallback(TrainerCallback):
         self.controller = PrecisionController(precision, parts=parts, tokens=tokens, compiled=compiled)
         self._told = 0
         self._comes_first = self._begun = False
+        self._hooked: Any = None
+        self._checkpoints: list[Path] = []
+        """Those that this run wrote or went on from, oldest first."""
 
     @property
     def precision(self) -> Any:
@@ -93,14 +106,24 @@ class LowPrecisionCallback(TrainerCallback):
         callbacks.sort(key=lambda callback: 0 if isinstance(callback, DefaultFlowCallback) else 1 if callback is self else 2)
         self._comes_first = True
 
-    def train(self, trainer: Any, resume_from_checkpoint: str | None = None) -> Any:
+    def train(self, trainer: Any, resume_from_checkpoint: str | bool | None = None) -> Any:
         """`trainer.train()`, and again from the last good checkpoint whenever the guard wants to go back to it (`guard.data: replay`).
+
+        Good is one of this run's that three steps without a breach have followed, if there is one: a bad update shows only in the steps
+        after it. It is an older one than last time if that did not help.
 
         It also resumes fp16 under FSDP2, which the Trainer alone (transformers 5.17, accelerate 1.15) fails to do.
 
         Raises:
             TrainingStopped: there is no such checkpoint.
         """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(trainer.args.output_dir)
+        if resume_from_checkpoint:
+            begun = Path(resume_from_checkpoint)
+            older = [path for path in rundir.checkpoints(begun.parent) if rundir.step_of(path) < rundir.global_step(begun)]
+            self._checkpoints = [*older, begun]
+        last: tuple[int, Path] | None = None
         while True:
             scaler = trainer.accelerator.scaler
             if resume_from_checkpoint and scaler is not None:
@@ -110,35 +133,68 @@ class LowPrecisionCallback(TrainerCallback):
             if before is None:
                 return output
             directory = Path(trainer.args.output_dir)
-            checkpoint = rundir.last_checkpoint(directory, before=before)
+            checkpoint = self._to_go_back_to(before, last)
             if checkpoint is None:
                 raise TrainingStopped(f"guard: no checkpoint before step {before} in {directory} to go back to: save more often")
+            last = before, checkpoint
             if trainer.state.is_world_process_zero:
-                rundir.keep_lines_until(directory / rundir.METRICS, rundir.step_of(checkpoint))
+                rundir.keep_lines_until(directory / rundir.METRICS, rundir.global_step(checkpoint))
             resume_from_checkpoint = str(checkpoint)
+
+    def _to_go_back_to(self, before: int, last: tuple[int, Path] | None) -> Path | None:
+        """The checkpoint for a breach at step `before`; `last`: the step of the breach before that, and where the run went back to then."""
+        steps = {path: rundir.global_step(path) for path in self._checkpoints if rundir.is_whole(path)}
+        whole = sorted((path for path, step in steps.items() if step < before), key=lambda path: steps[path])
+        good = [path for path in whole if steps[path] <= before - SETTLED]
+        if last is not None and before <= last[0] + SETTLED:  # the same trouble once more
+            good = [path for path in good if steps[path] < steps[last[1]]]
+        return good[-1] if good else whole[0] if whole else None
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if args.should_save:
             for torn in rundir.set_aside_torn(Path(args.output_dir)):
                 logger.warning("a checkpoint that was not written to its end is set aside as %s", torn)
-        if args.fp16:
-            check_weights(model)
-        accept_original_names(model)
-        model.register_state_dict_post_hook(_leave_state_out)
+        if getattr(control, "_lowprec", self) is not self:
+            raise UserError("this Trainer has two LowPrecisionCallbacks: one decides the precision of its model")
+        control._lowprec = self
+        self._hook(args, model)
         self.controller.compiled = self.controller.compiled or bool(args.torch_compile)
         plan = self.controller.convert(model, args.device)
         if state.is_world_process_zero:
             show_log()
             logger.info("%s", plan)
 
+    def _hook(self, args: Any, model: Any) -> None:
+        if args.fp16:
+            check_weights(model)
+        accept_original_names(model)
+        model.register_state_dict_post_hook(_leave_state_out)
+        model.register_load_state_dict_pre_hook(_keep_own_state)
+        self._hooked = model
+
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any) -> None:
         controller, scaler = self.controller, getattr(optimizer, "scaler", None)
         held = state.stateful_callbacks.get(STATE) if state.global_step else None
         if scaler is not None:
             configure(scaler, controller.config.loss_scaling, resumed=bool(state.global_step))
+        guard = controller.config.guard
+        if guard is not None and guard.data == "replay" and (args.save_strategy == "no" or args.save_only_model):
+            what = (
+                "save_strategy='no' writes none" if args.save_strategy == "no" else "save_only_model=True writes them without the optimizer"
+            )
+            raise UserError(f"precision.guard.data: replay goes back to checkpoints, but {what}")
+        if model is not self._hooked:  # the Trainer's model_init has made another one
+            self._hook(args, model)
+            if state.global_step and controller.has_state:
+                raise UserError(
+                    "a model of model_init loads its checkpoint before it is converted, without what its recipe keeps: give the Trainer a "
+                    "model instead"
+                )
+        if not state.global_step:
+            self._checkpoints = []
         if held is not None:
             controller.load_state_dict(held)
-        elif not state.global_step:
+        elif controller.replay_before is None:
             controller.forget()
         tokens_per_step = controller.tokens and controller.tokens * args.gradient_accumulation_steps * args.world_size
         controller.start(
@@ -150,12 +206,15 @@ class LowPrecisionCallback(TrainerCallback):
             scaler=scaler,
             directory=Path(args.output_dir),
             main=state.is_world_process_zero,
+            items_of_all_ranks=args.average_tokens_across_devices,
         )
+        if state.global_step and leaves_state_out(model):
+            self._load_left_out(model, args, state)
         self._keep(state)
         if state.is_world_process_zero and controller.plan is not None:
             controller.plan.save(Path(args.output_dir) / PLAN_FILE)
         self._begun = True
-        setattr(model, _FINISHED, False)
+        setattr(model, FINISHED, False)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._begun and "wandb" in args.report_to and state.is_world_process_zero and self.controller.plan is not None:
@@ -176,8 +235,17 @@ class LowPrecisionCallback(TrainerCallback):
             control.should_training_stop, control.should_save, control.should_evaluate = True, False, False
         return control
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if self.controller.replay_before is not None:  # what an epoch's end makes due, too
+            control.should_save = control.should_evaluate = False
+        return control
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.controller.saved(state.global_step)
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        self._checkpoints = [path for path in self._checkpoints if path != checkpoint] + [checkpoint]
+        if args.should_save and leaves_state_out(model):
+            save_state(model, checkpoint)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs is None or "loss" not in logs:
@@ -191,7 +259,13 @@ class LowPrecisionCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.controller.stop()
-        setattr(model, _FINISHED, self.controller.replay_before is None)
+        setattr(model, FINISHED, self.controller.replay_before is None)
+
+    def _load_left_out(self, model: Any, args: Any, state: Any) -> None:
+        here = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        found = [path for path in (*self._checkpoints[-1:], here) if is_checkpoint_of(path, state)]
+        if not any(load_state(model, path) for path in found):
+            logger.warning("the checkpoint holds adapters only: rounding keys and histories of amaxes begin anew")
 
     def _keep(self, state: Any) -> None:
         """The state goes into whatever checkpoint is written next."""

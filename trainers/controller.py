@@ -24,10 +24,11 @@ from torch import nn
 
 import lowprec
 from lowprec.config import PrecisionConfig, parse_precision
-from lowprec.errors import TrainingStopped
+from lowprec.errors import TrainingStopped, UserError
 from lowprec.observe import LayerProbe, Probe
 from lowprec.plan import PartPlan, Plan
 from lowprec.recipe import Recipe, library
+from lowprec.recipe.state import is_state
 from lowprec.weights import recipes_of
 from trainers.amp import check_floor
 from trainers.guard import Breach, Guard, Observation, layers_meant, worst
@@ -38,8 +39,8 @@ from trainers.watch import Watch
 
 logger = logging.getLogger("lowprec")
 
-_SETTLED = 3
-"""Steps after which a snapshot counts as good if nothing has happened."""
+SETTLED = 3
+"""Steps after which a snapshot or a checkpoint counts as good if nothing has happened."""
 
 
 class PrecisionController:
@@ -55,6 +56,8 @@ class PrecisionController:
     """
 
     def __init__(self, precision: Any, *, parts: Iterable[PartPlan] = (), tokens: int | None = None, compiled: bool = False) -> None:
+        if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1):
+            raise UserError(f"tokens: the tokens of a forward pass are a whole number from 1, got {tokens!r}")
         self.config: PrecisionConfig = parse_precision(precision)
         self.phases = self.config.phases()
         self.parts, self.tokens, self.compiled = tuple(parts), tokens, compiled
@@ -80,8 +83,17 @@ class PrecisionController:
         self._stale_after: int | None = None
         """After which step the directory has events of a course that the run has left."""
         self._tells = True
+        self._checkpoints: set[int] = set()
+        """The snapshots that are a checkpoint's as well, by their step."""
+        self._last_step: int | None = None
+        self._warned = False
         self._restored: tuple[int, int] | None = None
         """When the guard last went back, and to which step."""
+
+    @property
+    def has_state(self) -> bool:
+        """Whether any recipe of the run keeps something in the layers."""
+        return any(is_state(name) for name, _ in self._model.named_buffers())
 
     # Before the run
 
@@ -101,6 +113,7 @@ class PrecisionController:
         scaler: Any = None,
         directory: Path | None = None,
         main: bool = True,
+        items_of_all_ranks: bool = False,
     ) -> None:
         """The run begins, or goes on, after `step` steps.
 
@@ -111,6 +124,7 @@ class PrecisionController:
             scaler: the gradient scaler, if there is one.
             directory: where events are written, if anywhere.
             main: whether this rank tells of events, in the log and the directory.
+            items_of_all_ranks: see `Watch`.
         Raises:
             UserError: the schedule does not fit the run.
         """
@@ -124,16 +138,22 @@ class PrecisionController:
         if self._guard is not None:
             if self._watch is not None:
                 self._watch.detach()
-            self._watch, self._snapshots = Watch(model), Snapshots()
-            self._snapshots.take(step, model, optimizer, scaler)
+            self._watch, self._snapshots = Watch(model, items_of_all_ranks), Snapshots()
+            self._take(step, checkpoint=True)
+        if self._probe is not None:
+            self._probe.cancel()
         if self.config.probe_every:
             self._probe = Probe(model)
+        self._last_step = total_steps
 
     def stop(self) -> None:
         """The run is over: nothing stays hooked to the model."""
         if self._watch is not None:
             self._watch.detach()
             self._watch = None
+        if self._probe is not None:
+            self._probe.cancel()
+        self._snapshots = Snapshots()  # their memory
 
     # In the run
 
@@ -144,7 +164,8 @@ class PrecisionController:
             self._set_phase(phase)
             assert self.plan is not None
             self._tell(step, "phase", f"phase {phase + 1} of {len(self.phases)}: {self.plan.summary()}")
-        if self._probe is not None and step % self.config.probe_every == 0:
+        over = self._last_step is not None and step >= self._last_step
+        if self._probe is not None and step % self.config.probe_every == 0 and not over:
             self._probe.begin()
         # A growing scale grows after the step; its gradients had this one.
         self._scale = self._scaler.get_scale() if self._guard is not None and self._scaler_in_use() else None
@@ -170,12 +191,12 @@ class PrecisionController:
         elif skipped and self._scaler is not None:
             check_floor(self._scaler, self.config.loss_scaling, step, self.skipped_steps)
         if self._guard is not None and breach is None and step % self._guard.config.snapshot_every == 0:
-            self._snapshots.take(step, self._model, self._optimizer, self._scaler)
+            self._take(step)
 
     def saved(self, step: int) -> None:
         """A checkpoint was written: a run that resumes from it has what this one has to go back to."""
         if self._guard is not None and self.replay_before is None:
-            self._snapshots.take(step, self._model, self._optimizer, self._scaler)
+            self._take(step, checkpoint=True)
 
     def scalars(self) -> dict[str, float]:
         """What to log beside the loss; quantisation errors once for each time that they were measured."""
@@ -198,6 +219,7 @@ class PrecisionController:
     def forget(self) -> None:
         """Before `start`: another run of the same model begins, which knows nothing of the one before."""
         self.raised, self.skipped_steps, self.recoveries, self._restored, self.replay_before = {}, 0, 0, None, None
+        self._sqnr, self.probed = None, {}
         self._guard = None if self.config.guard is None else Guard(self.config.guard)
 
     def state_dict(self) -> dict[str, Any]:
@@ -208,6 +230,7 @@ class PrecisionController:
             "raised": {name: recipe.name for name, recipe in self.raised.items()},
             "restored": self._restored,
             "guard": None if self._guard is None else self._guard.state_dict(),
+            "sqnr": self._sqnr,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -216,7 +239,7 @@ class PrecisionController:
             self.recoveries = state["recoveries"]
             self._restored = None if state["restored"] is None else (state["restored"][0], state["restored"][1])
             self.raised = {name: library.resolve(recipe) for name, recipe in state["raised"].items()}
-        self.skipped_steps = state["skipped_steps"]
+        self.skipped_steps, self._sqnr = state["skipped_steps"], state.get("sqnr")
         if self._guard is not None and state["guard"] is not None:
             self._guard.load_state_dict(state["guard"])
 
@@ -244,6 +267,9 @@ class PrecisionController:
         assert self._guard is not None
         assert self._watch is not None
         loss, norm, layers = self._watch.read(self._scale)
+        if loss is None and not self._warned:
+            self._warned = True
+            logger.warning("guard: the model returns no loss (it is computed outside of it), so only the gradients are watched")
         sqnr = None if sampled is None else self._worst_sqnr(sampled)
         return self._guard.observe(
             Observation(step=step, loss=loss, grad_norm=norm, layers=layers, skipped=skipped, scaled=self._scaler_in_use(), sqnr=sqnr)
@@ -282,19 +308,35 @@ class PrecisionController:
     def _worst_sqnr(self, sampled: dict[str, LayerProbe]) -> dict[str, float]:
         """Of each layer's worst operand on the worst rank [dB]: ranks see other data, and must decide alike. What is no number counts as
         minus infinity, which a minimum keeps."""
-        operands = [(probe.sqnr_x, probe.sqnr_w, probe.sqnr_g) for probe in sampled.values()]
-        lowest = torch.tensor(operands, dtype=torch.float64, device=self._device).reshape(-1, 3).amin(1)
+        # Of all layers: an expert may have had tokens on one rank alone.
+        names = list(recipes_of(self._model))
+        nothing = (math.inf,) * 3
+        found = {name: (probe.sqnr_x, probe.sqnr_w, probe.sqnr_g) for name, probe in sampled.items()}
+        lowest = torch.tensor([found.get(name, nothing) for name in names], dtype=torch.float64, device=self._device).reshape(-1, 3).amin(1)
         lowest = lowest.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
-        self._sqnr = dict(zip(sampled, lowest.tolist(), strict=True))
+        self._sqnr = {name: value for name, value in zip(names, lowest.tolist(), strict=True) if value != math.inf or name in found}
         return self._sqnr
+
+    def _take(self, step: int, checkpoint: bool = False) -> None:
+        """A snapshot, unless the newest one is so young that keeping both would leave none that is known to be good.
+
+        A checkpoint's takes the place of such a one that is none's: a run that resumes from it has what this one has.
+        """
+        steps = self._snapshots.steps
+        if steps and steps[-1] > step - SETTLED and not (checkpoint and steps[-1] not in self._checkpoints):
+            return
+        if steps and steps[-1] > step - SETTLED:
+            self._snapshots.drop_newest()
+        self._snapshots.take(step, self._model, self._optimizer, self._scaler)
+        self._checkpoints = {at for at in self._checkpoints if at in self._snapshots.steps} | ({step} if checkpoint else set())
 
     def _last_good(self, step: int) -> int:
         """The snapshot to go back to from a breach at `step`: one that some healthy steps have followed, since a bad update shows only in
         the steps after it; and an older one than last time, if that did not help for long."""
         steps = self._snapshots.steps
-        good = [at for at in steps if at <= step - _SETTLED]
+        good = [at for at in steps if at <= step - SETTLED]
         if self._restored is not None and self._guard is not None:
             when, back = self._restored
             if step - when <= self._guard.config.snapshot_every:

@@ -113,6 +113,8 @@ def _optimizer_class(moments: str) -> Any:
             return loss
 
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            if any(_STEPS not in group for group in state_dict["param_groups"]):
+                raise UserError("optimizer: this state is another optimizer's; go on with the one that it was saved with")
             super().load_state_dict(state_dict)
             # torch casts every state to the weight's dtype; these are kept as they were saved.
             saved = (number for group in state_dict["param_groups"] for number in group["params"])

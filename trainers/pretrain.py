@@ -96,14 +96,14 @@ def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> d
     if args.should_save:
         write_atomically(directory / rundir.CONFIG, dump(data))
         if checkpoint is not None:
-            rundir.keep_lines_until(directory / rundir.METRICS, _global_step(checkpoint))
+            rundir.keep_lines_until(directory / rundir.METRICS, rundir.global_step(checkpoint))
     if "wandb" in args.report_to:
         os.environ.setdefault("WANDB_DIR", str(directory))
 
     parts = _parts(config, device_type, autocast_part, liger)
     low_precision = LowPrecisionCallback(config.precision, parts=parts, **_pass(config, settings))
     trainer = _trainer(model, args, loaded, low_precision, config)
-    start, first_step = time.perf_counter(), 0 if checkpoint is None else _global_step(checkpoint)
+    start, first_step = time.perf_counter(), 0 if checkpoint is None else rundir.global_step(checkpoint)
     low_precision.train(trainer, str(checkpoint) if checkpoint is not None else None)
     wall_s = time.perf_counter() - start
     tokens = (trainer.state.global_step - first_step) * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -285,10 +285,6 @@ def _planned_vocabulary(config: DataConfig) -> int:
     if config.tokenizer == "bpe":
         return config.vocab_size
     return len(load_tokenizer(config, open_corpus(config)))
-
-
-def _global_step(checkpoint: Path) -> int:
-    return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
 
 
 def _device_name(device_type: str) -> str:

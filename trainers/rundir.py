@@ -67,13 +67,9 @@ def prepare(config_path: str | Path, trainer: Mapping[str, Any], root: Path = Pa
     return output, checkpoint
 
 
-def last_checkpoint(directory: Path, before: int | None = None) -> Path | None:
-    """The checkpoint of the highest step in `directory`, below `before` if given, that was written to its end.
-
-    (Its trainer_state.json is written last.)
-    """
-    candidates = (path for path in _checkpoints(directory) if before is None or step_of(path) < before)
-    return max(filter(_is_whole, candidates), key=step_of, default=None)
+def last_checkpoint(directory: Path) -> Path | None:
+    """The checkpoint of the highest step in `directory` that was written to its end. (Its trainer_state.json is written last.)"""
+    return max(filter(is_whole, checkpoints(directory)), key=step_of, default=None)
 
 
 _STILL_WRITTEN = 5.0
@@ -86,9 +82,9 @@ def set_aside_torn(directory: Path) -> list[Path]:
     One that another process may be writing right now stays.
     """
     renamed = []
-    for checkpoint in _checkpoints(directory):
+    for checkpoint in checkpoints(directory):
         changed = max(path.stat().st_mtime for path in (checkpoint, *checkpoint.iterdir()))
-        if not _is_whole(checkpoint) and time.time() - changed > _STILL_WRITTEN:
+        if not is_whole(checkpoint) and time.time() - changed > _STILL_WRITTEN:
             target = checkpoint.with_name(f"torn-{checkpoint.name}")
             if target.exists():
                 shutil.rmtree(target)
@@ -111,12 +107,18 @@ def keep_lines_until(path: Path, step: int) -> None:
     write_atomically(path, "".join(kept))
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end."""
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):  # killed before, or in the middle of, writing it
         return False
     return True
+
+
+def global_step(checkpoint: Path) -> int:
+    """The step that a whole checkpoint was written after, by what is in it."""
+    return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
 
 
 def step_of(path: Path) -> int:
@@ -126,17 +128,17 @@ def step_of(path: Path) -> int:
     return int(match.group(1))
 
 
-def _checkpoints(directory: Path) -> list[Path]:
-    return [path for path in directory.glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name)]
+def checkpoints(directory: Path) -> list[Path]:
+    return [path for path in directory.glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name) and path.is_dir()]
 
 
 def _holds_run(directory: Path) -> bool:
-    return any((directory / name).exists() for name in (CONFIG, PLAN, METRICS, SUMMARY)) or bool(_checkpoints(directory))
+    return any((directory / name).exists() for name in (CONFIG, PLAN, METRICS, SUMMARY)) or bool(checkpoints(directory))
 
 
 def _delete_run(directory: Path) -> None:
     """Delete what a run writes; other files stay."""
-    for path in _checkpoints(directory):
+    for path in checkpoints(directory):
         shutil.rmtree(path)
     for name in (CONFIG, PLAN, METRICS, EVENTS, SUMMARY):
         (directory / name).unlink(missing_ok=True)

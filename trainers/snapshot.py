@@ -92,6 +92,9 @@ class Snapshots:
         snapshot.scaler = deepcopy(scaler.state_dict()) if scaler is not None else {}
         self._snapshots.append(snapshot)
 
+    def drop_newest(self) -> None:
+        self._snapshots.pop()
+
     @torch.no_grad()
     def restore(self, model: nn.Module, optimizer: Any, scaler: Any = None, before: int | None = None) -> int:
         """Put the newest state back, or the newest of step `before` or earlier; drop later ones. Returns its step.

@@ -25,9 +25,10 @@ class Watch:
 
     Args:
         model: what the training loop calls, or what DDP wraps.
+        items_of_all_ranks: whether `num_items_in_batch`, where the model is told it, counts those of all ranks: their losses add up then.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, items_of_all_ranks: bool = False) -> None:
         self.names: list[str] = []
         """The modules that have trainable parameters of their own, in model order."""
         self._owner: list[int] = []
@@ -40,6 +41,7 @@ class Watch:
         self._shares = torch.tensor([_share(parameter) for parameter in parameters], dtype=torch.float64, device=device)
         self._loss: Tensor | None = None
         self._micro_batches = 0
+        self._items_of_all_ranks, self._told_items = items_of_all_ranks, False
         # FSDP2 calls these hooks of a sharded parameter when its gradient is there.
         self._handles += [parameter.register_post_accumulate_grad_hook(self._has_gradient) for parameter in parameters]
         self._handles.append(model.register_forward_hook(self._add_loss, with_kwargs=True))
@@ -48,7 +50,8 @@ class Watch:
         """The step since the last call: (loss, norm of all gradients, norm of each module's own gradients by its name).
 
         The loss is None if the model returned none. It is the mean over the micro-batches; their sum where the model was told
-        `num_items_in_batch`, of which each loss is a share then. Over the ranks it is the mean. A parameter without a gradient counts as 0.
+        `num_items_in_batch`, of which each loss is a share then. Over the ranks it is the mean, or the sum where that counts the items of
+        all ranks. A parameter without a gradient counts as 0.
         Of parameters that every rank holds whole, the norm is the root of the mean square over the ranks, whose gradients DDP has averaged.
 
         Args:
@@ -68,8 +71,9 @@ class Watch:
         for owner, square in zip(self._owner, squares, strict=True):
             modules[self.names[owner]] += square
         norms = {name: factor * math.sqrt(square) for name, square in modules.items()}
-        micro_batches, self._micro_batches = max(self._micro_batches, 1), 0
-        return None if seen is None else total_loss / ranks / micro_batches, factor * math.sqrt(sum(squares)), norms
+        parts = max(self._micro_batches, 1) * (1 if self._told_items and self._items_of_all_ranks else ranks)
+        self._micro_batches, self._told_items = 0, False
+        return None if seen is None else total_loss / parts, factor * math.sqrt(sum(squares)), norms
 
     def detach(self) -> None:
         """Remove the hooks."""
@@ -122,6 +126,8 @@ class Watch:
         self._loss = loss if self._loss is None else self._loss + loss
         if kwargs.get("num_items_in_batch") is None:
             self._micro_batches += 1
+        else:
+            self._told_items = True
 
 
 def _after_backward(function: Callable[[], None]) -> None:

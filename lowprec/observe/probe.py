@@ -92,6 +92,11 @@ class Probe:
         finally:
             self._disarm()
 
+    def cancel(self) -> None:
+        """Remove the hooks of a step that was begun, and forget what they saw."""
+        self._disarm()
+        self._found = {}
+
     def begin(self) -> None:
         """Hook into the layers: the step that follows is measured. If a step was begun already, it is begun anew."""
         self._disarm()

@@ -174,11 +174,6 @@ def test_another_run_knows_nothing_of_the_one_before(tmp_path: Path):
     assert not (tmp_path / "events.jsonl").read_text()  # it was the other run's
 
 
-def test_replay_needs_checkpoints(tmp_path: Path):
-    with pytest.raises(TrainingStopped, match="no checkpoint before step 21"):
-        run(tmp_path, {**GUARD, "data": "replay"}, NaNGradient, 20)
-
-
 @pytest.mark.parametrize(
     "guard, message",
     [

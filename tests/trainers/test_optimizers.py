@@ -195,6 +195,14 @@ def test_a_resumed_run_continues_bit_for_bit(weights: str, moments: str):
 
 
 @pytest.mark.usefixtures("eager")
+def test_the_state_of_another_optimizer_is_refused():
+    parameters = [nn.Parameter(torch.ones(8, dtype=torch.bfloat16))]
+    other = torch.optim.AdamW(parameters).state_dict()
+    optimizer = build(OptimizerConfig(weights="bf16"), parameters, lr=1e-3, betas=BETAS)
+    with pytest.raises(UserError, match="this state is another optimizer's"):
+        optimizer.load_state_dict(other)
+
+
 def test_a_scheduler_changes_the_learning_rate():
     config = OptimizerConfig(weights="bf16")
     model = _model(config)

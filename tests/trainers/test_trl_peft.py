@@ -103,6 +103,10 @@ def plain(folder: Path, *callbacks: TrainerCallback, precision: Any = "fp8_block
 
 def losses(trainer: Trainer) -> list[float]:
     trainer.train()
+    return logged(trainer)
+
+
+def logged(trainer: Trainer) -> list[float]:
     return [record["loss"] for record in trainer.state.log_history if "loss" in record]
 
 
@@ -200,3 +204,31 @@ def test_fp32_trains_as_without_the_callback(tmp_path: Path):
     assert losses(sft(tmp_path, precision="fp32", max_steps=3)) == pytest.approx(
         losses(sft(tmp_path, precision=None, max_steps=3)), rel=1e-5
     )
+
+
+@pytest.mark.parametrize("precision", ["fp8_delayed", "mxfp4_quartet"])
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_resumed_run_of_adapters_is_the_same_run(precision: str, elsewhere: bool, tmp_path: Path):
+    """Checkpoints of PEFT have no buffers of the layers beneath; what the recipe keeps there lies beside them."""
+    saves = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
+    first = plain(tmp_path, precision=precision, **saves)
+    first.train()
+    checkpoint = tmp_path / "checkpoint-3"
+    assert (checkpoint / "lowprec_state.safetensors").is_file()
+    again = plain(tmp_path / "other" if elsewhere else tmp_path, precision=precision, **saves)
+    callback = next(each for each in again.callback_handler.callbacks if isinstance(each, LowPrecisionCallback))
+    if elsewhere:
+        callback.train(again, str(checkpoint))
+    else:
+        again.train(resume_from_checkpoint=str(checkpoint))
+    assert logged(again)[-3:] == logged(first)[-3:]
+    buffers = dict(first.model.named_buffers())
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in again.model.named_buffers())
+
+
+def test_adapters_without_what_the_recipe_kept_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    saves = {"save_strategy": "steps", "save_steps": 3, "max_steps": 4}
+    plain(tmp_path, precision="fp8_delayed", **saves).train()
+    (tmp_path / "checkpoint-3" / "lowprec_state.safetensors").unlink()
+    plain(tmp_path, precision="fp8_delayed", **saves).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert any("begin anew" in record.message for record in caplog.records)

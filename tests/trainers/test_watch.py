@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import lowprec
+from trainers import watch as watching
 from trainers.watch import Watch
 
 # Norms of fp32 gradients, summed in another order: relative rounding errors of 2^-24 that at most add up over a few thousand values.
@@ -104,6 +105,22 @@ def test_micro_batches_of_a_step():
     shares = _step(model, 0, 1, 2, num_items_in_batch=90)
     assert watch.read()[0] == pytest.approx(sum(shares), rel=1e-6)
     assert sum(shares) == pytest.approx(sum(losses) / 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("of_all_ranks", [False, True])
+def test_the_loss_over_two_ranks(of_all_ranks: bool, monkeypatch: pytest.MonkeyPatch):
+    """Of the items of all ranks each rank's loss is a share; of its own items, a mean."""
+    monkeypatch.setattr(watching, "_ranks", lambda: 2)
+    monkeypatch.setattr(watching.dist, "all_reduce", lambda sums: sums.mul_(2))  # the other rank saw the same
+    model = _model()
+    watched = Watch(model, items_of_all_ranks=of_all_ranks)
+    mean = _step(model, 1)[0]
+    assert watched.read()[0] == pytest.approx(mean, rel=1e-6)
+    model.zero_grad()
+    items = 30  # in one batch: see the test above
+    share = _step(model, 1, num_items_in_batch=items * (2 if of_all_ranks else 1))[0]
+    assert share == pytest.approx(mean / (2 if of_all_ranks else 1), rel=1e-6)
+    assert watched.read()[0] == pytest.approx(mean, rel=1e-6)
 
 
 def test_the_loss_scale_is_divided_out():
