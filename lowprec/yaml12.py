@@ -69,8 +69,12 @@ def load_mapping(path: str | Path) -> dict[str, Any]:
     """The mapping in a file; UserError if the file is missing or holds something else."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    data = load(path.read_text(encoding="utf-8"), str(path))
+        raise UserError(f"{path}: " + ("a folder, not a file" if path.is_dir() else "no such file"))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: not a text file in UTF-8: {error}") from None
+    data = load(text, str(path))
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a mapping of settings, got {type(data).__name__}")
     return data

@@ -32,7 +32,25 @@ def check_trainer(settings: Mapping[str, Any]) -> dict[str, Any]:
     for key in settings:
         if key not in known:
             raise UserError(f"trainer.{key}: unknown key{nearest(key, known)}")
-    return {key: parse_value(known[key], value, f"trainer.{key}") for key, value in settings.items()}
+    parsed = {key: parse_value(known[key], value, f"trainer.{key}") for key, value in settings.items()}
+    for key, (lowest, above) in _LEAST.items():
+        value = parsed.get(key)
+        if isinstance(value, int | float) and (value < lowest or (above and value == lowest)):
+            raise UserError(f"trainer.{key}: expected a number {'above' if above else 'from'} {lowest:g}, got {value}")
+    if parsed.get("max_steps") == 0:
+        raise UserError("trainer.max_steps: 0 steps train nothing; `lowprec plan` shows what would be done")
+    return parsed
+
+
+_LEAST: dict[str, tuple[float, bool]] = {
+    "per_device_train_batch_size": (1, False),
+    "per_device_eval_batch_size": (1, False),
+    "gradient_accumulation_steps": (1, False),
+    "learning_rate": (0, False),
+    "weight_decay": (0, False),
+    "num_train_epochs": (0, True),
+}
+"""The least that a setting may be, and whether it must be more: transformers takes what is less, and fails in the middle."""
 
 
 def training_arguments(settings: Mapping[str, Any], device_type: str, autocast: Mapping[str, Any]) -> Any:
@@ -42,13 +60,17 @@ def training_arguments(settings: Mapping[str, Any], device_type: str, autocast: 
         UserError: what TrainingArguments itself refuses.
     """
     from transformers import TrainingArguments
+    from transformers.integrations import get_reporting_integration_callbacks
 
     given = {key: value for key, value in settings.items() if key not in OWN_KEYS} | dict(autocast)
     if given.get("save_strategy") == "no":
         given.setdefault("save_total_limit", None)
     try:
-        return TrainingArguments(**{**_DEFAULTS, **_on(device_type), **given})
-    except (ValueError, ImportError, TypeError) as error:
+        args = TrainingArguments(**{**_DEFAULTS, **_on(device_type), **given})
+        for reporter in get_reporting_integration_callbacks(args.report_to):
+            reporter()  # which says if its package is missing
+        return args
+    except (ValueError, ImportError, TypeError, RuntimeError) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from None
 
 

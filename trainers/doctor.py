@@ -14,6 +14,7 @@ _REQUIRED = ("torch", "triton", "transformers", "accelerate", "datasets", "token
 _OPTIONAL = {
     "liger-kernel": ("Liger's fused kernels (kernels.liger)", "pip install 'lowprec[liger]'"),
     "transformer-engine": ("Transformer Engine (`backend: te`)", "pip install 'lowprec[te]'"),
+    "torchao": ("bf16 weights and moments of 16, 8 and 4 bits (`optimizer`)", "pip install 'torchao>=0.18'"),
     "wandb": ("Weights & Biases logging (trainer.report_to: wandb)", "pip install 'lowprec[wandb]'"),
 }
 

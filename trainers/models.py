@@ -54,13 +54,25 @@ def build_config(model: ModelConfig, vocab_size: int) -> Any:
     Raises:
         UserError: unknown preset or field, missing folder, or a vocabulary too small for the tokenizer.
     """
+    from huggingface_hub.errors import StrictDataclassError
+
     if (model.preset is None) == (model.path is None):
         raise UserError("model: give one of 'preset' and 'path'")
     config = _preset_config(model.preset, vocab_size) if model.preset is not None else _folder_config(Path(str(model.path)))
     for key, value in model.overrides.items():
         if not hasattr(config, key):
             raise UserError(f"model.overrides.{key}: {type(config).__name__} has no such field{nearest(key, config.to_dict())}")
-        setattr(config, key, value)
+        least = getattr(config, key)
+        if type(least) is type(value) is int and least > 0 and value < 1:
+            raise UserError(f"model.overrides.{key}: expected a number from 1, got {value}")
+        try:
+            setattr(config, key, value)
+        except (TypeError, ValueError, StrictDataclassError) as error:
+            raise UserError(f"model.overrides.{key}: {_one_line(error.__cause__ or error)}") from None
+    try:
+        config.validate()
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        raise UserError(f"model: {_one_line(error.__cause__ or error)}") from None
     if config.vocab_size < vocab_size:
         raise UserError(f"model: its vocabulary of {config.vocab_size} is smaller than the tokenizer's {vocab_size}")
     return config
@@ -72,7 +84,16 @@ def build_model(model: ModelConfig, config: Any, *, attn_implementation: str) ->
     from transformers import AutoModelForCausalLM
 
     if model.path is not None and _has_weights(Path(model.path)):
-        return AutoModelForCausalLM.from_pretrained(model.path, config=config, attn_implementation=attn_implementation, dtype=torch.float32)
+        try:
+            found: Any = AutoModelForCausalLM.from_pretrained(
+                model.path, config=config, attn_implementation=attn_implementation, dtype=torch.float32, output_loading_info=True
+            )
+        except RuntimeError as error:
+            raise UserError(f"model.path: the weights in {model.path} don't fit its configuration: {_one_line(error)}") from None
+        loaded, info = found
+        if missing := sorted(info["missing_keys"]):
+            raise UserError(f"model.path: no weights in {model.path} for {len(missing)} parameters of the model, {missing[0]} for one")
+        return loaded
     return AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation, dtype=torch.float32)
 
 
@@ -103,6 +124,11 @@ def _folder_config(path: Path) -> Any:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path: {path} holds no model configuration: {str(error).splitlines()[0]}") from None
+
+
+def _one_line(error: BaseException, limit: int = 300) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= limit else text[:limit] + " ..."
 
 
 def _has_weights(path: Path) -> bool:

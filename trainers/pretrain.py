@@ -5,6 +5,7 @@
 
 import contextlib
 import json
+import logging
 import math
 import os
 import time
@@ -24,10 +25,10 @@ from lowprec.files import write_atomically
 from lowprec.kernels.compile import compile_blocks
 from lowprec.kernels.liger import apply_liger, plan_liger
 from lowprec.plan import PartPlan, Plan
-from lowprec.yaml12 import dump
+from lowprec.yaml12 import dump, load_mapping
 from trainers import rundir
 from trainers.arguments import autocast_settings, check_trainer, training_arguments
-from trainers.callback import LowPrecisionCallback
+from trainers.callback import LowPrecisionCallback, show_log
 from trainers.config import RunConfig
 from trainers.data import DataConfig, load_data
 from trainers.data.corpus import open_corpus
@@ -37,6 +38,7 @@ from trainers.optimizers import OptimizerConfig, build, prepare_weights
 from trainers.progress import MetricsCallback, ProgressBar, ThroughputCallback
 
 T = TypeVar("T")
+logger = logging.getLogger("lowprec")
 
 
 def plan_run(config: RunConfig) -> Plan:
@@ -77,7 +79,10 @@ def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> d
     # Whatever can be wrong without the data is found before it is loaded, which may take long.
     plan_run(config)
     settings = check_trainer(config.trainer)
-    rundir.locate(config_path, settings)
+    _, found = rundir.locate(config_path, settings)
+    if found is not None:
+        rundir.check_goes_on(found, settings)
+        _check_same_model(found, data)
 
     device_type = resolve_device(config.device)
     autocast, autocast_part = autocast_settings(settings, config.precision.recipe, device_type)
@@ -94,8 +99,10 @@ def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> d
     directory, checkpoint = _on_main_process(processes, lambda: rundir.prepare(config_path, settings))
     args.output_dir = str(directory)
     if args.should_save:
-        write_atomically(directory / rundir.CONFIG, dump(data))
+        _write_config(directory, checkpoint, data)
         if checkpoint is not None:
+            show_log()
+            logger.info("going on from %s, after step %d", checkpoint, rundir.global_step(checkpoint))
             rundir.keep_lines_until(directory / rundir.METRICS, rundir.global_step(checkpoint))
     if "wandb" in args.report_to:
         os.environ.setdefault("WANDB_DIR", str(directory))
@@ -106,6 +113,8 @@ def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> d
     start, first_step = time.perf_counter(), 0 if checkpoint is None else rundir.global_step(checkpoint)
     low_precision.train(trainer, str(checkpoint) if checkpoint is not None else None)
     wall_s = time.perf_counter() - start
+    if trainer.state.global_step == first_step:
+        raise UserError(f"data: {len(loaded.train)} sequences are no batch of {args.train_batch_size}: no step was trained")
     tokens = (trainer.state.global_step - first_step) * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     summary = {
         "recipe": config.precision.recipe.name if config.precision.recipe else None,
@@ -122,6 +131,8 @@ def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> d
         "recoveries": low_precision.controller.recoveries,
         "output_dir": str(directory),
     }
+    if args.save_strategy != "no":
+        trainer.save_model(str(directory / rundir.MODEL))
     if args.should_save:
         write_atomically(directory / rundir.SUMMARY, json.dumps(summary, indent=1) + "\n")
     return summary
@@ -195,6 +206,39 @@ def _optimizer(config: OptimizerConfig, args: Any) -> Any:
 def _check_replay(precision: Any, args: Any) -> None:
     if precision.guard is not None and precision.guard.data == "replay" and args.save_strategy == "no":
         raise UserError("precision.guard.data: replay goes back to checkpoints, but trainer.save_strategy=no writes none")
+
+
+_STEERING = ("output_dir", "resume_from_checkpoint", "overwrite_output_dir")
+"""What says where a run goes and how it begins; whoever repeats it says it anew."""
+
+
+def _kept(data: dict[str, Any]) -> dict[str, Any]:
+    """A run's configuration without what steers it."""
+    trainer = {key: value for key, value in (data.get("trainer") or {}).items() if key not in _STEERING}
+    return {**data, "trainer": trainer} if "trainer" in data else data
+
+
+def _check_same_model(checkpoint: Path, data: dict[str, Any]) -> None:
+    """UserError if the run that wrote a checkpoint had another model."""
+    config = checkpoint.parent / rundir.CONFIG
+    before = load_mapping(config) if config.is_file() else data
+    if before.get("model") != data.get("model"):
+        raise UserError(f"model: {checkpoint} is of another model, {before.get('model')}, not {data.get('model')}")
+
+
+def _write_config(directory: Path, checkpoint: Path | None, data: dict[str, Any]) -> None:
+    """config.yaml; another one that a resumed run had until now becomes config-<step>.yaml."""
+    path = directory / rundir.CONFIG
+    if checkpoint is not None and path.is_file():
+        before = _kept(load_mapping(path))
+        if before == _kept(data):
+            return
+        changed = [key for key in dict.fromkeys((*before, *data)) if before.get(key) != _kept(data).get(key)]
+        step = rundir.global_step(checkpoint)
+        os.replace(path, directory / f"config-{step}.yaml")
+        show_log()
+        logger.warning("the run goes on with another configuration than until step %d: %s changed", step, ", ".join(changed))
+    write_atomically(path, dump(_kept(data)))
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ runs/<config name>/<number>/
     events.jsonl    phases of the precision, breaches and recoveries, if there were any
     summary.json    the result
     checkpoint-N/   transformers' checkpoints
+    model/          the finished model, for `from_pretrained`, without what only training needs
 """
 
 import json
@@ -22,6 +23,7 @@ from lowprec.errors import UserError
 from lowprec.files import write_atomically
 
 CONFIG, PLAN, METRICS, EVENTS, SUMMARY = "config.yaml", "plan.json", "metrics.jsonl", "events.jsonl", "summary.json"
+MODEL = "model"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -38,9 +40,14 @@ def locate(config_path: str | Path, trainer: Mapping[str, Any], root: Path = Pat
     output = Path(trainer["output_dir"]) if trainer.get("output_dir") else None
     if isinstance(resume, str):
         checkpoint = Path(resume)
-        if not checkpoint.is_dir():
-            raise UserError(f"trainer.resume_from_checkpoint: no such checkpoint: {checkpoint}")
-        return output or checkpoint.parent, checkpoint
+        if not is_whole(checkpoint):
+            what = "no checkpoint that was written to its end" if checkpoint.is_dir() else "no such checkpoint"
+            last = last_checkpoint(checkpoint)
+            hint = f"; did you mean {last}?" if last else "; true takes the last one" if not checkpoint.exists() else ""
+            raise UserError(f"trainer.resume_from_checkpoint: {what}: {checkpoint}{hint}")
+        if output is not None and output.resolve() != checkpoint.resolve().parent:
+            _check_free(output, trainer)
+        return _writable(output or checkpoint.parent), checkpoint
     if resume:
         family = root / Path(config_path).stem
         candidates = [output] if output is not None else sorted(_numbered(family), reverse=True)
@@ -48,23 +55,65 @@ def locate(config_path: str | Path, trainer: Mapping[str, Any], root: Path = Pat
             if (checkpoint := last_checkpoint(candidate)) is not None:
                 return candidate, checkpoint
         raise UserError(f"trainer.resume_from_checkpoint: no checkpoint in {output or family}")
-    if output is not None and _holds_run(output) and not trainer.get("overwrite_output_dir"):
+    if output is None:
+        _writable(root / Path(config_path).stem)
+    else:
+        _check_free(output, trainer)
+        _writable(output)
+    return output, None
+
+
+def _check_free(output: Path, trainer: Mapping[str, Any]) -> None:
+    if _holds_run(output) and not trainer.get("overwrite_output_dir"):
         raise UserError(
             f"trainer.output_dir: {output} holds another run; choose another, or say trainer.resume_from_checkpoint=true to go on with "
             "it or trainer.overwrite_output_dir=true to delete it"
         )
-    return output, None
+
+
+def _writable(directory: Path) -> Path:
+    """The directory; UserError if nothing can be written there, whether it exists or would have to be made."""
+    existing = next(path for path in (directory, *directory.resolve().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"trainer.output_dir: {directory} can't be made: {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"trainer.output_dir: no permission to write to {existing}")
+    return directory
 
 
 def prepare(config_path: str | Path, trainer: Mapping[str, Any], root: Path = Path("runs")) -> tuple[Path, Path | None]:
     """As `locate`; the directory is made, and a run that may be overwritten is deleted from it."""
     output, checkpoint = locate(config_path, trainer, root)
+    try:
+        return _made(config_path, output, checkpoint, root)
+    except OSError as error:
+        raise UserError(f"trainer.output_dir: {error.filename or output} can't be made: {error.strerror}") from None
+
+
+def _made(config_path: str | Path, output: Path | None, checkpoint: Path | None, root: Path) -> tuple[Path, Path | None]:
     if output is None:
         return _next_number(root / Path(config_path).stem), None
-    if checkpoint is None and _holds_run(output):
+    other = checkpoint is not None and output.resolve() != checkpoint.resolve().parent
+    if (checkpoint is None or other) and _holds_run(output):
         _delete_run(output)
     output.mkdir(parents=True, exist_ok=True)
     return output, checkpoint
+
+
+def check_goes_on(checkpoint: Path, trainer: Mapping[str, Any]) -> None:
+    """UserError if a run that resumes from a whole checkpoint has nothing left to do; transformers would do a step too many."""
+    from transformers import TrainingArguments
+
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    end = trainer.get("max_steps", -1)
+    if end <= 0:
+        same = trainer.get("num_train_epochs", TrainingArguments.num_train_epochs) <= state["num_train_epochs"]
+        end = state["max_steps"] if same else state["global_step"] + 1
+    if state["global_step"] >= end:
+        raise UserError(
+            f"trainer.resume_from_checkpoint: {checkpoint} is the end of its run, after {state['global_step']} steps; more "
+            "trainer.max_steps go on from it"
+        )
 
 
 def last_checkpoint(directory: Path) -> Path | None:
@@ -102,7 +151,7 @@ def keep_lines_until(path: Path, step: int) -> None:
             record = json.loads(line)
         except ValueError:  # the line that a kill cut short
             continue
-        if record["step"] <= step:
+        if isinstance(record, dict) and record.get("step", step) <= step:
             kept.append(line + "\n")
     write_atomically(path, "".join(kept))
 
@@ -133,13 +182,15 @@ def checkpoints(directory: Path) -> list[Path]:
 
 
 def _holds_run(directory: Path) -> bool:
-    return any((directory / name).exists() for name in (CONFIG, PLAN, METRICS, SUMMARY)) or bool(checkpoints(directory))
+    return any((directory / name).exists() for name in (CONFIG, PLAN, METRICS, EVENTS, SUMMARY)) or bool(checkpoints(directory))
 
 
 def _delete_run(directory: Path) -> None:
     """Delete what a run writes; other files stay."""
-    for path in checkpoints(directory):
-        shutil.rmtree(path)
+    for path in (*checkpoints(directory), *directory.glob("torn-checkpoint-*"), directory / MODEL):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in directory.glob("config-*.yaml"):
+        path.unlink()
     for name in (CONFIG, PLAN, METRICS, EVENTS, SUMMARY):
         (directory / name).unlink(missing_ok=True)
 

@@ -11,7 +11,8 @@ _WIDTH = 110
 
 def summary_table(summary: dict[str, Any]) -> str:
     """The end of a run."""
-    table = Table(title=f"{summary['recipe']}: {summary['steps']} steps in {_duration(summary['wall_s'])}", title_justify="left")
+    recipe = summary["recipe"] or "high precision"
+    table = Table(title=f"{recipe}: {summary['steps']} steps in {_duration(summary['wall_s'])}", title_justify="left")
     table.add_column("result")
     table.add_column("value", overflow="fold")
     bits = summary["bits_per_byte"]

@@ -14,7 +14,6 @@ import pytest
 import yaml
 
 from tests.trainers.runs import CONFIG, ROOT, SMALL, losses, lowprec, make_corpus, overrides, read_metrics, wandb_history
-from trainers.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -84,25 +83,6 @@ def test_numbers_go_up_and_no_run_is_overwritten(corpus: Path, tmp_path: Path):
     for number in ("001", "002"):
         _train(corpus, cwd=tmp_path, trainer__max_steps=1)
         assert (tmp_path / "runs" / "llama-tiny-cpu" / number / "summary.json").is_file()
-
-
-@pytest.fixture
-def refused(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Run the command, in this process and an empty directory, and return the one line with which it refuses."""
-
-    def run(*arguments: str) -> str:
-        monkeypatch.chdir(tmp_path)
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main(list(arguments))
-        assert stopped.value.code == 2
-        printed = capfd.readouterr()
-        assert printed.out == ""
-        (line,) = printed.err.strip().splitlines()
-        assert line.startswith("lowprec: ")
-        return line
-
-    return run
 
 
 def test_a_directory_with_another_run_is_refused_then_overwritten_when_told(corpus: Path, tmp_path: Path, refused: Callable[..., str]):

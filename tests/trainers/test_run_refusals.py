@@ -1,0 +1,167 @@
+"""What `lowprec train` refuses in one line, before it writes, deletes or trains; and how a run goes on in another configuration."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lowprec import UserError
+from tests.trainers.runs import CONFIG, losses, lowprec, make_corpus, overrides
+from trainers import rundir
+from trainers.cli import main
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("data") / "corpus")
+
+
+def command(corpus: Path, output: Path | None, *more: str, **settings: Any) -> list[str]:
+    given = {} if output is None else {"trainer__output_dir": str(output)}
+    return ["train", str(CONFIG), *overrides(corpus, **{**given, "trainer__save_steps": 2, **settings}), *more]
+
+
+@pytest.fixture(scope="module")
+def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two finished runs of four steps: a in mxfp4_aws, b in fp8_blockwise."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, recipe in (("a", "mxfp4_aws"), ("b", "fp8_blockwise")):
+        lowprec(*command(corpus, folder / name, precision__recipe=recipe, trainer__max_steps=4), check=True)
+    return folder
+
+
+def everything(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(folder.rglob("*"))}
+
+
+def test_the_finished_model_is_there_for_transformers(runs: Path):
+    model = AutoModelForCausalLM.from_pretrained(runs / "a" / "model", output_loading_info=True)
+    assert not any(model[1][key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not [name for name in model[0].state_dict() if "rounding_state" in name]
+    tokenizer = AutoTokenizer.from_pretrained(runs / "a" / "model")
+    prompt = tokenizer("the quick", return_tensors="pt")["input_ids"]
+    assert model[0].generate(prompt, max_new_tokens=2, do_sample=False).shape[1] == prompt.shape[1] + 2
+    trained = AutoModelForCausalLM.from_pretrained(runs / "a" / "checkpoint-4").state_dict()
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in model[0].state_dict().items())
+
+
+def test_what_is_refused_around_runs_that_are_there(runs: Path, corpus: Path, refused: Refused):
+    before = everything(runs)
+    cases: list[tuple[list[str], str]] = [
+        # another run's checkpoint into this one's directory
+        (command(corpus, runs / "b", f"trainer.resume_from_checkpoint={runs}/a/checkpoint-2"), "holds another run"),
+        # a run that is over
+        (command(corpus, runs / "b", "trainer.max_steps=4", "trainer.resume_from_checkpoint=true"), "is the end of its run, after 4 steps"),
+        # no checkpoint
+        (command(corpus, None, f"trainer.resume_from_checkpoint={runs}/a"), f"did you mean {runs}/a/checkpoint-4?"),
+        (command(corpus, None, "trainer.resume_from_checkpoint=yes"), "no such checkpoint: yes; true takes the last one"),
+        # another model
+        (
+            command(
+                corpus, runs / "b", "trainer.max_steps=8", "trainer.resume_from_checkpoint=true", "model.overrides.num_hidden_layers=2"
+            ),
+            "is of another model",
+        ),
+        # no place to write
+        (command(corpus, runs / "a" / "config.yaml"), "config.yaml is a file"),
+        (command(corpus, runs / "a" / "config.yaml" / "sub"), "config.yaml is a file"),
+        # a setting that no run can have, with a directory that would be deleted
+        (command(corpus, runs / "b", "trainer.overwrite_output_dir=true", "trainer.report_to=wandbb"), "wandbb"),
+        (command(corpus, runs / "b", "trainer.overwrite_output_dir=true", "trainer.per_device_eval_batch_size=0"), "from 1, got 0"),
+    ]
+    for arguments, message in cases:
+        assert message in refused(*arguments), arguments
+    assert everything(runs) == before
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.per_device_train_batch_size=0", "trainer.per_device_train_batch_size: expected a number from 1, got 0"),
+        ("trainer.gradient_accumulation_steps=0", "trainer.gradient_accumulation_steps: expected a number from 1, got 0"),
+        ("trainer.learning_rate=-1", "trainer.learning_rate: expected a number from 0, got -1"),
+        ("trainer.num_train_epochs=0", "trainer.num_train_epochs: expected a number above 0, got 0"),
+        ("trainer.max_steps=0", "trainer.max_steps: 0 steps train nothing"),
+        ("model.overrides.num_attention_heads=3", "is not a multiple of the number of attention heads"),
+        ("model.overrides.num_hidden_layers=-1", "model.overrides.num_hidden_layers: expected a number from 1, got -1"),
+        ("model.overrides.num_hidden_layers=two", "model.overrides.num_hidden_layers: "),
+    ],
+)
+@pytest.mark.parametrize("what", ["plan", "train"])
+def test_values_that_no_run_can_have(what: str, override: str, message: str, corpus: Path, tmp_path: Path, refused: Refused):
+    assert message in refused(what, str(CONFIG), *overrides(corpus), override)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_weights_that_are_not_all_there(runs: Path, corpus: Path, refused: Refused):
+    given = [argument for argument in overrides(corpus) if not argument.startswith("model.")]
+    given += ["model.preset=null", f"model.path={runs}/a/model"]
+    assert "no weights in" in refused("train", str(CONFIG), *given, "model.overrides.num_hidden_layers=3")
+    assert "don't fit its configuration" in refused("train", str(CONFIG), *given, "model.overrides.intermediate_size=512")
+
+
+def test_configurations_that_are_no_text(tmp_path: Path, refused: Refused):
+    (tmp_path / "bin.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "not a text file in UTF-8" in refused("plan", "bin.yaml")
+    (tmp_path / "folder").mkdir()
+    assert "folder: a folder, not a file" in refused("plan", "folder")
+
+
+def test_data_for_no_batch(corpus: Path, tmp_path: Path, refused: Refused):
+    settings = {"trainer__per_device_train_batch_size": 4096, "trainer__dataloader_drop_last": True, "trainer__max_steps": 2}
+    with pytest.raises(SystemExit) as stopped:
+        main(command(corpus, tmp_path / "run", **settings))
+    assert stopped.value.code == 2
+
+
+def test_a_run_goes_on_in_another_configuration_and_says_so(corpus: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    lowprec(*command(corpus, run, precision__recipe="mxfp4", trainer__max_steps=4), check=True)
+    first = (run / "config.yaml").read_text()
+    assert "output_dir" not in first
+    more = ["trainer.resume_from_checkpoint=true", "trainer.max_steps=6"]
+    result = lowprec(*command(corpus, run, *more, precision__recipe="fp8_blockwise"), check=True)
+    assert f"going on from {run}/checkpoint-4, after step 4" in result.stderr
+    assert "another configuration than until step 4: " in result.stderr
+    assert "precision" in result.stderr.split("another configuration than until step 4: ")[1].splitlines()[0]
+    assert (run / "config-4.yaml").read_text() == first
+    assert "fp8_blockwise" in (run / "config.yaml").read_text()
+    assert "resume_from_checkpoint" not in (run / "config.yaml").read_text()
+    assert list(losses(run)) == [1, 2, 3, 4, 5, 6]
+    again = lowprec(*command(corpus, run, "trainer.resume_from_checkpoint=true", "trainer.max_steps=8"), check=True)
+    assert "another configuration" in again.stderr  # more steps
+    assert (run / "config-6.yaml").is_file()
+    lowprec(*command(corpus, run, "trainer.overwrite_output_dir=true", trainer__max_steps=2), check=True)
+    assert not list(run.glob("config-*.yaml"))
+
+
+def test_somebody_elses_events(tmp_path: Path):
+    path = tmp_path / rundir.EVENTS
+    path.write_text('{"my": 1}\n[2]\n{"step": 5}\n')
+    with pytest.raises(UserError, match="holds another run"):
+        rundir.locate("x.yaml", {"output_dir": str(tmp_path)})
+    rundir.keep_lines_until(path, 4)
+    assert path.read_text() == '{"my": 1}\n'
+
+
+def test_a_file_named_like_a_checkpoint(tmp_path: Path):
+    (tmp_path / "checkpoint-5").write_text("mine")
+    assert rundir.set_aside_torn(tmp_path) == []
+    assert rundir.last_checkpoint(tmp_path) is None
+
+
+def test_what_is_left_to_do(tmp_path: Path):
+    checkpoint = tmp_path / "checkpoint-6"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": 6, "max_steps": 6, "num_train_epochs": 2}))
+    for over in ({"max_steps": 6}, {"max_steps": 3}, {"num_train_epochs": 2}, {"num_train_epochs": 1}):
+        with pytest.raises(UserError, match="is the end of its run, after 6 steps"):
+            rundir.check_goes_on(checkpoint, over)
+    for more in ({"max_steps": 7}, {"num_train_epochs": 3}, {}):
+        rundir.check_goes_on(checkpoint, more)
