@@ -320,14 +320,14 @@ class PrecisionController:
         return self._sqnr
 
     def _take(self, step: int, checkpoint: bool = False) -> None:
-        """A snapshot, unless the newest one is so young that keeping both would leave none that is known to be good.
+        """A snapshot, unless the newest one is so young that keeping these two would leave none to go back to if the next step is a breach.
 
         A checkpoint's takes the place of such a one that is none's: a run that resumes from it has what this one has.
         """
         steps = self._snapshots.steps
-        if steps and steps[-1] > step - SETTLED and not (checkpoint and steps[-1] not in self._checkpoints):
-            return
-        if steps and steps[-1] > step - SETTLED:
+        if steps and steps[-1] > step + 1 - SETTLED:
+            if not checkpoint or steps[-1] in self._checkpoints:
+                return
             self._snapshots.drop_newest()
         self._snapshots.take(step, self._model, self._optimizer, self._scaler)
         self._checkpoints = {at for at in self._checkpoints if at in self._snapshots.steps} | ({step} if checkpoint else set())

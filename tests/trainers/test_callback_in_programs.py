@@ -114,7 +114,7 @@ def test_one_snapshot_at_least_has_settled():
         if step % 2:
             controller.saved(step)
         steps = controller._snapshots.steps
-        assert step < 3 or steps[0] <= step - 3
+        assert step < 2 or steps[0] <= step + 1 - 3  # if the next one is a breach
         assert len(steps) <= 2
         assert steps[-1] >= step - 4
 
