@@ -31,7 +31,7 @@ from lowprec.errors import UserError
 from lowprec.gemm import select
 from lowprec.nn import LowPrecisionLinear, experts
 from lowprec.nn.experts import ExpertProjection
-from lowprec.nn.linear import able_backend, gemm_size
+from lowprec.nn.operands import able_backend, gemm_size
 from lowprec.nn.te_linear import TELinear, te_reason, why_not_te
 from lowprec.payoff import TOKENS, payoff
 from lowprec.plan import GemmPlan, LayerPlan, Plan

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 
 from lowprec.nn import swiglu
-from lowprec.nn.linear import LinearGemms, able_backend
+from lowprec.nn.operands import LinearGemms, able_backend
 from lowprec.plan import PartPlan
 from lowprec.recipe import Recipe
 

@@ -205,8 +205,10 @@ def test_the_first_rule_that_matches_decides():
             {"rules": [{"modules": ".*proj", "recipe": "bf16"}, {"modules": ".*up_proj", "recipe": "none"}]},
             "rule '.*up_proj' never applies: earlier rules match all 12 of its layers",
         ),
-        ({"rules": [{"modules": "(", "recipe": "bf16"}]}, "rule '(' is not a regular expression: missing ), unterminated subpattern at "
-         "position 0"),
+        (
+            {"rules": [{"modules": "(", "recipe": "bf16"}]},
+            "precision.rules.0.modules: '(' is not a regular expression: missing ), unterminated subpattern at position 0",
+        ),
         ({"rules": [{"modules": ".*", "recipe": "bf61"}]}, "precision.rules.0.recipe: unknown recipe 'bf61'; did you mean 'bf16'?"),
         ({"recipe": "fp8_blokwise"}, "precision.recipe: unknown recipe 'fp8_blokwise'; did you mean 'fp8_blockwise'?"),
         ({"recipies": "bf16"}, "precision.recipies: unknown key; did you mean 'recipe'?"),

@@ -11,7 +11,7 @@ import lowprec
 from lowprec.conversion import convert, make_plan
 from lowprec.errors import UserError
 from lowprec.nn import LowPrecisionLinear
-from lowprec.nn.linear import able_backend
+from lowprec.nn.operands import able_backend
 from lowprec.recipe import library
 from tests.nn.native import on_cpu
 

@@ -215,7 +215,7 @@ def test_files(tmp_path):
     path = tmp_path / "run.yaml"
     with pytest.raises(UserError, match=r"run\.yaml: no such file"):
         load_mapping(path)
-    with pytest.raises(UserError, match=r"no such file"):
+    with pytest.raises(UserError, match=r"a folder, not a file"):
         load_mapping(tmp_path)
     path.write_text("- a\n- b\n")
     with pytest.raises(UserError, match=r"run\.yaml: expected a mapping of settings, got list"):

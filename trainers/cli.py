@@ -235,6 +235,9 @@ def main(args: list[str] | None = None) -> None:
         click.echo(f"lowprec: stopped: {' '.join(str(error).split())}", err=True)
         sys.exit(1)
     except click.ClickException as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # of click 8.2 and later: the help itself
+            click.echo(error.format_message(), err=True)
+            sys.exit(2)
         _fail(error.format_message())
     except (click.Abort, KeyboardInterrupt):
         click.echo("lowprec: interrupted", err=True)

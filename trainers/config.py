@@ -31,6 +31,17 @@ class AttentionConfig(StrictConfig):
     mask: str = "causal"
     """Masks composed with &, | and ~: causal, document, sliding_window(N), prefix(N)."""
 
+    @field_validator("mask")
+    @classmethod
+    def _is_a_mask(cls, value: str) -> str:
+        from lowprec.attention import parse as parse_mask
+
+        try:
+            parse_mask(value)
+        except UserError as error:
+            raise ValueError(str(error).removeprefix("mask: ")) from None
+        return value
+
 
 class KernelsConfig(StrictConfig):
     """Fused kernels for what is not a linear layer."""

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from lowprec.formats.random import derive_key
-from lowprec.nn.linear import LinearFunction, LinearGemms, able_backend
+from lowprec.nn.linear import LinearFunction
+from lowprec.nn.operands import LinearGemms, able_backend
 from lowprec.recipe import Recipe
 from lowprec.recipe.state import OPERANDS, ROUNDING_STATE, new_state, next_key, states_of, this_rank
 

@@ -11,100 +11,38 @@ What is kept for the backward follows from the recipe too:
 * w: the parameter itself, quantised again in the backward, so that FSDP is free to drop the gathered parameter; or the codes of w^T that
   fprop's read of w made as well, kept until the weight changes (`codes.py`).
 
-An operand and its transpose, x for fprop and wgrad, g for dgrad and wgrad, w for fprop and dgrad, are quantised from one read where a fused
-kernel can (`quant/triton_quantize.py`). Layers that are called with the same tensor, as q, k and v are, share its codes.
+Layers that are called with the same tensor, as q, k and v are, share its codes.
 
 Gradients come out in the dtype of what they belong to; the bias gradient is summed in fp32.
 """
 
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lowprec.formats.random import derive_key
-from lowprec.gemm import BACKENDS, GemmBackend, Operand, Size, select
 from lowprec.nn.codes import forget, shared_codes, weight_codes
+from lowprec.nn.operands import (
+    NOTHING,
+    LinearGemms,
+    Pair,
+    able_backend,
+    backward_operand,
+    both_operands,
+    make_operand,
+    operand_from_tensors,
+    operand_tensors,
+    straight_through,
+)
 from lowprec.nn.swiglu import swiglu_backward
-from lowprec.quant import OperandSpec, QTensor, fake_quantize, quantize
-from lowprec.quant.triton_quantize import Directions, directions, quantize_both, takes
-from lowprec.quant.triton_whole import is_whole, quantize_whole
-from lowprec.recipe import GEMMS, FromFprop, Recipe
+from lowprec.quant import QTensor
+from lowprec.quant.triton_quantize import takes
+from lowprec.recipe import FromFprop, Recipe
 from lowprec.recipe.state import HISTORIES, OPERANDS, ROUNDING_STATE, history_name, next_key, states_of, this_rank
-
-_PAIRS = {"x": (("fprop", "a"), ("wgrad", "b")), "w": (("fprop", "b"), ("dgrad", "b")), "g": (("dgrad", "a"), ("wgrad", "a"))}
-"""What is quantised as it is and transposed: (gemm, side) of both."""
-
 
 KEEPS_CODES = ("cuda",)
 """Where codes outlive a call (`codes.py`)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinearGemms:
-    """A recipe with the backend of each of its GEMMs on one type of device."""
-
-    recipe: Recipe
-    fprop: GemmBackend
-    dgrad: GemmBackend
-    wgrad: GemmBackend
-    pairs: dict[str, Directions | None] = field(default_factory=dict, compare=False)
-    """Of x, w and g: how a fused kernel quantises the matrix and its transpose from one read, where both are made from high precision as
-    they are, and for backends that take codes. None otherwise."""
-    whole: frozenset[str] = frozenset()
-    """Those of x, w and g that a fused kernel quantises with one scale per tensor or per row, both directions at once."""
-
-    @classmethod
-    def on(cls, device_type: str, recipe: Recipe, backend: str = "auto", shape: tuple[int, int] = (0, 0)) -> "LinearGemms":
-        """`shape`: outputs and inputs of the layer, if known."""
-        fprop, dgrad, wgrad = (
-            select(*recipe.operands(gemm), device_type, backend, recipe.gemm(gemm).sums, gemm_size(gemm, *shape))[0] for gemm in GEMMS
-        )
-        gemms = cls(recipe=recipe, fprop=fprop, dgrad=dgrad, wgrad=wgrad)
-        plain = {name: specs for name, operands in _PAIRS.items() if (specs := _plain(gemms, *operands)) is not None}
-        found = {name: directions(*specs) for name, specs in plain.items()}
-        return replace(
-            gemms,
-            pairs={name: None if isinstance(pair := found.get(name), str) else pair for name in _PAIRS},
-            whole=frozenset(name for name, specs in plain.items() if all(map(is_whole, specs))),
-        )
-
-    def mm(self, gemm: str, a: Operand, b: Operand, out_dtype: torch.dtype) -> Tensor:
-        backend: GemmBackend = getattr(self, gemm)
-        return backend.mm(a, b, out_dtype, self.recipe.gemm(gemm).sums)
-
-    def decodes(self, gemm: str) -> bool:
-        return getattr(self, gemm).decoded
-
-
-def able_backend(recipe: Recipe, backend: str, device_type: str) -> str:
-    """`backend`, or "auto" where that can't multiply all that `recipe` asks for.
-
-    Whoever asks for a backend means the configured recipe; one that a layer is raised to, or evaluates in, may have other operands.
-    """
-    if backend not in BACKENDS:
-        return "auto"
-    asked = ((*recipe.operands(gemm), device_type, recipe.gemm(gemm).sums) for gemm in GEMMS)
-    return backend if all(BACKENDS[backend].supports(*product).ok for product in asked) else "auto"
-
-
-def gemm_size(gemm: str, N: int, K: int) -> Size:
-    """Of one of the products of a layer with N outputs and K inputs."""
-    return Size(weights=N * K, wide={"fprop": N > K, "dgrad": K > N}.get(gemm, False))
-
-
-def _plain(gemms: LinearGemms, *operands: tuple[str, str]) -> tuple[OperandSpec, OperandSpec] | None:
-    """The specs of a matrix and its transpose if both are quantised from high precision as they are, for backends that take codes."""
-    specs = []
-    for gemm, side in operands:
-        spec = gemms.recipe.gemm(gemm)
-        source = getattr(spec, side)
-        if not isinstance(source, OperandSpec) or spec.hadamard is not None or gemms.decodes(gemm):
-            return None
-        specs.append(source)
-    return specs[0], specs[1]
 
 
 class LinearFunction(torch.autograd.Function):
@@ -124,8 +62,8 @@ class LinearFunction(torch.autograd.Function):
         gate_MK: Tensor | None,
         gemms: LinearGemms,
         grad_enabled: bool,
-        made_x: "_Pair",
-        made_w: "_Pair",
+        made_x: "Pair",
+        made_w: "Pair",
         key: Tensor | None,
         *histories: Tensor | None,
     ) -> Tensor:
@@ -138,10 +76,10 @@ class LinearFunction(torch.autograd.Function):
         x, kept_x = made_x
         if x is None:
             wanted = needs_dw and not keeps_fprops_x
-            x, kept_x = _both(x_MK, "x", (True, wanted), gemms, state, gate=gate_MK, saturation=masks_dx, codes=keeps_fprops_x)
+            x, kept_x = both_operands(x_MK, "x", (True, wanted), gemms, state, gate=gate_MK, saturation=masks_dx, codes=keeps_fprops_x)
         w, ctx.w_t = made_w
         if w is None:
-            w, _ = _both(w_NK, "w", (True, False), gemms, state)
+            w, _ = both_operands(w_NK, "w", (True, False), gemms, state)
         y_MN = gemms.mm("fprop", x, w, x_MK.dtype)
         if bias_N is not None:
             y_MN = y_MN + bias_N.to(y_MN.dtype)
@@ -154,7 +92,7 @@ class LinearFunction(torch.autograd.Function):
         ctx.x_spec, ctx.x_shape = (kept_x.spec, kept_x.shape) if isinstance(kept_x, QTensor) else (None, None)
         ctx.bias_dtype = None if bias_N is None else bias_N.dtype
         gated = (gate_MK, x_MK) if gate_MK is not None and needs_dx else (None, None)
-        ctx.save_for_backward(w_NK, key, x.saturated if masks_dx and isinstance(x, QTensor) else None, *gated, *_tensors(kept_x))
+        ctx.save_for_backward(w_NK, key, x.saturated if masks_dx and isinstance(x, QTensor) else None, *gated, *operand_tensors(kept_x))
         return y_MN
 
     @staticmethod
@@ -170,23 +108,23 @@ class LinearFunction(torch.autograd.Function):
 def _backward(ctx: Any, g_MN: Tensor) -> tuple[Tensor | None, ...]:
     gemms, recipe = ctx.gemms, ctx.gemms.recipe
     w_NK, key, x_saturated, gate_MK, up_MK, *kept = ctx.saved_tensors
-    kept_x = _from_tensors(kept, ctx.x_spec, ctx.x_shape)
+    kept_x = operand_from_tensors(kept, ctx.x_spec, ctx.x_shape)
     state = (key, ctx.histories)
     needs_dx, needs_dw, needs_db, needs_dgate, *_ = ctx.needs_input_grad
     needs_dx = needs_dx or needs_dgate
     w_fprop = None
     if isinstance(recipe.dgrad.b, FromFprop) and (needs_dx or needs_dw):
-        w_fprop = _operand(w_NK, recipe.fprop.b, "fprop", "b", gemms, state, saturation=needs_dw)
+        w_fprop = make_operand(w_NK, recipe.fprop.b, "fprop", "b", gemms, state, saturation=needs_dw)
 
     dx_MK = dw_NK = db_N = dgate_MK = None
-    g, g_t = _both(g_MN, "g", (needs_dx, needs_dw), gemms, state)
+    g, g_t = both_operands(g_MN, "g", (needs_dx, needs_dw), gemms, state)
     if needs_dx:
         assert g is not None
         if w_fprop is not None:
-            w_KN = _backward_operand(w_fprop, "dgrad", gemms, state)
+            w_KN = backward_operand(w_fprop, "dgrad", gemms, state)
         else:
-            w_KN = ctx.w_t if ctx.w_t is not None else _both(w_NK, "w", (False, True), gemms, state)[1]
-        dx_MK = _straight_through(gemms.mm("dgrad", g, w_KN, ctx.x_dtype), x_saturated)
+            w_KN = ctx.w_t if ctx.w_t is not None else both_operands(w_NK, "w", (False, True), gemms, state)[1]
+        dx_MK = straight_through(gemms.mm("dgrad", g, w_KN, ctx.x_dtype), x_saturated)
         if isinstance(recipe.dgrad.b, FromFprop) and recipe.fprop.hadamard is not None:
             dx_MK = recipe.fprop.hadamard.invert(dx_MK, ctx.length).to(ctx.x_dtype)
         if gate_MK is not None:
@@ -194,8 +132,8 @@ def _backward(ctx: Any, g_MN: Tensor) -> tuple[Tensor | None, ...]:
     if needs_dw:
         assert kept_x is not None
         assert g_t is not None
-        x_KM = _backward_operand(kept_x, "wgrad", gemms, state) if isinstance(recipe.wgrad.b, FromFprop) else kept_x
-        dw_NK = _straight_through(gemms.mm("wgrad", g_t, x_KM, w_NK.dtype), w_fprop.saturated if isinstance(w_fprop, QTensor) else None)
+        x_KM = backward_operand(kept_x, "wgrad", gemms, state) if isinstance(recipe.wgrad.b, FromFprop) else kept_x
+        dw_NK = straight_through(gemms.mm("wgrad", g_t, x_KM, w_NK.dtype), w_fprop.saturated if isinstance(w_fprop, QTensor) else None)
         if isinstance(recipe.wgrad.b, FromFprop) and recipe.fprop.hadamard is not None:
             dw_NK = recipe.fprop.hadamard.invert(dw_NK, ctx.length).to(w_NK.dtype)
     if needs_db:
@@ -343,25 +281,25 @@ class LowPrecisionLinear(nn.Linear):
         gemms, grad_enabled = known[device_type], torch.is_grad_enabled()
         keeps = device_type in KEEPS_CODES and not torch.compiler.is_compiling() and not _capturing(device_type)
         gate_MK = None if gate is None else gate.reshape(-1, self.in_features)
-        made_x = self._made_x(input, x_MK, gemms) if keeps and gate is None else _NOTHING
-        made_w = self._made_w(x.requires_grad, gemms) if keeps else _NOTHING
+        made_x = self._made_x(input, x_MK, gemms) if keeps and gate is None else NOTHING
+        made_w = self._made_w(x.requires_grad, gemms) if keeps else NOTHING
         y_MN = LinearFunction.apply(x_MK, self.weight, self.bias, gate_MK, gemms, grad_enabled, made_x, made_w, *self._state())
         return y_MN.view(*x.shape[:-1], self.out_features)
 
-    def _made_x(self, input: Tensor, x_MK: Tensor, gemms: LinearGemms) -> "_Pair":
+    def _made_x(self, input: Tensor, x_MK: Tensor, gemms: LinearGemms) -> "Pair":
         """The codes of an input that other layers may take too."""
         pair = gemms.pairs["x"]
         if pair is None or not takes(x_MK):
-            return _NOTHING
+            return NOTHING
         needs_x_t = torch.is_grad_enabled() and self.weight.requires_grad
         return shared_codes(input, x_MK.detach(), pair if needs_x_t else pair.only(True, False))
 
-    def _made_w(self, x_requires_grad: bool, gemms: LinearGemms) -> "_Pair":
+    def _made_w(self, x_requires_grad: bool, gemms: LinearGemms) -> "Pair":
         """The codes of a weight that has not changed since they were made. In training only: for an evaluation some write averaged weights
         in their place, through `.data` and without an optimizer's step."""
         pair = gemms.pairs["w"]
         if pair is None or not (self.training and torch.is_grad_enabled() and takes(self.weight)):
-            return _NOTHING
+            return NOTHING
         return weight_codes(self, self.weight.detach(), pair if x_requires_grad else pair.only(True, False))
 
     def extra_repr(self) -> str:
@@ -375,105 +313,3 @@ def _autocast_on(device_type: str) -> bool:
 def _capturing(device_type: str) -> bool:
     """Whether a CUDA graph is being captured: its replays run no Python, which would see that a weight or an input has changed."""
     return device_type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-_Pair = tuple[Operand | None, Operand | None]
-"""A matrix's operand, and its transpose's."""
-_NOTHING: _Pair = (None, None)
-
-_State = tuple[Tensor | None, tuple[Tensor | None, ...]]
-"""A pass's key and the histories of `OPERANDS`."""
-
-
-def _both(
-    t: Tensor,
-    name: str,
-    wanted: tuple[bool, bool],
-    gemms: LinearGemms,
-    state: _State,
-    *,
-    gate: Tensor | None = None,
-    saturation: bool = False,
-    codes: bool = False,
-) -> "tuple[Any, Any]":
-    """`t` and `t`^T as the operands that `_PAIRS` names, those that are wanted; from one read where a kernel can.
-
-    With a gate: silu(gate) * t and its transpose.
-    """
-    pair = gemms.pairs[name]
-    if pair is not None and not saturation and takes(t) and (gate is None or gate.dtype == t.dtype):
-        return quantize_both(t, pair if all(wanted) else pair.only(*wanted), times_silu_of=gate) if any(wanted) else _NOTHING
-    if gate is not None:
-        t = nn.functional.silu(gate) * t
-    (gemm, side), (gemm_t, side_t) = _PAIRS[name]
-    recipe, operand, transposed = gemms.recipe, None, None
-    if name in gemms.whole and not saturation and not codes and takes(t):
-        sources = getattr(recipe.gemm(gemm), side), getattr(recipe.gemm(gemm_t), side_t)
-        histories = state[1][OPERANDS.index((gemm, side))], state[1][OPERANDS.index((gemm_t, side_t))]
-        first, second = (source if want else None for source, want in zip(sources, wanted, strict=True))
-        return quantize_whole(t, first, second, histories) if any(wanted) else _NOTHING
-    if wanted[0]:
-        operand = _operand(t, getattr(recipe.gemm(gemm), side), gemm, side, gemms, state, saturation=saturation, codes=codes)
-    if wanted[1]:
-        source = getattr(recipe.gemm(gemm_t), side_t)
-        transposed = _operand(t.t(), source, gemm_t, side_t, gemms, state, stored=name == "x")
-    return operand, transposed
-
-
-def _operand(
-    t: Tensor,
-    source: Any,
-    gemm: str,
-    side: str,
-    gemms: LinearGemms,
-    state: _State,
-    *,
-    saturation: bool = False,
-    codes: bool = False,
-    stored: bool = False,
-) -> Operand:
-    """`t` as the operand `side` of `gemm`: transformed, and quantised as its source says.
-
-    For a backend that would decode it at once it is the values themselves, or, if its codes or saturation are asked for, a QTensor that
-    holds them decoded; `stored` for later, it is a QTensor in the fewest bytes.
-    """
-    hadamard = gemms.recipe.gemm(gemm).hadamard
-    if hadamard is not None:
-        t = hadamard.apply(t)
-    if not isinstance(source, OperandSpec):
-        return t
-    key, histories = state
-    number = OPERANDS.index((gemm, side))
-    key, history = derive_key(key, number) if key is not None and source.stochastic else None, histories[number]
-    decoded = gemms.decodes(gemm) and not stored
-    if decoded and not (saturation or codes):
-        return fake_quantize(t, source, key=key, history=history, dtype=getattr(gemms, gemm).plain_dtype)
-    return quantize(t, source, key=key, history=history, decoded=decoded, saturation=saturation)
-
-
-def _backward_operand(made: Operand, gemm: str, gemms: LinearGemms, state: _State) -> Operand:
-    """b of dgrad or wgrad from fprop's operand: transposed, and perhaps quantised again."""
-    source = gemms.recipe.gemm(gemm).b
-    assert isinstance(source, FromFprop)
-    if source.requantize is None:
-        return made.t()
-    plain = made.dequantize() if isinstance(made, QTensor) else made
-    return _operand(plain.t(), source.requantize, gemm, "b", gemms, state)
-
-
-def _straight_through(grad: Tensor, saturated: Tensor | None) -> Tensor:
-    """The gradient through a rounding: itself, but zero where the clamp cut."""
-    return grad if saturated is None else grad.masked_fill(saturated, 0)
-
-
-def _tensors(operand: Operand | None) -> tuple[Tensor | None, ...]:
-    if isinstance(operand, QTensor):
-        return operand.data, operand.scale_data, operand.zero_point, operand.tensor_scale
-    return (operand,)
-
-
-def _from_tensors(tensors: list[Tensor], spec: OperandSpec | None, shape: torch.Size | None) -> Operand | None:
-    if spec is None or shape is None:
-        return tensors[0]
-    data, scale, zero_point, tensor_scale = tensors
-    return QTensor(data=data, scale_data=scale, zero_point=zero_point, tensor_scale=tensor_scale, spec=spec, shape=shape)

@@ -13,7 +13,7 @@ from lowprec.formats.rounding import round_to_format
 from lowprec.formats.scaling import ALL, BlockScaling
 from lowprec.gemm import BACKENDS, Accumulation, Size, select
 from lowprec.gemm.reference import ReferenceBackend
-from lowprec.nn.linear import gemm_size
+from lowprec.nn.operands import gemm_size
 from lowprec.quant import OperandSpec, fake_quantize, quantize
 from lowprec.testing import ODD_SHAPES, fp32_accumulation_bound, gaussian, heavy_tailed
 

@@ -6,13 +6,14 @@ from torch import Tensor
 
 from lowprec.gemm import BACKENDS, Support, hopper, scaled_mm
 from lowprec.gemm.hopper import kind
-from lowprec.nn import codes, linear
+from lowprec.nn import codes, linear, operands
 from lowprec.quant import OperandSpec, quantize, triton_quantize
 
 
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let converted layers take the native path on this CPU until the test ends."""
-    monkeypatch.setattr(linear, "takes", lambda t: t.is_floating_point() and t.numel() > 0)
+    for module in (linear, operands):
+        monkeypatch.setattr(module, "takes", lambda t: t.is_floating_point() and t.numel() > 0)
     monkeypatch.setattr(linear, "KEEPS_CODES", ("cpu", "cuda"))
     monkeypatch.setattr(triton_quantize, "_quantize_tiles", _quantize_tiles)
     monkeypatch.setattr(hopper, "_scaled_gemm", _product)

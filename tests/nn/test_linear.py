@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import lowprec.nn.linear as linear_module
+import lowprec.nn.operands as operands_module
 from lowprec.nn import LowPrecisionLinear
 from lowprec.quant import fake_quantize, quantize
 from lowprec.recipe import FromFprop, GemmSpec, Recipe, library
@@ -252,7 +252,7 @@ def test_without_gradients_only_fprop_is_quantised(name, monkeypatch):
     calls = []
     for function in (quantize, fake_quantize):
         counted = lambda *args, function=function, **kwargs: calls.append(kwargs) or function(*args, **kwargs)  # noqa: E731
-        monkeypatch.setattr(linear_module, function.__name__, counted)
+        monkeypatch.setattr(operands_module, function.__name__, counted)
     module, x = layer(name, 64, 8), gaussian(16, 64, 2)
     with torch.no_grad():
         module(x)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lowprec
-from lowprec.nn import codes, linear
+from lowprec.nn import codes, operands
 from lowprec.quant import OperandSpec, fake, quantize, triton_quantize
 from tests.nn.native import on_cpu
 
@@ -59,7 +59,7 @@ def test_it_gives_what_the_reference_gives(native: LlamaForCausalLM, reference):
 
 def test_each_weight_and_each_input_is_quantised_once_a_step(native: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch):
     counts = {"kept": 0, "gradients": 0}
-    for module, name in ((codes, "kept"), (linear, "gradients")):
+    for module, name in ((codes, "kept"), (operands, "gradients")):
         plain = module.quantize_both
 
         def count(*args, name=name, plain=plain, **more):

@@ -108,6 +108,11 @@ def test_bench_refuses_what_it_does_not_know():
         assert (result.returncode, result.stderr) == (2, f"lowprec: {message}\n")
 
 
+def test_a_group_alone_shows_its_help():
+    result = command("bench")
+    assert "Commands:" in (result.stdout + result.stderr).splitlines()
+
+
 def test_an_unknown_command_is_one_line():
     result = command("trian")
     assert (result.returncode, result.stderr) == (2, "lowprec: no command 'trian'; did you mean 'train'?\n")

@@ -114,7 +114,7 @@ def test_a_directory_with_another_run_is_refused_then_overwritten_when_told(corp
         ("precision.strict=true", "precision.strict: model.layers.0.self_attn.q_proj would run fp8_blockwise emulated on cpu"),
         ("trainer.fp16=true", "trainer.fp16: fp16 autocast with loss scaling needs CUDA"),
         ("kernels.liger=on", "kernels.liger: on, but"),
-        ("attention.mask=causal & slidng_window(3)", "did you mean 'sliding_window'?"),
+        ("attention.mask=causal & slidng_window(3)", "lowprec: attention.mask: unknown name 'slidng_window' in"),
         ("model.preset=llama-tinny", "model.preset: unknown preset 'llama-tinny'; did you mean 'llama-tiny'?"),
         ("model.overrides.hiden_size=3", "did you mean 'hidden_size'?"),
         ("trainer.resume_from_checkpoint=true", "trainer.resume_from_checkpoint: no checkpoint in"),
