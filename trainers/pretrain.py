@@ -131,10 +131,10 @@ def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> d
         "recoveries": low_precision.controller.recoveries,
         "output_dir": str(directory),
     }
-    if args.save_strategy != "no":
-        trainer.save_model(str(directory / rundir.MODEL))
     if args.should_save:
         write_atomically(directory / rundir.SUMMARY, json.dumps(summary, indent=1) + "\n")
+    if args.save_strategy != "no":
+        trainer.save_model(str(directory / rundir.MODEL))
     return summary
 
 

@@ -261,14 +261,22 @@ def test_the_guard_goes_back_to_a_snapshot_in_pinned_memory(recipe: str, tmp_pat
     model = _llama()
     guard = {"snapshot_every": 5, "warmup": 8, "window": 16}
     callback = LowPrecisionCallback({"recipe": recipe, "skip_slow": False, "guard": guard})
-    trainer = _trainer(tmp_path, model, callback, NaNGradient(model, 16), bf16=True, max_steps=30)
+    held: list[torch.Tensor] = []
+
+    class Look(TrainerCallback):
+        """Before the run is over, and the snapshots' memory is free."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            snapshots = callback.controller._snapshots._snapshots
+            held[:] = [part for snapshot in snapshots for tensor in snapshot.held().values() for part in tensor.parts]
+
+    trainer = _trainer(tmp_path, model, callback, NaNGradient(model, 16), Look(), bf16=True, max_steps=30)
     trainer.train()
     breach, back, raised = callback.controller.events
     assert (breach["step"], breach["layers"][0]) == (17, LAYER)
     assert back["reason"].startswith("weights and optimizer of step 10")
     assert raised["layers"] == [f"{LAYER}: {recipe} -> {'bf16' if recipe == 'fp8_blockwise' else 'fp8_blockwise'}"]
-    parts = [part for snapshot in callback.controller._snapshots._snapshots for held in snapshot.held().values() for part in held.parts]
-    on_device = [part for part in parts if part.dim()]  # AdamW counts its steps in scalars on the host
+    on_device = [part for part in held if part.dim()]  # AdamW counts its steps in scalars on the host
     assert len(on_device) > 3 * 20
     assert all(part.is_pinned() for part in on_device)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
