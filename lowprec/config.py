@@ -87,7 +87,7 @@ class Until(StrictConfig):
 
     def __str__(self) -> str:
         if self.unit == "share":
-            return f"{100 * self.value:g}%"
+            return f"{100 * self.value:.12g}%"
         letter, size = next(((letter, size) for letter, size in reversed(_MAGNITUDES.items()) if self.value >= size), ("", 1.0))
         return f"{self.value / size:.15g}{letter.upper() if size > 1e3 else letter} {self.unit}"
 

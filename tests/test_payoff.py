@@ -145,3 +145,11 @@ def test_experts_are_left_alone_on_a_gpu_unless_they_are_asked_for(monkeypatch: 
     assert experts({"recipe": "fp8_blockwise", "skip_slow": False}) == {"native"}
     assert experts({"recipe": "bf16", "rules": [{"modules": r".*\.experts\..*", "recipe": "fp8_blockwise"}]}) == {"native"}
     assert experts("mxfp4") == {"emulated"}
+
+
+def test_a_wgrad_in_bf16_leaves_the_other_products_blocks():
+    """{base: fp8_blockwise, wgrad: bf16} quantises as blocks do, not as scales per row."""
+    blocks = payoff(11008, 4096, "", 2048, compiled=True, fprop_kind="1x128")
+    rows = payoff(11008, 4096, "", 2048, compiled=True, fprop_kind="row")
+    assert rows.speedup < 1 < blocks.speedup < payoff(11008, 4096, "1x128", 2048, compiled=True).speedup
+    assert payoff(11008, 4096, "", 2048, compiled=True) == rows

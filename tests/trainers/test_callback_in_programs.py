@@ -10,10 +10,13 @@ import torch._dynamo
 from transformers import Trainer
 
 from lowprec import UserError
+from lowprec.observe import LayerProbe
 from lowprec.recipe.state import is_state
+from lowprec.weights import recipes_of
 from tests.trainers.hf import losses, prose, small_model, small_trainer
 from tests.trainers.test_guard_in_training import GUARD, NaNGradient
 from trainers import LowPrecisionCallback
+from trainers import controller as controlling
 from trainers.controller import PrecisionController
 
 
@@ -130,6 +133,24 @@ def test_quantisation_errors_are_in_the_state():
     old = controller.state_dict()
     del old["sqnr"]
     other.load_state_dict(old)  # of a checkpoint from before
+
+
+def test_ranks_that_measured_other_layers_reduce_the_same(monkeypatch: pytest.MonkeyPatch):
+    """An expert may have had tokens on one rank alone."""
+    model, reduced = small_model(), []
+    controller = PrecisionController({"recipe": "mxfp8", "guard": True})
+    controller.convert(model, "cpu")
+    names = list(recipes_of(model))
+
+    def all_reduce(lowest: torch.Tensor, op: Any) -> None:
+        reduced.append(lowest.clone())
+        lowest[1] = 5.0  # what the other rank measured
+
+    monkeypatch.setattr(controlling.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(controlling.dist, "all_reduce", all_reduce)
+    found = controller._worst_sqnr({names[3]: LayerProbe(sqnr_x=20.0, sqnr_w=30.0, sqnr_g=10.0)})
+    assert [len(values) for values in reduced] == [len(names)]
+    assert found == {names[1]: 5.0, names[3]: 10.0}
 
 
 @pytest.mark.parametrize("tokens", ["8", 0, -1, 1.5, True])

@@ -180,3 +180,9 @@ def test_a_phase_compiles_once(tmp_path: Path):
     trainer = small_trainer(tmp_path, LowPrecisionCallback(precision, compiled=True), Count(), model=model, max_steps=8)
     trainer.train()
     assert Count.graphs == [1, 1, 2, 2, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("text", ["1234567 tokens", "1.5B tokens", "7.25%", "12.3456789%", "123456789 steps"])
+def test_what_a_phase_says_of_its_end_reads_back_the_same(text: str):
+    until = Until.parse(text)
+    assert Until.parse(str(until)) == until
