@@ -47,10 +47,7 @@ class RuleConfig(StrictConfig):
     @field_validator("modules")
     @classmethod
     def _is_an_expression(cls, value: str) -> str:
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(f"'{value}' is not a regular expression: {error}") from None
+        Rule(modules=value, recipe=None)  # which says if it is none
         return value
 
     @field_validator("recipe", mode="before")

@@ -207,7 +207,7 @@ def test_the_first_rule_that_matches_decides():
         ),
         (
             {"rules": [{"modules": "(", "recipe": "bf16"}]},
-            "precision.rules.0.modules: '(' is not a regular expression: missing ), unterminated subpattern at position 0",
+            "precision.rules.0.modules: rule '(' is not a regular expression: missing ), unterminated subpattern at position 0",
         ),
         ({"rules": [{"modules": ".*", "recipe": "bf61"}]}, "precision.rules.0.recipe: unknown recipe 'bf61'; did you mean 'bf16'?"),
         ({"recipe": "fp8_blokwise"}, "precision.recipe: unknown recipe 'fp8_blokwise'; did you mean 'fp8_blockwise'?"),

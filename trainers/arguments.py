@@ -18,6 +18,16 @@ _WIDER = {"fsdp": bool | str | list[str] | None}
 
 _DEFAULTS: dict[str, Any] = {"logging_steps": 10, "report_to": "none", "save_total_limit": 2}
 
+_LEAST: dict[str, tuple[float, bool]] = {
+    "per_device_train_batch_size": (1, False),
+    "per_device_eval_batch_size": (1, False),
+    "gradient_accumulation_steps": (1, False),
+    "learning_rate": (0, False),
+    "weight_decay": (0, False),
+    "num_train_epochs": (0, True),
+}
+"""The least that a setting may be, and whether it must be more: transformers takes what is less, and fails in the middle."""
+
 
 def check_trainer(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with each value as the type that its field has.
@@ -40,17 +50,6 @@ def check_trainer(settings: Mapping[str, Any]) -> dict[str, Any]:
     if parsed.get("max_steps") == 0:
         raise UserError("trainer.max_steps: 0 steps train nothing; `lowprec plan` shows what would be done")
     return parsed
-
-
-_LEAST: dict[str, tuple[float, bool]] = {
-    "per_device_train_batch_size": (1, False),
-    "per_device_eval_batch_size": (1, False),
-    "gradient_accumulation_steps": (1, False),
-    "learning_rate": (0, False),
-    "weight_decay": (0, False),
-    "num_train_epochs": (0, True),
-}
-"""The least that a setting may be, and whether it must be more: transformers takes what is less, and fails in the middle."""
 
 
 def training_arguments(settings: Mapping[str, Any], device_type: str, autocast: Mapping[str, Any]) -> Any:

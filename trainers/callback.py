@@ -16,6 +16,7 @@ from typing import Any
 from transformers import DefaultFlowCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from lowprec.config import GuardConfig
 from lowprec.errors import TrainingStopped, UserError
 from lowprec.plan import PartPlan, Plan
 from lowprec.recipe.state import is_state
@@ -52,6 +53,16 @@ def _keep_own_state(model: Any, state_dict: Any, prefix: str, *_: Any) -> None:
         for name, buffer in model.named_buffers():
             if is_state(name):
                 state_dict.setdefault(prefix + name, buffer.clone())
+
+
+def check_replay(guard: GuardConfig | None, args: Any) -> None:
+    """UserError if a guard is to go back to checkpoints that TrainingArguments don't let be written, or not whole."""
+    if guard is None or guard.data != "replay":
+        return
+    if args.save_strategy == "no":
+        raise UserError("precision.guard.data: replay goes back to checkpoints, but save_strategy=no writes none")
+    if args.save_only_model:
+        raise UserError("precision.guard.data: replay goes back to checkpoints, but save_only_model writes them without the optimizer")
 
 
 def show_log() -> None:
@@ -177,12 +188,7 @@ class LowPrecisionCallback(TrainerCallback):
         held = state.stateful_callbacks.get(STATE) if state.global_step else None
         if scaler is not None:
             configure(scaler, controller.config.loss_scaling, resumed=bool(state.global_step))
-        guard = controller.config.guard
-        if guard is not None and guard.data == "replay" and (args.save_strategy == "no" or args.save_only_model):
-            what = (
-                "save_strategy='no' writes none" if args.save_strategy == "no" else "save_only_model=True writes them without the optimizer"
-            )
-            raise UserError(f"precision.guard.data: replay goes back to checkpoints, but {what}")
+        check_replay(controller.config.guard, args)
         if model is not self._hooked:  # the Trainer's model_init has made another one
             self._hook(args, model)
             if state.global_step and controller.has_state:

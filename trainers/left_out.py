@@ -1,6 +1,5 @@
 """What a recipe keeps, beside checkpoints that hold a part of the model only: PEFT's have the adapters, not the layers beneath them."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowprec.recipe.state import is_state
+from trainers.rundir import is_whole, state_of
 
 FILE = "lowprec_state.safetensors"
 
@@ -39,8 +39,7 @@ def load_state(model: Any, checkpoint: Path) -> bool:
 
 def is_checkpoint_of(checkpoint: Path, state: Any) -> bool:
     """Whether a TrainerState was read from this checkpoint: the callback is told of the state, not of the place."""
-    try:
-        held = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    if not is_whole(checkpoint):
         return False
+    held = state_of(checkpoint)
     return held["global_step"] == state.global_step and held["log_history"] == state.log_history

@@ -28,7 +28,7 @@ from lowprec.plan import PartPlan, Plan
 from lowprec.yaml12 import dump, load_mapping
 from trainers import rundir
 from trainers.arguments import autocast_settings, check_trainer, training_arguments
-from trainers.callback import LowPrecisionCallback, show_log
+from trainers.callback import LowPrecisionCallback, check_replay, show_log
 from trainers.config import RunConfig
 from trainers.data import DataConfig, load_data
 from trainers.data.corpus import open_corpus
@@ -87,7 +87,7 @@ def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> d
     device_type = resolve_device(config.device)
     autocast, autocast_part = autocast_settings(settings, config.precision.recipe, device_type)
     args = training_arguments(settings, device_type, autocast)
-    _check_replay(config.precision, args)
+    check_replay(config.precision.guard, args)
     _optimizer(config.optimizer, args)
     disable_progress_bar()  # transformers' own: the run has one
     if device_type == "cpu":
@@ -203,11 +203,6 @@ def _optimizer(config: OptimizerConfig, args: Any) -> Any:
     return AdamW, settings
 
 
-def _check_replay(precision: Any, args: Any) -> None:
-    if precision.guard is not None and precision.guard.data == "replay" and args.save_strategy == "no":
-        raise UserError("precision.guard.data: replay goes back to checkpoints, but trainer.save_strategy=no writes none")
-
-
 _STEERING = ("output_dir", "resume_from_checkpoint", "overwrite_output_dir")
 """What says where a run goes and how it begins; whoever repeats it says it anew."""
 
@@ -228,17 +223,18 @@ def _check_same_model(checkpoint: Path, data: dict[str, Any]) -> None:
 
 def _write_config(directory: Path, checkpoint: Path | None, data: dict[str, Any]) -> None:
     """config.yaml; another one that a resumed run had until now becomes config-<step>.yaml."""
-    path = directory / rundir.CONFIG
+    path, kept = directory / rundir.CONFIG, _kept(data)
     if checkpoint is not None and path.is_file():
-        before = _kept(load_mapping(path))
-        if before == _kept(data):
-            return
-        changed = [key for key in dict.fromkeys((*before, *data)) if before.get(key) != _kept(data).get(key)]
         step = rundir.global_step(checkpoint)
-        os.replace(path, directory / f"config-{step}.yaml")
-        show_log()
-        logger.warning("the run goes on with another configuration than until step %d: %s changed", step, ", ".join(changed))
-    write_atomically(path, dump(_kept(data)))
+        past = directory / f"config-{step}.yaml"  # there already if the run has gone on from that step before
+        before = _kept(load_mapping(past if past.is_file() else path))
+        if before != kept:
+            changed = [key for key in dict.fromkeys((*before, *kept)) if before.get(key) != kept.get(key)]
+            show_log()
+            logger.warning("the run goes on with another configuration than until step %d: %s changed", step, ", ".join(changed))
+            if not past.is_file():
+                os.replace(path, past)
+    write_atomically(path, dump(kept))
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from lowprec.files import write_atomically
 
 CONFIG, PLAN, METRICS, EVENTS, SUMMARY = "config.yaml", "plan.json", "metrics.jsonl", "events.jsonl", "summary.json"
 MODEL = "model"
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_CHECKPOINT, _PAST_CONFIG = re.compile(r"checkpoint-(\d+)"), re.compile(r"config-\d+\.yaml")
 
 
 def locate(config_path: str | Path, trainer: Mapping[str, Any], root: Path = Path("runs")) -> tuple[Path | None, Path | None]:
@@ -104,7 +104,7 @@ def check_goes_on(checkpoint: Path, trainer: Mapping[str, Any]) -> None:
     """UserError if a run that resumes from a whole checkpoint has nothing left to do; transformers would do a step too many."""
     from transformers import TrainingArguments
 
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    state = state_of(checkpoint)
     end = trainer.get("max_steps", -1)
     if end <= 0:
         same = trainer.get("num_train_epochs", TrainingArguments.num_train_epochs) <= state["num_train_epochs"]
@@ -159,15 +159,20 @@ def keep_lines_until(path: Path, step: int) -> None:
 def is_whole(checkpoint: Path) -> bool:
     """Whether a checkpoint was written to its end."""
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        state_of(checkpoint)
     except (OSError, ValueError):  # killed before, or in the middle of, writing it
         return False
     return True
 
 
+def state_of(checkpoint: Path) -> dict[str, Any]:
+    """What a whole checkpoint holds of the Trainer's state. OSError or ValueError for one that is not whole."""
+    return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+
+
 def global_step(checkpoint: Path) -> int:
     """The step that a whole checkpoint was written after, by what is in it."""
-    return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    return state_of(checkpoint)["global_step"]
 
 
 def step_of(path: Path) -> int:
@@ -182,7 +187,7 @@ def checkpoints(directory: Path) -> list[Path]:
 
 
 def _holds_run(directory: Path) -> bool:
-    return any((directory / name).exists() for name in (CONFIG, PLAN, METRICS, EVENTS, SUMMARY)) or bool(checkpoints(directory))
+    return any((directory / name).exists() for name in (CONFIG, PLAN, METRICS, EVENTS, SUMMARY, MODEL)) or bool(checkpoints(directory))
 
 
 def _delete_run(directory: Path) -> None:
@@ -190,7 +195,8 @@ def _delete_run(directory: Path) -> None:
     for path in (*checkpoints(directory), *directory.glob("torn-checkpoint-*"), directory / MODEL):
         shutil.rmtree(path, ignore_errors=True)
     for path in directory.glob("config-*.yaml"):
-        path.unlink()
+        if _PAST_CONFIG.fullmatch(path.name):
+            path.unlink()
     for name in (CONFIG, PLAN, METRICS, EVENTS, SUMMARY):
         (directory / name).unlink(missing_ok=True)
 

@@ -93,6 +93,7 @@ class Snapshots:
         self._snapshots.append(snapshot)
 
     def drop_newest(self) -> None:
+        """Forget the newest state: another takes its place."""
         self._snapshots.pop()
 
     @torch.no_grad()

@@ -167,7 +167,7 @@ def test_tokens_are_a_number(tokens: Any):
         ({"recipe": "fp16", "loss_scaling": {"growth_factor": float("inf")}}, "loss_scaling.growth_factor: "),
         ({"recipe": "mxfp4", "guard": {"sqnr_floor": float("nan")}, "probe_every": 2}, "guard.sqnr_floor: "),
         ({"recipe": "mxfp4", "guard": {"loss_ratio": float("inf")}}, "guard.loss_ratio: "),
-        ({"recipe": "mxfp4", "rules": [{"modules": "(", "recipe": "bf16"}]}, r"rules.0.modules: '\(' is not a regular expression"),
+        ({"recipe": "mxfp4", "rules": [{"modules": "(", "recipe": "bf16"}]}, r"rules.0.modules: rule '\(' is not a regular expression"),
     ],
 )
 def test_wrong_numbers_and_expressions_are_one_line_at_once(precision: Any, message: str):

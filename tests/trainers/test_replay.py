@@ -84,7 +84,7 @@ def test_the_checkpoint_that_a_run_was_resumed_from_may_lie_elsewhere(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "settings, message", [({"save_strategy": "no"}, "save_strategy='no' writes none"), ({"save_only_model": True}, "without the optimizer")]
+    "settings, message", [({"save_strategy": "no"}, "save_strategy=no writes none"), ({"save_only_model": True}, "without the optimizer")]
 )
 def test_replay_needs_checkpoints_to_go_back_to(settings: dict[str, Any], message: str, tmp_path: Path):
     with pytest.raises(UserError, match=f"replay goes back to checkpoints, but .*{message}"):

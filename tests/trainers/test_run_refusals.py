@@ -137,8 +137,13 @@ def test_a_run_goes_on_in_another_configuration_and_says_so(corpus: Path, tmp_pa
     again = lowprec(*command(corpus, run, "trainer.resume_from_checkpoint=true", "trainer.max_steps=8"), check=True)
     assert "another configuration" in again.stderr  # more steps
     assert (run / "config-6.yaml").is_file()
+    once_more = [f"trainer.resume_from_checkpoint={run}/checkpoint-6", "trainer.max_steps=7"]
+    past = (run / "config-6.yaml").read_text()
+    lowprec(*command(corpus, run, *once_more), check=True)
+    assert (run / "config-6.yaml").read_text() == past  # what the run had until then, not what was tried since
+    (run / "config-mine.yaml").write_text("mine")
     lowprec(*command(corpus, run, "trainer.overwrite_output_dir=true", trainer__max_steps=2), check=True)
-    assert not list(run.glob("config-*.yaml"))
+    assert [path.name for path in run.glob("config-*.yaml")] == ["config-mine.yaml"]
 
 
 def test_somebody_elses_events(tmp_path: Path):
@@ -148,6 +153,13 @@ def test_somebody_elses_events(tmp_path: Path):
         rundir.locate("x.yaml", {"output_dir": str(tmp_path)})
     rundir.keep_lines_until(path, 4)
     assert path.read_text() == '{"my": 1}\n'
+
+
+def test_a_model_of_ones_own_is_not_written_over(tmp_path: Path):
+    """A run would write its own there when it ends."""
+    (tmp_path / "model").mkdir()
+    with pytest.raises(UserError, match="holds another run"):
+        rundir.locate("x.yaml", {"output_dir": str(tmp_path)})
 
 
 def test_a_file_named_like_a_checkpoint(tmp_path: Path):
