@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import DefaultFlowCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.training_args import ParallelMode
 
 from lowprec.config import GuardConfig
 from lowprec.errors import TrainingStopped, UserError
@@ -167,6 +168,12 @@ class LowPrecisionCallback(TrainerCallback):
                 logger.warning("a checkpoint that was not written to its end is set aside as %s", torn)
         if getattr(control, "_lowprec", self) is not self:
             raise UserError("this Trainer has two LowPrecisionCallbacks: one decides the precision of its model")
+        if args.parallel_mode is ParallelMode.NOT_DISTRIBUTED:
+            raise UserError(
+                f"one process with {args.n_gpu} GPUs: the Trainer would copy the model to all of them in every step (nn.DataParallel), and "
+                "what the layers of a recipe keep would be lost with the copies; start the program by torchrun or accelerate launch, or on "
+                "one GPU by CUDA_VISIBLE_DEVICES=0"
+            )
         control._lowprec = self
         self._hook(args, model)
         self.controller.compiled = self.controller.compiled or bool(args.torch_compile)

@@ -25,6 +25,7 @@ from torch import nn
 import lowprec
 from lowprec.config import PrecisionConfig, parse_precision
 from lowprec.errors import TrainingStopped, UserError
+from lowprec.nn import share_histories
 from lowprec.observe import LayerProbe, Probe
 from lowprec.plan import PartPlan, Plan
 from lowprec.recipe import Recipe, library
@@ -180,6 +181,7 @@ class PrecisionController:
         """
         self._forget_stale_events()
         self.skipped_steps += skipped
+        share_histories(self._model)
         if self._probe is not None and self._probe.armed:
             self.probed = self._probe.end()
             self._unlogged, sampled = True, self.probed

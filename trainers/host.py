@@ -19,6 +19,10 @@ def resolve_device(device: str) -> str:
     return device
 
 
+def device_name(device_type: str) -> str:
+    return torch.cuda.get_device_name() if device_type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
 def peak_memory_bytes(device_type: str) -> int:
     """The most memory the process has held: allocated on the GPU, or resident on a CPU."""
     if device_type == "cuda":

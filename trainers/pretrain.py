@@ -6,12 +6,11 @@
 import contextlib
 import json
 import logging
-import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments, default_data_collator, set_seed
@@ -32,12 +31,13 @@ from trainers.callback import LowPrecisionCallback, check_replay, show_log
 from trainers.config import RunConfig
 from trainers.data import DataConfig, load_data
 from trainers.data.corpus import open_corpus
-from trainers.host import flops_per_token, keep_freed_memory, peak_memory_bytes, resolve_device
+from trainers.host import device_name, flops_per_token, keep_freed_memory, peak_memory_bytes, resolve_device
 from trainers.models import build_config, build_model, check_length
 from trainers.optimizers import OptimizerConfig, build, prepare_weights
+from trainers.processes import distributed_state, on_main_process, use_one_gpu
 from trainers.progress import MetricsCallback, ProgressBar, ThroughputCallback
+from trainers.validation import validate
 
-T = TypeVar("T")
 logger = logging.getLogger("lowprec")
 
 
@@ -87,16 +87,19 @@ def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> d
     device_type = resolve_device(config.device)
     autocast, autocast_part = autocast_settings(settings, config.precision.recipe, device_type)
     args = training_arguments(settings, device_type, autocast)
+    if (gpus := use_one_gpu(args)) > 1:
+        show_log()
+        logger.warning("one process trains on one GPU of %d; torchrun or accelerate launch take all (docs/training.md)", gpus)
     check_replay(config.precision.guard, args)
     _optimizer(config.optimizer, args)
     disable_progress_bar()  # transformers' own: the run has one
     if device_type == "cpu":
         keep_freed_memory()
-    processes = _distributed(device_type)
+    processes = distributed_state(device_type)
     model, loaded, liger = _build(config, settings, device_type, processes)
 
     # Nothing has been written so far.
-    directory, checkpoint = _on_main_process(processes, lambda: rundir.prepare(config_path, settings))
+    directory, checkpoint = on_main_process(processes, lambda: rundir.prepare(config_path, settings))
     args.output_dir = str(directory)
     if args.should_save:
         _write_config(directory, checkpoint, data)
@@ -119,11 +122,11 @@ def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> d
     summary = {
         "recipe": config.precision.recipe.name if config.precision.recipe else None,
         "steps": trainer.state.global_step,
-        **_validate(trainer, loaded.token_bytes),
+        **validate(trainer, loaded.token_bytes),
         "tokens_per_second": tokens * config.data.seq_len / wall_s if tokens else None,
         "peak_memory_bytes": peak_memory_bytes(device_type),
         "wall_s": wall_s,
-        "device": _device_name(device_type),
+        "device": device_name(device_type),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "data": loaded.stats,
         "plan": low_precision.plan.totals() if low_precision.plan else None,
@@ -134,7 +137,7 @@ def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> d
     if args.should_save:
         write_atomically(directory / rundir.SUMMARY, json.dumps(summary, indent=1) + "\n")
     if args.save_strategy != "no":
-        trainer.save_model(str(directory / rundir.MODEL))
+        _save_model(trainer, directory / rundir.MODEL)
     return summary
 
 
@@ -203,6 +206,16 @@ def _optimizer(config: OptimizerConfig, args: Any) -> Any:
     return AdamW, settings
 
 
+def _save_model(trainer: Trainer, directory: Path) -> None:
+    if not trainer.is_fsdp_enabled:
+        trainer.save_model(str(directory))
+        return
+    # `save_model` writes nothing where checkpoints are sharded; every rank takes part in gathering the weights.
+    weights = trainer.accelerator.get_state_dict(trainer.model)
+    if trainer.args.should_save:
+        trainer._save(str(directory), state_dict=weights)
+
+
 _STEERING = ("output_dir", "resume_from_checkpoint", "overwrite_output_dir")
 """What says where a run goes and how it begins; whoever repeats it says it anew."""
 
@@ -235,44 +248,6 @@ def _write_config(directory: Path, checkpoint: Path | None, data: dict[str, Any]
             if not past.is_file():
                 os.replace(path, past)
     write_atomically(path, dump(kept))
-
-
-@torch.no_grad()
-def _validate(trainer: Trainer, token_bytes: Any) -> dict[str, Any]:
-    """val_loss, the mean negative log-likelihood [nats] of all predicted tokens of the validation split, and bits per byte of its text."""
-    model: Any = trainer.model_wrapped  # with its FSDP or DDP wrapping, if any
-    model.eval()
-    table = None if token_bytes is None else torch.as_tensor(token_bytes, device=trainer.args.device)
-    sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
-    for rows in _shares(trainer):
-        inputs = trainer._prepare_inputs(rows)
-        with trainer.compute_loss_context_manager():
-            loss: Any = trainer.compute_loss(model, inputs)
-        predicted = inputs["labels"][:, 1:]  # the model shifts: the first label of a row has no prediction
-        predicted = predicted[predicted != -100]
-        if not predicted.numel():
-            continue
-        text_bytes = 0 if table is None else int(table[predicted].sum())
-        sums += torch.tensor([loss.item() * predicted.numel(), predicted.numel(), text_bytes], dtype=torch.float64)
-    reduced: Any = trainer.accelerator.reduce(sums.to(trainer.args.device))
-    nats, tokens, text_bytes = reduced.tolist()
-    result = {"val_loss": nats / tokens, "bits_per_byte": nats / math.log(2) / text_bytes if text_bytes else None}
-    trainer.log({"eval_loss": result["val_loss"]} | ({"eval_bits_per_byte": result["bits_per_byte"]} if text_bytes else {}))
-    return result
-
-
-def _shares(trainer: Trainer) -> Iterator[dict[str, Any]]:
-    """This rank's batches of the validation split, as many as every rank has; those too many have no labels.
-
-    (Accelerate's loader would repeat rows to even ranks out, and they would count twice.)
-    """
-    dataset: Any = trainer.eval_dataset
-    ranks, size = trainer.args.world_size, trainer.args.eval_batch_size
-    own = range(trainer.args.process_index, len(dataset), ranks)
-    for first in range(0, -(-len(dataset) // ranks), size):
-        rows = [dataset[number] for number in own[first : first + size]]
-        batch = trainer.data_collator(rows or [dataset[0]])
-        yield batch if rows else {**batch, "labels": torch.full_like(batch["labels"], -100)}
 
 
 def _pass(config: RunConfig, settings: dict[str, Any]) -> dict[str, Any]:
@@ -325,34 +300,3 @@ def _planned_vocabulary(config: DataConfig) -> int:
     if config.tokenizer == "bpe":
         return config.vocab_size
     return len(load_tokenizer(config, open_corpus(config)))
-
-
-def _device_name(device_type: str) -> str:
-    return torch.cuda.get_device_name() if device_type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-
-
-def _distributed(device_type: str) -> Any:
-    """Accelerate's view of the processes, None if this is the only one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return None
-    from accelerate import PartialState
-
-    return PartialState(cpu=device_type == "cpu")
-
-
-def _on_main_process(state: Any, function: Callable[[], T]) -> T:
-    """What `function` returns on the main process, on every process; its UserError on every process, too."""
-    if state is None:
-        return function()
-    from accelerate.utils import broadcast_object_list
-
-    outcome: list[Any] = [None]
-    if state.is_main_process:
-        try:
-            outcome = [function()]
-        except UserError as error:
-            outcome = [error]
-    broadcast_object_list(outcome)
-    if isinstance(outcome[0], UserError):
-        raise outcome[0]
-    return outcome[0]

@@ -39,7 +39,7 @@ from lowprec.nn.swiglu import swiglu_backward
 from lowprec.quant import QTensor
 from lowprec.quant.triton_quantize import takes
 from lowprec.recipe import FromFprop, Recipe
-from lowprec.recipe.state import HISTORIES, OPERANDS, ROUNDING_STATE, history_name, next_key, states_of, this_rank
+from lowprec.recipe.state import HISTORIES, OPERANDS, ROUNDING_STATE, history_length, history_name, next_key, states_of, this_rank
 
 KEEPS_CODES = ("cuda",)
 """Where codes outlive a call (`codes.py`)."""
@@ -235,6 +235,10 @@ class LowPrecisionLinear(nn.Linear):
             if moved.dtype != history.dtype:
                 self._buffers[name] = history.to(moved.device)
         return self
+
+    def histories(self) -> list[Tensor]:
+        """The amax histories that the present recipe scales by."""
+        return [self.get_buffer(history_name(*operand)) for operand in OPERANDS if history_length(self.recipe, *operand)]
 
     def _drop_state(self) -> None:
         for name in (ROUNDING_STATE, *HISTORIES):

@@ -270,7 +270,7 @@ class DelayedTELinear(TELinear):
     Transformer Engine updates the scales of all modules whenever its outermost autocast ends. Here every layer is in an autocast of its
     own, so each layer would push a zero into all other histories. So the layers stay out of that, and each updates its own before a
     forward pass with gradients: no sooner, since the backward of a sharded weight quantises it again and must find the scale of the
-    forward. What passes without gradients see is dropped. No rank asks the others.
+    forward. What passes without gradients see is dropped. No rank asks the others here: see `share_histories`.
     """
 
     _COLUMNS = (("scaling_fwd", 3, 448.0), ("scaling_bwd", 2, 57344.0))
@@ -297,6 +297,10 @@ class DelayedTELinear(TELinear):
         state = torch.zeros(1 + self.twin.amax_history_len, sum(count for _, count, _ in self._COLUMNS))
         state[0] = 1
         return state
+
+    def histories(self) -> list[Tensor]:
+        """Transformer Engine's amax histories; none before the first forward."""
+        return [state.amax_history for state in self._states()]
 
     def _states(self) -> list[Any]:
         """Transformer Engine's states of the forward and the backward tensors; none before the first forward."""

@@ -43,20 +43,26 @@ def operand_spec(recipe: Recipe, gemm: str, side: str) -> OperandSpec | None:
     return source.requantize if isinstance(source, FromFprop) else source
 
 
+def history_length(recipe: Recipe, gemm: str, side: str) -> int:
+    """How many amaxes `recipe` remembers of this operand; 0 where it does not scale by them."""
+    spec = operand_spec(recipe, gemm, side)
+    return spec.scaling.history if spec is not None and spec.scaling is not None else 0
+
+
 def new_state(recipe: Recipe, device: torch.device, seed: int = 0, layer: int = 0) -> dict[str, Tensor]:
     """The buffers that `recipe` needs, as they are before the first step.
 
     Args:
         seed, layer: what the draws of stochastic rounding depend on; layers of a model should differ.
     """
-    specs = {(gemm, side): operand_spec(recipe, gemm, side) for gemm, side in OPERANDS}
+    specs = [operand_spec(recipe, *operand) for operand in OPERANDS]
     state = {}
     with torch.inference_mode(False):  # training changes them in place
-        if any(spec is not None and spec.stochastic for spec in specs.values()):
+        if any(spec is not None and spec.stochastic for spec in specs):
             state[ROUNDING_STATE] = torch.tensor([seed % 2**32, layer, 0], dtype=torch.int64, device=device)
-        for (gemm, side), spec in specs.items():
-            if spec is not None and spec.scaling is not None and spec.scaling.history:
-                state[history_name(gemm, side)] = torch.zeros(spec.scaling.history, dtype=torch.float32, device=device)
+        for operand in OPERANDS:
+            if length := history_length(recipe, *operand):
+                state[history_name(*operand)] = torch.zeros(length, dtype=torch.float32, device=device)
     return state
 
 

@@ -239,7 +239,9 @@ def test_whole_scales_on_cublaslt(name: str, kind: str):
         for out_dtype in (torch.float32, torch.bfloat16):
             ours = BACKENDS["scaled_mm"].mm(a, b, out_dtype)
             assert ours.dtype == out_dtype
-            assert (ours.float() - exact).norm() <= 3e-3 * exact.norm() + 1e-30, (gemm, M, N, K)
+            # A single product may lie halfway between two of bf16's numbers, 0.39% from either.
+            rounding = (exact.to(out_dtype).float() - exact).norm()
+            assert (ours.float() - exact).norm() <= max(3e-3 * exact.norm(), 1.001 * rounding) + 1e-30, (gemm, M, N, K)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

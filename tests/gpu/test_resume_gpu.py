@@ -1,15 +1,7 @@
-"""What needs a CUDA device: runs that are killed and go on, under AMP and FSDP2; the guard; phases of compiled blocks.
+"""What needs a CUDA device: runs that are killed and go on, under AMP and FSDP2; the guard; phases of compiled blocks."""
 
-A run that goes on equals one that nothing interrupted bit for bit, since both take deterministic kernels (`trainer.full_determinism`, which
-is torch.use_deterministic_algorithms): without, the backward of attention adds up in an order that differs from run to run.
-"""
-
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -19,114 +11,23 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from lowprec.config import LossScalingConfig
 from lowprec.kernels.compile import compile_blocks
+from tests.gpu.killed_runs import FSDP2, Case, check_equal, processes, start_all
 from trainers import LowPrecisionCallback
 from trainers.amp import Amp
+from trainers.processes import use_one_gpu
 
 pytestmark = pytest.mark.gpu
 
-ROOT = Path(__file__).parents[2]
-STEPS, SAVED, KILLED = 12, 5, 8
-SCALING = {"init_scale": 1024, "growth_interval": 3}
-"""The scale grows in the run, and steps since it last did so are part of the checkpoint after step 5."""
 LAYER = "model.layers.1.mlp.down_proj"
-
-# `lowprec`, killed in step KILLED + 1 if it is told so: a kill from outside comes too late or too early on one GPU or another.
-_COMMAND = """
-import os, signal, sys
-from transformers import Trainer
-from trainers.cli import main
-
-killed, *arguments = sys.argv[1:]
-if killed != "never":
-    step = Trainer.training_step
-
-    def training_step(self, *args, **kwargs):
-        if self.state.global_step == int(killed):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return step(self, *args, **kwargs)
-
-    Trainer.training_step = training_step
-main(arguments)
-"""
-
-_LOOP = """
-import json, os, signal, sys
-from pathlib import Path
-import torch
-from accelerate import Accelerator, DataLoaderConfiguration, FullyShardedDataParallelPlugin, skip_first_batches
-from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM
-from trainers.accelerate import controller, prepare
-
-killed, folder, mixed_precision = sys.argv[1:]
-folder, steps, saved = Path(folder), STEPS, SAVED
-torch.use_deterministic_algorithms(True)
-torch.manual_seed(0)
-accelerator = Accelerator(
-    mixed_precision=mixed_precision,
-    fsdp_plugin=FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["LlamaDecoderLayer"]
-    ),
-    dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=0),
-)
-config = LlamaConfig(vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, use_cache=False)
-model = LlamaForCausalLM(config).to(accelerator.device)
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-rows = torch.randint(0, 256, (64, 1), generator=torch.Generator().manual_seed(1)) + torch.arange(128) % 256
-loader = DataLoader(list(rows % 256), batch_size=4, shuffle=True)
-rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step / 10))
-precision = {
-    "schedule": [
-        {"until": "25%", "recipe": "bf16"},
-        {"until": "7 steps", "recipe": "fp8_delayed"},
-        {"recipe": "mxfp4_aws"},
-    ],
-    "skip_slow": False,
-    "guard": {"snapshot_every": 4, "warmup": 4, "window": 8},
-    "loss_scaling": SCALING,
+CASES = {
+    "fp16": Case(("precision.recipe=fp16",)),
+    "fp8-fp16": Case(("precision.recipe=fp8_blockwise", "trainer.fp16=true")),
+    "bf16": Case(("precision.recipe=bf16",)),
+    "fsdp-fp16": Case(("precision.recipe=fp16", *FSDP2), processes(1)),
+    "fsdp-bf16": Case(("precision.recipe=fp8_blockwise", *FSDP2), processes(1)),
+    "loop-fp16": Case(("fp16",), processes(1), loop=True),
+    "loop-bf16": Case(("bf16",), processes(1), loop=True),
 }
-model, optimizer, loader, rates = prepare(
-    accelerator, model, optimizer, loader, rates, precision=precision, steps=steps, directory=folder
-)
-assert accelerator.is_fsdp2 and type(model.model.layers[0].mlp.up_proj.weight).__name__ == "DTensor"
-first = 0
-if killed == "resume":
-    accelerator.load_state(str(folder / "checkpoint"))
-    first = saved
-    loader = skip_first_batches(loader, first)
-for step, batch in enumerate(loader, first + 1):
-    if killed == str(step - 1):
-        os.kill(os.getpid(), signal.SIGKILL)
-    loss = model(input_ids=batch, labels=batch).loss
-    accelerator.backward(loss)
-    norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    rates.step()
-    optimizer.zero_grad()
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    record = {"step": step, "loss": loss.item(), "grad_norm": norm.item(), "rate": rates.get_last_lr()[0]}
-    record |= controller(accelerator).scalars()
-    with open(folder / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(record) + "\\n")
-    if step == saved:
-        accelerator.save_state(str(folder / "checkpoint"))
-    if step == steps:
-        break
-weights = [parameter.full_tensor().double().sum().item() for parameter in model.parameters()]
-(folder / "result.json").write_text(json.dumps({"weights": weights}))
-torch.distributed.destroy_process_group()
-"""
-
-TRAINED = {
-    "fp16": ["precision.recipe=fp16"],
-    "fp8-fp16": ["precision.recipe=fp8_blockwise", "trainer.fp16=true"],
-    "bf16": ["precision.recipe=bf16"],
-    "fsdp-fp16": ["precision.recipe=fp16", "fsdp"],
-    "fsdp-bf16": ["precision.recipe=fp8_blockwise", "fsdp"],
-    "loop-fp16": ["fp16"],
-    "loop-bf16": ["bf16"],
-}
-"""Runs by name: overrides, with "fsdp" for the settings of that; or the mixed precision of an Accelerate loop under FSDP2."""
 
 
 @pytest.fixture(autouse=True)
@@ -136,100 +37,15 @@ def fresh_dynamo():
 
 @pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future]]:
-    """Each selected test's run, whole and resumed (`_whole_and_resumed`). They take their turns on the GPU while they start, side by side,
-    which changes no bit."""
     names = [item.callspec.params["name"] for item in request.session.items if item.name.startswith("test_a_killed_run")]
-    with ThreadPoolExecutor(2 * len(names)) as pool:
-        yield {name: pool.submit(_whole_and_resumed, name, tmp_path_factory.mktemp(name), pool) for name in names}
+    with start_all({name: CASES[name] for name in names}, tmp_path_factory) as futures:
+        yield futures
 
 
-def _whole_and_resumed(name: str, folder: Path, pool: ThreadPoolExecutor) -> tuple[Path, Path]:
-    """The folders of a run that nothing interrupts and of one that is killed and goes on."""
-    whole = pool.submit(_start, name, folder / "whole", "never")
-    killed = _start(name, folder / "resumed", str(KILLED))
-    assert killed.returncode != 0
-    assert [record["step"] for record in _records(folder / "resumed")] == list(range(1, KILLED + 1)), killed.stderr[-4000:]
-    resumed = _start(name, folder / "resumed", "resume")
-    for result in (whole.result(), resumed):
-        assert result.returncode == 0, result.stderr[-4000:]
-    return folder / "whole", folder / "resumed"
-
-
-def _start(name: str, folder: Path, killed: str) -> subprocess.CompletedProcess[str]:
-    folder.mkdir(exist_ok=True)
-    launcher = [sys.executable]
-    if name.startswith(("fsdp", "loop")):
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-    script = folder.parent / f"{folder.name}-{killed}.py"
-    if name.startswith("loop"):
-        values = {"STEPS": STEPS, "SAVED": SAVED, "SCALING": SCALING}
-        script.write_text("".join(f"{key} = {value!r}\n" for key, value in values.items()) + _LOOP)
-        arguments = [killed, str(folder), *TRAINED[name]]
-    else:
-        script.write_text(_COMMAND)
-        arguments = ["never" if killed == "resume" else killed, "train", "configs/llama-tiny-cpu.yaml", *_overrides(name, folder)]
-        arguments += ["trainer.resume_from_checkpoint=true"] if killed == "resume" else []
-    path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    # Deterministic products of cuBLAS want this before the first of them; every run has it, so that all take the same algorithms.
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    return subprocess.run([*launcher, str(script), *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=140)
-
-
-def _overrides(name: str, folder: Path) -> list[str]:
-    corpus = folder.parent / f"{folder.name}-corpus"
-    corpus.mkdir(exist_ok=True)
-    for number in range(40):
-        (corpus / f"{number:02d}.txt").write_text(f"document {number}: " + "the quick brown fox jumps over the lazy dog. " * (20 + number))
-    fsdp = ["trainer.fsdp=true", "trainer.fsdp_config={version: 2, reshard_after_forward: true}"]
-    return [
-        f"data.source={corpus}",
-        f"data.cache_dir={folder.parent / f'{folder.name}-cache'}",
-        "data.validation_fraction=0.2",
-        f"trainer.output_dir={folder}",
-        f"trainer.max_steps={STEPS}",
-        f"trainer.save_steps={SAVED}",
-        "trainer.logging_steps=1",
-        "trainer.learning_rate=1e-3",
-        "trainer.warmup_steps=2",
-        "trainer.full_determinism=true",
-        "precision.skip_slow=false",
-        f"precision.loss_scaling={json.dumps(SCALING)}",
-        *(override for setting in TRAINED[name] for override in (fsdp if setting == "fsdp" else [setting])),
-    ]
-
-
-def _records(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [record for line in lines if "loss" in (record := json.loads(line))]
-
-
-def _told(records: list[dict[str, Any]]) -> list[str]:
-    """What does not depend on the clock, as text: a norm that is NaN equals itself there."""
-    keys = ("step", "loss", "grad_norm", "loss_scale", "skipped_steps", "phase", "rate", "guard_recoveries")
-    return [json.dumps({key: record[key] for key in keys if key in record}) for record in records]
-
-
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", CASES)
 def test_a_killed_run_goes_on_bit_for_bit(runs: dict[str, Future], name: str):
-    """In the Trainer by `lowprec train`, there under FSDP2, and in an Accelerate loop under FSDP2: losses, gradients, loss scales."""
-    whole, resumed = runs[name].result()
-    expected, records = _told(_records(whole)), _told(_records(resumed))
-    assert len(expected) == STEPS
-    if name.startswith("loop"):  # whose file nobody cuts back to the checkpoint
-        del records[SAVED:KILLED]
-    assert records == expected
-    result = "result.json" if name.startswith("loop") else "summary.json"
-    first, second = (json.loads((folder / result).read_text()) for folder in (whole, resumed))
-    assert first.get("weights") == second.get("weights")
-    assert first.get("val_loss") == second.get("val_loss")
-    assert first.keys() & {"weights", "val_loss"}
-    losses = [record["loss"] for record in _records(whole)]
-    assert losses[-1] < losses[0] - 0.3
-    scales = [record.get("loss_scale") for record in _records(whole)]
-    if name.endswith("fp16"):
-        assert len(set(scales)) > 2  # it grew in the run, so that a checkpoint has something to forget
-    else:
-        assert set(scales) == {None}
+    """In the Trainer by `lowprec train`, there under FSDP2, and in an Accelerate loop under FSDP2."""
+    check_equal(CASES[name], *runs[name].result())
 
 
 def _llama(use: str = "cuda") -> Any:
@@ -242,6 +58,7 @@ def _trainer(folder: Path, model: Any, *callbacks: TrainerCallback, **settings: 
     rows = [{"input_ids": row, "labels": row} for row in (torch.arange(64)[:, None] + torch.arange(128)) % 256]
     settings = {"learning_rate": 1e-3, "per_device_train_batch_size": 4, "report_to": "none", "logging_steps": 1, **settings}
     args = TrainingArguments(output_dir=str(folder), disable_tqdm=True, save_strategy="no", **settings)
+    use_one_gpu(args)
     return Trainer(model, args, train_dataset=rows, callbacks=list(callbacks))  # pyright: ignore[reportArgumentType]
 
 

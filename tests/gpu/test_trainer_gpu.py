@@ -15,6 +15,7 @@ from lowprec.nn import LowPrecisionLinear
 from lowprec.observe import LayerProbe, Probe
 from lowprec.recipe import library
 from trainers import LowPrecisionCallback
+from trainers.processes import use_one_gpu
 
 pytestmark = pytest.mark.gpu
 
@@ -96,6 +97,7 @@ def test_adapters_train_on_a_converted_model_and_are_saved(tmp_path: Path):
     torch.manual_seed(1)
     model = peft.get_peft_model(llama(), lora)
     args = TrainingArguments(output_dir=str(tmp_path), **settings)
+    use_one_gpu(args)
     trainer = Trainer(model, args, train_dataset=rows, callbacks=[LowPrecisionCallback(PRECISION)])
     trainer.train()
     losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
+from transformers.training_args import ParallelMode
 
 from lowprec import UserError
 from lowprec.observe import LayerProbe
@@ -18,11 +19,24 @@ from tests.trainers.test_guard_in_training import GUARD, NaNGradient
 from trainers import LowPrecisionCallback
 from trainers import controller as controlling
 from trainers.controller import PrecisionController
+from trainers.processes import use_one_gpu
 
 
 def test_two_callbacks_in_one_trainer(tmp_path: Path):
     with pytest.raises(UserError, match="this Trainer has two LowPrecisionCallbacks"):
         small_trainer(tmp_path, LowPrecisionCallback("mxfp8"), LowPrecisionCallback("mxfp4"))
+
+
+def test_several_gpus_in_one_process(tmp_path: Path):
+    """The Trainer would take nn.DataParallel; `lowprec train` takes one of them."""
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    args._n_gpu = 2  # what they say of a machine with two
+    assert args.parallel_mode is ParallelMode.NOT_DISTRIBUTED
+    with pytest.raises(UserError, match=r"2 GPUs.*nn\.DataParallel.*CUDA_VISIBLE_DEVICES=0"):
+        Trainer(small_model(), args, callbacks=[LowPrecisionCallback("mxfp8")])
+    assert use_one_gpu(args) == 2
+    assert args.parallel_mode is ParallelMode.NOT_PARALLEL
+    Trainer(small_model(), args, callbacks=[LowPrecisionCallback("mxfp8")])
 
 
 def test_one_callback_in_two_trainers_one_after_the_other(tmp_path: Path):

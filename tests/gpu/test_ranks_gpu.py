@@ -1,0 +1,93 @@
+"""What needs two CUDA devices: ranks that talk through NCCL, under FSDP2 and DDP, killed and gone on, and next to one device alone."""
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.gpu.killed_runs import FSDP2, Case, check_equal, processes, records, start, start_all
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
+
+LAUNCHED = ("-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/fsdp2.yaml")
+SHARDED = "trainer.fsdp_config={version: 2, reshard_after_forward: true, state_dict_type: SHARDED_STATE_DICT}"
+HALF = "trainer.per_device_train_batch_size=4"
+CASES = {
+    "launched": Case(("precision.recipe=fp8_blockwise", HALF), LAUNCHED),
+    "fsdp-fp16": Case(("precision.recipe=fp16", *FSDP2, HALF), processes(2)),
+    "sharded": Case(("precision.recipe=mxfp4_aws", "trainer.fsdp=true", SHARDED, HALF), processes(2)),
+    "ddp": Case(("precision.recipe=fp8_delayed", HALF), processes(2)),
+    "loop-fp16": Case(("fp16",), processes(2), loop=True),
+    "loop-bf16": Case(("bf16",), processes(2), loop=True),
+}
+ALONE = {
+    "launched": Case(("precision.recipe=fp8_blockwise",)),
+    "fsdp-fp16": Case(("precision.recipe=fp16",)),
+    "sharded": Case(("precision.recipe=mxfp4_aws",)),
+    "ddp": Case(("precision.recipe=fp8_delayed",)),
+}
+"""The same rows in every step, by one process on one of the GPUs."""
+
+
+@pytest.fixture(scope="module")
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future]]:
+    names = {item.callspec.params["name"] for item in request.session.items if "runs" in getattr(item, "fixturenames", ())}
+    with start_all({name: CASES[name] for name in CASES if name in names}, tmp_path_factory) as futures:
+        yield futures
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_killed_run_goes_on_bit_for_bit(runs: dict[str, Future], name: str):
+    whole, resumed = runs[name].result()
+    check_equal(CASES[name], whole, resumed)
+    if CASES[name].loop:
+        check_equal(CASES[name], whole, resumed, "metrics-1.jsonl")
+
+
+@pytest.mark.parametrize("name", ["loop-fp16", "loop-bf16"])
+def test_ranks_decide_alike(runs: dict[str, Future], name: str):
+    """Of an overflow in one rank's part of a gradient, too."""
+    whole, _ = runs[name].result()
+    keys = ("step", "loss_scale", "skipped_steps", "phase", "guard_recoveries", "guard_raised_layers")
+    first, second = (
+        [[record.get(key) for key in keys] for record in records(whole, file)] for file in ("metrics.jsonl", "metrics-1.jsonl")
+    )
+    assert first == second
+    losses = [[record["loss"] for record in records(whole, file)] for file in ("metrics.jsonl", "metrics-1.jsonl")]
+    assert losses[0] != losses[1]  # of different rows
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_two_train_as_one_on_their_rows(runs: dict[str, Future], name: str, tmp_path: Path):
+    """Up to roundings: gradients are summed over ranks, FSDP2 gathers weights in 16 bits, and delayed scales go by each rank's own rows."""
+    result = start(ALONE[name], tmp_path / "alone")
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert ("one process trains on one GPU of" in result.stderr) == (torch.cuda.device_count() > 1)
+    whole, _ = runs[name].result()
+    two, one = ([record["loss"] for record in records(folder)] for folder in (whole, tmp_path / "alone"))
+    assert len(one) == len(two) == 12
+    print(name, [round(a / b - 1, 5) for a, b in zip(two, one, strict=True)])
+    assert two[0] == pytest.approx(one[0], rel=2e-3)
+    assert two == pytest.approx(one, rel=2e-2)
+    first, second = (json.loads((folder / "summary.json").read_text()) for folder in (whole, tmp_path / "alone"))
+    assert first["val_loss"] == pytest.approx(second["val_loss"], rel=2e-2)
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_the_finished_model_is_whole(runs: dict[str, Future], name: str):
+    """Whatever the checkpoints are like: weights of all ranks under their usual names, and nothing of what only training needs."""
+    whole, resumed = runs[name].result()
+    weights, again = (load_file(folder / "model" / "model.safetensors") for folder in (whole, resumed))
+    assert all(torch.equal(weights[key], again[key]) for key in weights)
+    assert weights["model.layers.0.mlp.up_proj.weight"].shape == (512, 256)
+    assert not [key for key in weights if "lowprec" in key]
+    model = AutoModelForCausalLM.from_pretrained(whole / "model")
+    assert set(model.state_dict()) - set(weights) <= {"lm_head.weight"}
