@@ -83,6 +83,10 @@ class LinearFunction(torch.autograd.Function):
         y_MN = gemms.mm("fprop", x, w, x_MK.dtype)
         if bias_N is not None:
             y_MN = y_MN + bias_N.to(y_MN.dtype)
+        if torch.compiler.is_compiling():
+            # PyTorch 2.11 loses all gradients of a traced Function, without a word, if the last thing that its forward calls returns the
+            # very tensor it was given, as `to` does for a tensor that has the dtype already.
+            y_MN = y_MN.view_as(y_MN)
 
         if keeps_fprops_x:
             kept_x = x.stored() if isinstance(x, QTensor) else x
