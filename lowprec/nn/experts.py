@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lowprec.formats.random import derive_key
 from lowprec.nn.linear import LinearFunction
-from lowprec.nn.operands import LinearGemms, able_backend
+from lowprec.nn.operands import GEMMS_OF, KnownGemms, LinearGemms, able_backend
 from lowprec.recipe import Recipe
 from lowprec.recipe.state import OPERANDS, ROUNDING_STATE, new_state, next_key, states_of, this_rank
 
@@ -72,7 +72,7 @@ class ExpertProjection(nn.Module):
         super().__init__()
         self.recipe, self.backend, self.shape, self.keeps, self.evaluation = recipe, backend, shape, keeps, evaluation
         self.seed = (seed, layer)
-        self._gemms: dict[tuple[str, bool], LinearGemms] = {}
+        self._gemms: KnownGemms[tuple[str, bool]] = KnownGemms()
         for name, buffer in states_of((recipe, *keeps), device, seed, layer).items():
             if name == ROUNDING_STATE:
                 self.register_buffer(name, buffer)
@@ -110,11 +110,11 @@ class ExpertProjection(nn.Module):
 
     def _on(self, device_type: str) -> LinearGemms:
         recipe = self.recipe_now
-        known = self._gemms.get((device_type, recipe is self.recipe))
-        if known is None:
+        which = device_type, recipe is self.recipe
+        if which not in self._gemms.keys_of:
             backend = self.backend if recipe is self.recipe else able_backend(recipe, self.backend, device_type)
-            known = self._gemms[device_type, recipe is self.recipe] = LinearGemms.on(device_type, recipe, backend, self.shape)
-        return known
+            self._gemms[which] = LinearGemms.on(device_type, recipe, backend, self.shape)
+        return GEMMS_OF[self._gemms.keys_of[which]]
 
     def reset_parameters(self) -> None:
         """What makes real values of a module that was built on the meta device."""

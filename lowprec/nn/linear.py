@@ -24,7 +24,9 @@ from torch.autograd.function import once_differentiable
 
 from lowprec.nn.codes import forget, shared_codes, weight_codes
 from lowprec.nn.operands import (
+    GEMMS_OF,
     NOTHING,
+    KnownGemms,
     LinearGemms,
     Pair,
     able_backend,
@@ -149,7 +151,7 @@ class LowPrecisionLinear(nn.Linear):
     """An nn.Linear whose three GEMMs run under a recipe. Made by `from_linear`; its parameters are the original's."""
 
     takes_gate = True
-    gemms: dict[str, LinearGemms]
+    gemms: KnownGemms[str]
     recipe: Recipe
     backend: str
     seed: tuple[int, int]
@@ -158,7 +160,7 @@ class LowPrecisionLinear(nn.Linear):
     """Whether it is nn.Linear still: in a phase that leaves it as it is, say."""
     keeps: tuple[Recipe, ...]
     evaluation: Recipe | None
-    evaluation_gemms: dict[str, LinearGemms]
+    evaluation_gemms: KnownGemms[str]
 
     @classmethod
     def from_linear(
@@ -201,10 +203,10 @@ class LowPrecisionLinear(nn.Linear):
         linear.__class__ = cls
         assert isinstance(linear, LowPrecisionLinear)
         linear._drop_state()
-        linear.recipe, linear.backend, linear.gemms, linear.seed = recipe, backend, chosen, (seed, layer)
+        linear.recipe, linear.backend, linear.gemms, linear.seed = recipe, backend, KnownGemms(chosen), (seed, layer)
         linear.plain = recipe.is_plain
         linear.sharded = type(linear.weight).__name__ == "DTensor"
-        linear.keeps, linear.evaluation, linear.evaluation_gemms = keeps, evaluation, {}
+        linear.keeps, linear.evaluation, linear.evaluation_gemms = keeps, evaluation, KnownGemms()
         for name, buffer in (state | held).items():
             linear.register_buffer(name, buffer)
         return linear
@@ -281,12 +283,12 @@ class LowPrecisionLinear(nn.Linear):
         recipe, known = self.recipe, self.gemms
         if self.evaluation is not None and not self.training:
             recipe, known = self.evaluation, self.evaluation_gemms
-        if device_type not in known:
+        if device_type not in known.keys_of:
             # A module that was moved: its backends are chosen once per type of device.
             backend = self.backend if recipe is self.recipe else able_backend(recipe, self.backend, device_type)
             known[device_type] = LinearGemms.on(device_type, recipe, backend, (self.out_features, self.in_features))
         x_MK = x.reshape(-1, self.in_features)
-        gemms, grad_enabled = known[device_type], torch.is_grad_enabled()
+        gemms, grad_enabled = GEMMS_OF[known.keys_of[device_type]], torch.is_grad_enabled()
         keeps = device_type in KEEPS_CODES and not torch.compiler.is_compiling() and not _capturing(device_type)
         gate_MK = None if gate is None else gate.reshape(-1, self.in_features)
         made_x = self._made_x(input, x_MK, gemms) if keeps and gate is None else NOTHING

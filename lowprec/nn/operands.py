@@ -4,8 +4,9 @@ An operand and its transpose, x for fprop and wgrad, g for dgrad and wgrad, w fo
 kernel can (`quant/triton_quantize.py`).
 """
 
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,17 +25,19 @@ _PAIRS = {"x": (("fprop", "a"), ("wgrad", "b")), "w": (("fprop", "b"), ("dgrad",
 
 @dataclass(frozen=True, kw_only=True)
 class LinearGemms:
-    """A recipe with the backend of each of its GEMMs on one type of device."""
+    """A recipe with the backend of each of its GEMMs on one type of device. There is one object for all layers that have the same."""
 
     recipe: Recipe
     fprop: GemmBackend
     dgrad: GemmBackend
     wgrad: GemmBackend
-    pairs: dict[str, Directions | None] = field(default_factory=dict, compare=False)
+    pairs: dict[str, Directions | None] = field(default_factory=dict)
     """Of x, w and g: how a fused kernel quantises the matrix and its transpose from one read, where both are made from high precision as
     they are, and for backends that take codes. None otherwise."""
     whole: frozenset[str] = frozenset()
     """Those of x, w and g that a fused kernel quantises with one scale per tensor or per row, both directions at once."""
+    key: str = field(default="", compare=False)
+    """Where it is in `GEMMS_OF`."""
 
     @classmethod
     def on(cls, device_type: str, recipe: Recipe, backend: str = "auto", shape: tuple[int, int] = (0, 0)) -> "LinearGemms":
@@ -45,11 +48,12 @@ class LinearGemms:
         gemms = cls(recipe=recipe, fprop=fprop, dgrad=dgrad, wgrad=wgrad)
         plain = {name: specs for name, operands in _PAIRS.items() if (specs := _plain(gemms, *operands)) is not None}
         found = {name: directions(*specs) for name, specs in plain.items()}
-        return replace(
-            gemms,
-            pairs={name: None if isinstance(pair := found.get(name), str) else pair for name in _PAIRS},
-            whole=frozenset(name for name, specs in plain.items() if all(map(is_whole, specs))),
-        )
+        pairs = {name: None if isinstance(pair := found.get(name), str) else pair for name in _PAIRS}
+        whole = frozenset(name for name, specs in plain.items() if all(map(is_whole, specs)))
+        return _one_of(replace(gemms, pairs=pairs, whole=whole))
+
+    def __reduce__(self) -> Any:
+        return _restored, (self.recipe, [getattr(self, gemm).name for gemm in GEMMS], self.pairs, self.whole)
 
     def mm(self, gemm: str, a: Operand, b: Operand, out_dtype: torch.dtype) -> Tensor:
         backend: GemmBackend = getattr(self, gemm)
@@ -57,6 +61,58 @@ class LinearGemms:
 
     def decodes(self, gemm: str) -> bool:
         return getattr(self, gemm).decoded
+
+
+GEMMS_OF: dict[str, LinearGemms] = {}
+"""All that there are, by `key`."""
+
+K = TypeVar("K")
+
+
+class KnownGemms(MutableMapping[K, LinearGemms]):
+    """The LinearGemms that a layer has, for each type of device, say.
+
+    Compiled code takes them by their keys, `GEMMS_OF[known.keys_of[...]]`. Were it to read them off the layer, torch.compile would make
+    variables of all numbers in them that differ between two layers or phases (blocks of 32 or 128, a format's largest value): slower code,
+    and for floats an error in PyTorch 2.13.
+    """
+
+    def __init__(self, gemms: Mapping[K, LinearGemms] | None = None) -> None:
+        self.keys_of: dict[K, str] = {}
+        self.update(gemms or {})
+
+    def __getitem__(self, item: K) -> LinearGemms:
+        return GEMMS_OF[self.keys_of[item]]
+
+    def __setitem__(self, item: K, gemms: LinearGemms) -> None:
+        self.keys_of[item] = gemms.key
+
+    def __delitem__(self, item: K) -> None:
+        del self.keys_of[item]
+
+    def __iter__(self) -> Iterator[K]:
+        return iter(self.keys_of)
+
+    def __len__(self) -> int:
+        return len(self.keys_of)
+
+    def __reduce__(self) -> Any:
+        return KnownGemms, (dict(self),)  # keys are this process's
+
+
+def _one_of(gemms: LinearGemms) -> LinearGemms:
+    """The one object that equals `gemms`."""
+    for known in GEMMS_OF.values():
+        if known == gemms:
+            return known
+    key = f"{gemms.recipe.name} {len(GEMMS_OF)}"
+    GEMMS_OF[key] = replace(gemms, key=key)
+    return GEMMS_OF[key]
+
+
+def _restored(recipe: Recipe, backends: list[str], pairs: Any, whole: frozenset[str]) -> LinearGemms:
+    fprop, dgrad, wgrad = (BACKENDS[name] for name in backends)
+    return _one_of(LinearGemms(recipe=recipe, fprop=fprop, dgrad=dgrad, wgrad=wgrad, pairs=pairs, whole=whole))
 
 
 def able_backend(recipe: Recipe, backend: str, device_type: str) -> str:

@@ -95,7 +95,8 @@ def test_linear_gives_what_it_gives_on_a_cpu(name: str, dtype: torch.dtype):
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 def test_compiled_linear(name: str, autocast: torch.dtype | None):
     torch.manual_seed(0)
-    linear = LowPrecisionLinear.from_linear(torch.nn.Linear(512, 384, device="cuda"), lowprec.recipes.get(name))
+    # Without a bias: adding one hides what a compiled forward can do to gradients (tests/nn/test_compiled_layers.py).
+    linear = LowPrecisionLinear.from_linear(torch.nn.Linear(512, 384, bias=False, device="cuda"), lowprec.recipes.get(name))
     x, g = torch.randn(256, 512, device="cuda"), torch.randn(256, 384, device="cuda")
     # The inputs are bf16 numbers: Inductor keeps fp32 where eager code rounds to bf16 first, and would quantise something else.
     x, g = x.bfloat16().float(), g.bfloat16().float()
@@ -113,12 +114,12 @@ def test_compiled_linear(name: str, autocast: torch.dtype | None):
             y = module(inputs)
         assert y.dtype == (autocast or torch.float32)
         y.backward(g.to(y.dtype))
-        results.append([t.detach().float().clone() for t in (y, inputs.grad, linear.weight.grad, linear.bias.grad)])
-    for part, a, b in zip(("y", "dx", "dw", "db"), *results, strict=True):
+        results.append([t.detach().float().clone() for t in (y, inputs.grad, linear.weight.grad)])
+    for part, a, b in zip(("y", "dx", "dw"), *results, strict=True):
         assert sqnr_db(a, b) > floor, part
 
 
-@pytest.mark.parametrize("name", ["fp8_blockwise", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("name", ["bf16", "fp16", "fp8_blockwise", "mxfp4", "nvfp4"])
 def test_compiled_blocks_of_a_converted_llama(name: str):
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -147,7 +148,7 @@ def test_compiled_blocks_of_a_converted_llama(name: str):
     # the noise of quantisation, but neither may be further from the exact gradient than the other.
     assert compiled_loss == pytest.approx(eager_loss, rel=2e-3)
     assert similarity(compiled, exact) > similarity(eager, exact) - 0.01
-    assert similarity(compiled, exact) > (0.99 if name == "fp8_blockwise" else 0.8)
+    assert similarity(compiled, exact) > (0.8 if name.endswith("fp4") else 0.99)
 
 
 def _lowprec(*arguments: str, nproc: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -225,6 +226,15 @@ def test_documents_liger_and_compiled_blocks_together(folder: Path, tmp_path: Pa
     assert parts["attention"] == "causal & document by flex"
     assert parts["compile"] == "blocks"
     assert parts["liger"] == "fused_linear_cross_entropy"
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "fp16", "fp8_blockwise"])
+def test_compiled_blocks_train_as_eager_ones(folder: Path, tmp_path: Path, recipe: str):
+    eager, _, _ = _run(folder, tmp_path / "eager", f"precision.recipe={recipe}")
+    compiled, _, _ = _run(folder, tmp_path / "compiled", f"precision.recipe={recipe}", "compile=blocks")
+    assert _losses(compiled) == pytest.approx(_losses(eager), rel=1e-2)
+    norms = [[record["grad_norm"] for record in metrics if "grad_norm" in record] for metrics in (eager, compiled)]
+    assert norms[1] == pytest.approx(norms[0], rel=0.1)
 
 
 _FSDP2 = ("trainer.fsdp=true", "trainer.fsdp_config={version: 2, reshard_after_forward: true}")

@@ -1,0 +1,121 @@
+"""Converted layers under torch.compile: gradients, what is compiled again, and what is found in another process."""
+
+import pickle
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch._dynamo
+from torch import nn
+
+import lowprec
+from lowprec.nn import LowPrecisionLinear
+from lowprec.nn.operands import GEMMS_OF
+from lowprec.recipe import library
+from lowprec.testing import sqnr_db
+
+pytestmark = [
+    # From inside PyTorch.
+    pytest.mark.filterwarnings(r"ignore:`torch\.jit\.script_method` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings(r"ignore:The \.grad attribute of a Tensor that is not a leaf:UserWarning"),
+    pytest.mark.filterwarnings(r"ignore:.*torch\.autograd\.function\.Function.* should not be instantiated:DeprecationWarning"),
+]
+RECIPES = ["fp32", "bf16", "fp8_delayed", "fp8_blockwise", "mxfp4_quartet", "nvfp4", "qat_int8dyn_int4"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def layer(recipe: str, bias: bool = False) -> LowPrecisionLinear:
+    return LowPrecisionLinear.from_linear(nn.Linear(128, 64, bias=bias), library.get(recipe))
+
+
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="graphs of Functions look otherwise there; the gradients below tell")
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_traced_forward_ends_in_a_tensor_of_its_own(recipe: str, autocast: bool):
+    """PyTorch 2.11 loses all gradients where the last call of a traced Function's forward returned the tensor that it was given."""
+    traced: list[torch.fx.GraphModule] = []
+
+    def look(module: torch.fx.GraphModule, inputs: list[torch.Tensor]):
+        traced.extend(part for name, part in module.named_modules() if name.startswith("fwd_body"))
+        return module.forward
+
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        torch.compile(layer(recipe), backend=look)(torch.randn(64, 128, requires_grad=True))
+    (forward,) = traced
+    (output,) = (node for node in forward.graph.nodes if node.op == "output")
+    (last,), _ = output.args[0]
+    made_of = [node.meta["example_value"] for node in last.all_input_nodes]
+    assert made_of
+    assert all(last.meta["example_value"] is not value for value in made_of)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("recipe", ["fp32", "bf16", "fp8_blockwise", "mxfp4"])
+def test_gradients_of_layers_without_bias(recipe: str, autocast: bool):
+    eager, x, g = layer(recipe), torch.randn(64, 128), torch.randn(64, 64)
+    results = []
+    for module in (eager, torch.compile(eager, backend="aot_eager", fullgraph=True)):
+        inputs = x.clone().requires_grad_()
+        eager.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            y = module(inputs)
+        y.backward(g.to(y.dtype))
+        assert inputs.grad is not None
+        assert eager.weight.grad is not None
+        results.append((y.detach(), inputs.grad, eager.weight.grad.clone()))
+    for one, other in zip(*results, strict=True):
+        assert one.norm() > 0
+        assert sqnr_db(one.float(), other.float()) > 40.0
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = (nn.Linear(64, 64, bias=False) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.q(x) + self.k(x)
+
+
+def test_each_recipe_is_compiled_once_whatever_was_before_it():
+    """Formats, blocks and scales of every kind after one another; then all of them again, in one model and in one block."""
+    model = nn.Sequential(Block(), Block())
+    for block in model:
+        block.compile(backend="aot_eager")
+    graphs: list[int] = []
+
+    def step(precision: object) -> None:
+        lowprec.convert(model, precision, later=[library.get(name) for name in phases], compiled=True)
+        model(torch.randn(32, 64, requires_grad=True)).sum().backward()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+    phases = ["fp8_blockwise", "mxfp4", "fp16", "nvfp4", "qat_int8dyn_int4", "fp8_delayed"]
+    for recipe in phases:
+        step(recipe)
+    assert graphs == [1, 2, 3, 4, 5, 6]
+    step("fp8_blockwise")
+    step({"recipe": "mxfp4", "rules": [{"modules": r"0\..*", "recipe": "fp8_blockwise"}]})
+    assert graphs[6:] == [6, 6]
+    step({"recipe": "mxfp4", "rules": [{"modules": r".*\.q", "recipe": "fp8_blockwise"}]})
+    assert graphs[8] == 7  # a block of two recipes is another code
+
+
+def test_a_layer_that_comes_from_another_process():
+    original, x = layer("fp8_blockwise", bias=True), torch.randn(8, 128)
+    expected, saved, known = original(x), pickle.dumps(original), dict(GEMMS_OF)
+    GEMMS_OF.clear()
+    try:
+        restored = pickle.loads(saved)
+        assert [gemms.recipe for gemms in GEMMS_OF.values()] == [original.recipe]
+        assert torch.equal(restored(x), expected)
+    finally:
+        GEMMS_OF.clear()
+        GEMMS_OF.update(known)
+    assert pickle.loads(saved).gemms["cpu"] is original.gemms["cpu"]  # one object for all layers that have the same
