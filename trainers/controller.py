@@ -297,7 +297,7 @@ class PrecisionController:
             self.replay_before = step
             self._tell(step, "stopped", "the run goes on from the last checkpoint before this step")
         else:
-            back = self._snapshots.restore(self._model, self._optimizer, self._scaler, before=self._last_good(step))
+            back = self._snapshots.restore(self._model, self._optimizer, self._scaler, before=self._last_good(step, breach))
             self._restored = (step, back)
             self._tell(step, "restored", f"weights and optimizer of step {back}; the data goes on")
         if changes:
@@ -334,11 +334,12 @@ class PrecisionController:
         self._snapshots.take(step, self._model, self._optimizer, self._scaler)
         self._checkpoints = {at for at in self._checkpoints if at in self._snapshots.steps} | ({step} if checkpoint else set())
 
-    def _last_good(self, step: int) -> int:
+    def _last_good(self, step: int, breach: Breach) -> int:
         """The snapshot to go back to from a breach at `step`: one that some healthy steps have followed, since a bad update shows only in
-        the steps after it; and an older one than last time, if that did not help for long."""
+        the steps after it, or one healthy loss, if there was nothing worse yet; and an older one than last time, if that did not help for
+        long."""
         steps = self._snapshots.steps
-        good = [at for at in steps if at <= step - SETTLED]
+        good = [at for at in steps if at <= step - (1 if breach.began_well else SETTLED)]
         if self._restored is not None and self._guard is not None:
             when, back = self._restored
             if step - when <= self._guard.config.snapshot_every:

@@ -1,13 +1,14 @@
 """When a run diverges, and which layers to train in more precision then. Numbers in, decisions out: nothing here touches a tensor.
 
 A loss or a gradient norm is compared with the healthy steps before it: with their median, and for the loss with their median absolute
-deviation, which unlike mean and variance a few outliers do not move (Huber, Robust Statistics, chapter 5). Steps that breach a limit, or
-that loss scaling skipped, never enter what later steps are compared with.
+deviation, which unlike mean and variance a few outliers do not move (Huber, Robust Statistics, chapter 5). While the loss falls, most of
+what it deviates by is the fall, in which a jump could hide; so it is compared with the last few steps, too, and with how far losses lie
+from the few before them. Steps that breach a limit, or that loss scaling skipped, never enter what later steps are compared with.
 """
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal
@@ -19,6 +20,8 @@ Kind = Literal["loss", "gradient", "not finite", "skipped steps", "sqnr"]
 
 _DEVIATION = 1.4826
 """Standard deviations per median absolute deviation of a normal distribution."""
+_RECENT = 8
+"""Steps in which a falling loss falls by little."""
 _SUSPICIOUS = 2.0
 """A layer whose gradient norm is this many times its own median may be to blame; below that norms vary from batch to batch."""
 
@@ -50,6 +53,8 @@ class Breach:
     """One line with numbers."""
     layers: tuple[str, ...]
     """Module names to blame, worst first; empty if nothing points to any."""
+    began_well: bool = False
+    """The loss of the step was healthy, only gradients were not finite: the weights that it began with are good."""
 
 
 class Guard:
@@ -73,7 +78,8 @@ class Guard:
         if found is not None:
             self._skipped = 0
             kind, reason = found
-            return Breach(kind=kind, reason=reason, layers=self._blame(kind, observation))
+            began_well = kind == "not finite" and math.isfinite(loss := observation.loss or math.nan) and self._loss(loss) is None
+            return Breach(kind=kind, reason=reason, layers=self._blame(kind, observation), began_well=began_well)
         if not observation.skipped:
             self._remember(observation)
         return None
@@ -122,15 +128,23 @@ class Guard:
         return "skipped steps", f"{self._skipped} steps in a row were skipped, because their scaled gradients overflowed"
 
     def _loss(self, loss: float | None) -> tuple[Kind, str] | None:
-        if loss is None or not self._losses:
+        if loss is None:
             return None
-        middle = median(self._losses)
-        spread = _DEVIATION * median(abs(value - middle) for value in self._losses)
-        far = loss > middle + self.config.loss_deviations * spread
-        if not (far and loss > middle + (self.config.loss_ratio - 1) * abs(middle)):
-            return None
-        distance = f"{(loss - middle) / spread:.3g} deviations above" if spread else "above"
-        return "loss", f"loss {loss:.4g} is {distance} the median {middle:.4g} of the last {len(self._losses)} steps"
+        for steps, middle, spread in self._levels():
+            far = loss > middle + self.config.loss_deviations * spread
+            if far and loss > middle + (self.config.loss_ratio - 1) * abs(middle):
+                distance = f"{(loss - middle) / spread:.3g} deviations above" if spread else "above"
+                return "loss", f"loss {loss:.4g} is {distance} the median {middle:.4g} of the last {steps} steps"
+        return None
+
+    def _levels(self) -> Iterator[tuple[int, float, float]]:
+        """What a loss is compared with: a number of steps, the median of their losses, and the spread to expect around it."""
+        losses = list(self._losses)
+        if losses:
+            yield len(losses), median(losses), _spread(losses)
+        if len(losses) >= 3 * _RECENT:
+            ahead = [losses[at] - median(losses[at - _RECENT : at]) for at in range(len(losses) - 2 * _RECENT, len(losses))]
+            yield _RECENT, median(losses[-_RECENT:]), _spread(ahead)
 
     def _gradient(self, observation: Observation) -> tuple[Kind, str] | None:
         norm = observation.grad_norm
@@ -170,6 +184,11 @@ class Guard:
         if rises:
             return tuple(sorted(rises, key=lambda name: -rises[name]))
         return tuple(_lowest_first(observation.sqnr))
+
+
+def _spread(values: list[float]) -> float:
+    middle = median(values)
+    return _DEVIATION * median(abs(value - middle) for value in values)
 
 
 def ladder_step(recipe: Recipe, ladder: tuple[str, ...]) -> Recipe | None:

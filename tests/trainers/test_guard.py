@@ -70,6 +70,40 @@ def test_a_falling_loss_and_a_negative_one_are_fine():
     assert _breach(guard, loss=-1.7).kind == "loss"
 
 
+def test_a_jump_in_a_falling_loss():
+    """To where the loss was not long ago: its spread over the window is its fall."""
+    guard = Guard(GuardConfig())
+    for step in range(40):
+        assert guard.observe(_observation(step, loss=1 + 4 * 0.95**step + 0.01 * random.Random(step).random())) is None
+    breach = _breach(guard, loss=3.0)
+    assert breach.kind == "loss"
+    assert breach.reason.endswith("of the last 8 steps")
+
+
+@pytest.mark.parametrize("window", [8, 16, 64])
+def test_noise_around_a_falling_loss_is_no_jump(window: int):
+    guard, draw = Guard(GuardConfig(window=window)), random.Random(0)
+    for step in range(3000):
+        loss = (1.5 + 4 * 0.99**step) * (1 + 0.03 * draw.gauss(0, 1))
+        assert guard.observe(_observation(step, loss=loss)) is None
+
+
+def test_a_slow_rise_is_seen_too():
+    guard = _guard(64)
+    found = next(breach for step in range(64) if (breach := guard.observe(_observation(64 + step, loss=2 + 0.03 * step))) is not None)
+    assert found.kind == "loss"
+    assert found.reason.endswith("of the last 64 steps")
+
+
+def test_gradients_that_are_not_finite_tell_nothing_against_the_weights():
+    nan = {"layers": {"first": NAN}, "grad_norm": NAN}
+    assert _breach(_guard(), **nan).began_well
+    assert not _breach(_guard(), **nan, loss=5.0).began_well
+    assert not _breach(_guard(), **nan, loss=NAN).began_well
+    assert not _breach(_guard(), **nan, loss=None).began_well
+    assert not _breach(_guard(), loss=5.0).began_well
+
+
 def test_a_gradient_norm_far_above_the_median_is_a_breach():
     guard = Guard(GuardConfig(gradient_ratio=50))
     for step in range(20):

@@ -57,6 +57,18 @@ class Explosion(Fault):
                 self.model.lm_head.weight.mul_(30)
 
 
+class HighRate(Fault):
+    """One update at thirty times the learning rate."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] *= 30 if self.active else 1
+
+    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate
+
+
 def run(folder: Path, guard: Any, fault: type[Fault] | None = None, *steps: int, recipe: Any = "mxfp4", **settings: Any) -> Trainer:
     model = small_model()
     callbacks: list[Any] = [LowPrecisionCallback({"recipe": recipe, "guard": guard})]
@@ -89,6 +101,15 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> float:
 def test_without_a_guard_a_nan_ends_the_run(tmp_path: Path):
     trainer = run(tmp_path, None, NaNGradient, 40)
     assert not trainer.model.get_submodule(LAYER).weight.isfinite().all()
+
+
+def test_a_high_rate_while_the_loss_still_falls(tmp_path: Path, clean: float):
+    trainer = run(tmp_path, {**GUARD, "window": 64}, HighRate, 33)
+    assert final_loss(trainer) == pytest.approx(clean, rel=0.02)
+    told = events(tmp_path)
+    assert told[0]["step"] in (35, 36)
+    assert told[0]["reason"].startswith("loss: loss ")
+    assert "step 30" in told[1]["reason"]
 
 
 @pytest.mark.parametrize("fault", [NaNGradient, NaNBackwards])
@@ -129,8 +150,8 @@ def test_what_comes_again_goes_up_the_ladder_and_then_stops_the_run(tmp_path: Pa
     assert raised[0] == [f"{LAYER}: mxfp4 -> fp8_blockwise"]
     assert raised[1] == [f"{LAYER}: fp8_blockwise -> bf16"]
     restored = [event["reason"] for event in events(tmp_path) if event["event"] == "restored"]
-    assert restored[0].startswith("weights and optimizer of step 30")  # the state of step 40 had not been followed by healthy steps
-    assert restored[1].startswith("weights and optimizer of step 30")
+    assert restored[0].startswith("weights and optimizer of step 40")  # whose loss was healthy still
+    assert restored[1].startswith("weights and optimizer of step 30")  # for that did not help
 
 
 def test_the_precision_that_was_raised_holds_in_later_phases_where_it_is_higher(tmp_path: Path):
