@@ -1,6 +1,7 @@
 """`trainer:` of a run -> transformers.TrainingArguments, checked field by field."""
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -71,6 +72,16 @@ def training_arguments(settings: Mapping[str, Any], device_type: str, autocast: 
         return args
     except (ValueError, ImportError, TypeError, RuntimeError) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from None
+
+
+def total_steps(args: Any, examples: int) -> int:
+    """The optimizer steps of a run on so many training examples, as the Trainer counts them."""
+    if args.max_steps > 0:
+        return args.max_steps
+    batches = examples
+    for size in (args.train_batch_size, args.world_size):  # each rank has as many batches
+        batches = batches // size if args.dataloader_drop_last else -(-batches // size)
+    return math.ceil(args.num_train_epochs * max(1, -(-batches // args.gradient_accumulation_steps)))
 
 
 def _on(device_type: str) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """The models that a run can train: presets by name, or any Hugging Face configuration or checkpoint folder."""
 
+import json
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,24 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 _VOCABULARY_MULTIPLE = 64
 
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "vocab_size",
+    "max_position_embeddings",
+)
+"""Fields that no model has at 0, by their usual names. Of others, 0 may say that there is nothing of the kind."""
+
+_NOT_THE_MODELS = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache")
+"""Fields that say how a configuration was saved or a model is used."""
+
 
 class ModelConfig(StrictConfig):
     """Which model to train: a preset or a path."""
@@ -59,11 +79,11 @@ def build_config(model: ModelConfig, vocab_size: int) -> Any:
     if (model.preset is None) == (model.path is None):
         raise UserError("model: give one of 'preset' and 'path'")
     config = _preset_config(model.preset, vocab_size) if model.preset is not None else _folder_config(Path(str(model.path)))
+    sizes = {*_SIZES, *(config.attribute_map.get(name) for name in _SIZES)}  # n_embd, say
     for key, value in model.overrides.items():
         if not hasattr(config, key):
             raise UserError(f"model.overrides.{key}: {type(config).__name__} has no such field{nearest(key, config.to_dict())}")
-        least = getattr(config, key)
-        if type(least) is type(value) is int and least > 0 and value < 1:
+        if key in sizes and type(value) is int and value < 1:
             raise UserError(f"model.overrides.{key}: expected a number from 1, got {value}")
         try:
             setattr(config, key, value)
@@ -76,6 +96,18 @@ def build_config(model: ModelConfig, vocab_size: int) -> Any:
     if config.vocab_size < vocab_size:
         raise UserError(f"model: its vocabulary of {config.vocab_size} is smaller than the tokenizer's {vocab_size}")
     return config
+
+
+def differences(config: Any, folder: Path, ignore: Container[str] = ()) -> dict[str, tuple[Any, Any]]:
+    """The fields in which a configuration is another model's than the one in a folder: {name: (in the folder, here)}.
+
+    Ids of special tokens, which follow the tokenizer, are none of them, nor are fields that say how a model is used.
+    """
+    # Lists and tuples, say, are the same when they are saved.
+    saved, here = (json.loads(each.to_json_string(use_diff=False)) for each in (_folder_config(folder), config))
+    names = [name for name in dict.fromkeys((*saved, *here)) if name not in _NOT_THE_MODELS and name not in ignore]
+    pairs = {name: (saved.get(name), here.get(name)) for name in names if not name.endswith("_token_id")}
+    return {name: (before, now) for name, (before, now) in pairs.items() if before != now}
 
 
 def build_model(model: ModelConfig, config: Any, *, attn_implementation: str) -> Any:

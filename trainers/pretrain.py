@@ -24,18 +24,18 @@ from lowprec.files import write_atomically
 from lowprec.kernels.compile import compile_blocks
 from lowprec.kernels.liger import apply_liger, plan_liger
 from lowprec.plan import PartPlan, Plan
-from lowprec.yaml12 import dump, load_mapping
-from trainers import rundir
-from trainers.arguments import autocast_settings, check_trainer, training_arguments
+from trainers import resuming, rundir
+from trainers.arguments import autocast_settings, check_trainer, total_steps, training_arguments
 from trainers.callback import LowPrecisionCallback, check_replay, show_log
 from trainers.config import RunConfig
-from trainers.data import DataConfig, load_data
+from trainers.data import DataConfig, LoadedData, load_data
 from trainers.data.corpus import open_corpus
 from trainers.host import device_name, flops_per_token, keep_freed_memory, peak_memory_bytes, resolve_device
 from trainers.models import build_config, build_model, check_length
 from trainers.optimizers import OptimizerConfig, build, prepare_weights
-from trainers.processes import distributed_state, on_main_process, use_one_gpu
+from trainers.processes import distributed_state, on_main_process, use_one_gpu, world_size
 from trainers.progress import MetricsCallback, ProgressBar, ThroughputCallback
+from trainers.schedule import make_schedule
 from trainers.validation import validate
 
 logger = logging.getLogger("lowprec")
@@ -63,6 +63,8 @@ def plan_run(config: RunConfig) -> Plan:
         compiled_blocks=config.compile == "blocks",
         head_is_low_precision=_head_is_low_precision(model, plan),
     )
+    if (steps := settings.get("max_steps", -1)) > 0:
+        make_schedule(config.precision, steps, _tokens_per_step(config, settings), warn=False)
     return plan.with_parts(_parts(config, device_type, autocast, liger))
 
 
@@ -79,10 +81,13 @@ def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> d
     # Whatever can be wrong without the data is found before it is loaded, which may take long.
     plan_run(config)
     settings = check_trainer(config.trainer)
-    _, found = rundir.locate(config_path, settings)
+    reads = [Path(path) for path in (config.model.path, config.data.tokenizer) if path is not None]
+    _, found = rundir.locate(config_path, settings, reads=reads)
     if found is not None:
-        rundir.check_goes_on(found, settings)
-        _check_same_model(found, data)
+        if (steps := settings.get("max_steps", -1)) > 0:
+            resuming.check_goes_on(found, steps)
+        resuming.check_same_model(found, build_config(config.model, 1), data, any_vocabulary=config.model.preset is not None)
+        resuming.check_same_optimizer(found, data)
 
     device_type = resolve_device(config.device)
     autocast, autocast_part = autocast_settings(settings, config.precision.recipe, device_type)
@@ -96,13 +101,20 @@ def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> d
     if device_type == "cpu":
         keep_freed_memory()
     processes = distributed_state(device_type)
-    model, loaded, liger = _build(config, settings, device_type, processes)
+    loaded = _load(config, processes)
+    model_config = build_config(config.model, len(loaded.tokenizer))
+    steps = total_steps(args, len(loaded.train))
+    make_schedule(config.precision, steps, _tokens_per_step(config, settings), warn=False)
+    if found is not None:
+        resuming.check_same_model(found, model_config, data)
+        resuming.check_goes_on(found, steps)
+    model, liger = _build(config, settings, device_type, model_config, loaded)
 
     # Nothing has been written so far.
-    directory, checkpoint = on_main_process(processes, lambda: rundir.prepare(config_path, settings))
+    directory, checkpoint = on_main_process(processes, lambda: rundir.prepare(config_path, settings, reads=reads))
     args.output_dir = str(directory)
     if args.should_save:
-        _write_config(directory, checkpoint, data)
+        resuming.write_config(directory, checkpoint, data)
         if checkpoint is not None:
             show_log()
             logger.info("going on from %s, after step %d", checkpoint, rundir.global_step(checkpoint))
@@ -141,19 +153,20 @@ def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> d
     return summary
 
 
-def _build(config: RunConfig, settings: dict[str, Any], device_type: str, processes: Any) -> tuple[Any, Any, Any]:
-    """The model with its attention, fused kernels and compiled blocks, in high precision; the data; what is used of Liger."""
-    mask = parse(config.attention.mask)
+def _load(config: RunConfig, processes: Any) -> LoadedData:
     with processes.main_process_first() if processes else contextlib.nullcontext():
-        loaded = load_data(config.data, document_positions=mask.needs_documents)
-    model_config = build_config(config.model, len(loaded.tokenizer))
+        return load_data(config.data, document_positions=parse(config.attention.mask).needs_documents)
+
+
+def _build(config: RunConfig, settings: dict[str, Any], device_type: str, model_config: Any, loaded: LoadedData) -> tuple[Any, Any]:
+    """The model with its attention, fused kernels and compiled blocks, in high precision; what is used of Liger."""
     check_length(model_config, config.data.seq_len)
     if config.model.preset is not None:
         model_config.bos_token_id = model_config.eos_token_id = loaded.tokenizer.eos_token_id
     set_seed(settings.get("seed", 42))
     model = build_model(config.model, model_config, attn_implementation="sdpa")
     prepare_weights(model, config.optimizer)
-    attach(model, mask)
+    attach(model, parse(config.attention.mask))
     plan = make_plan(model, config.precision, device=device_type, **_pass(config, settings))
     liger = apply_liger(
         model,
@@ -163,7 +176,7 @@ def _build(config: RunConfig, settings: dict[str, Any], device_type: str, proces
         head_is_low_precision=_head_is_low_precision(model, plan),
     )
     compile_blocks(model, config.compile, device_type)
-    return model, loaded, liger
+    return model, liger
 
 
 def _trainer(model: Any, args: Any, loaded: Any, low_precision: LowPrecisionCallback, config: RunConfig) -> Trainer:
@@ -216,44 +229,15 @@ def _save_model(trainer: Trainer, directory: Path) -> None:
         trainer._save(str(directory), state_dict=weights)
 
 
-_STEERING = ("output_dir", "resume_from_checkpoint", "overwrite_output_dir")
-"""What says where a run goes and how it begins; whoever repeats it says it anew."""
-
-
-def _kept(data: dict[str, Any]) -> dict[str, Any]:
-    """A run's configuration without what steers it."""
-    trainer = {key: value for key, value in (data.get("trainer") or {}).items() if key not in _STEERING}
-    return {**data, "trainer": trainer} if "trainer" in data else data
-
-
-def _check_same_model(checkpoint: Path, data: dict[str, Any]) -> None:
-    """UserError if the run that wrote a checkpoint had another model."""
-    config = checkpoint.parent / rundir.CONFIG
-    before = load_mapping(config) if config.is_file() else data
-    if before.get("model") != data.get("model"):
-        raise UserError(f"model: {checkpoint} is of another model, {before.get('model')}, not {data.get('model')}")
-
-
-def _write_config(directory: Path, checkpoint: Path | None, data: dict[str, Any]) -> None:
-    """config.yaml; another one that a resumed run had until now becomes config-<step>.yaml."""
-    path, kept = directory / rundir.CONFIG, _kept(data)
-    if checkpoint is not None and path.is_file():
-        step = rundir.global_step(checkpoint)
-        past = directory / f"config-{step}.yaml"  # there already if the run has gone on from that step before
-        before = _kept(load_mapping(past if past.is_file() else path))
-        if before != kept:
-            changed = [key for key in dict.fromkeys((*before, *kept)) if before.get(key) != kept.get(key)]
-            show_log()
-            logger.warning("the run goes on with another configuration than until step %d: %s changed", step, ", ".join(changed))
-            if not past.is_file():
-                os.replace(path, past)
-    write_atomically(path, dump(kept))
-
-
 def _pass(config: RunConfig, settings: dict[str, Any]) -> dict[str, Any]:
     """What decides where FP8 pays: the tokens of a forward pass, and whether the blocks are compiled."""
     batch = settings.get("per_device_train_batch_size", TrainingArguments.per_device_train_batch_size)
     return {"tokens": batch * config.data.seq_len, "compiled": config.compile == "blocks"}
+
+
+def _tokens_per_step(config: RunConfig, settings: dict[str, Any]) -> int:
+    accumulated = settings.get("gradient_accumulation_steps", TrainingArguments.gradient_accumulation_steps)
+    return _pass(config, settings)["tokens"] * accumulated * world_size()
 
 
 def _parts(config: RunConfig, device_type: str, autocast: PartPlan, liger: Any) -> list[PartPlan]:

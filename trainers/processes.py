@@ -11,9 +11,14 @@ from lowprec.errors import UserError
 T = TypeVar("T")
 
 
+def world_size() -> int:
+    """How many processes this one was started with, itself included."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def distributed_state(device_type: str) -> Any:
     """Accelerate's view of the processes, None if this is the only one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if world_size() == 1:
         return None
     from accelerate import PartialState
 

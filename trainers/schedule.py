@@ -22,12 +22,15 @@ class Schedule:
         return next((number for number, end in enumerate(self.ends) if step < end), len(self.ends) - 1)
 
 
-def make_schedule(config: PrecisionConfig, total_steps: int | None = None, tokens_per_step: int | None = None) -> Schedule:
+def make_schedule(
+    config: PrecisionConfig, total_steps: int | None = None, tokens_per_step: int | None = None, *, warn: bool = True
+) -> Schedule:
     """The schedule of a run.
 
     Args:
         total_steps: optimizer steps of the run, if known; shares need it.
         tokens_per_step: tokens that an optimizer step trains on, over all ranks, if known; phases in tokens need it.
+        warn: of phases that never run.
     Raises:
         UserError: phases whose order shows only now are out of order or overlap, or a length is not known.
     """
@@ -41,7 +44,7 @@ def make_schedule(config: PrecisionConfig, total_steps: int | None = None, token
             raise UserError(f"{place}: phases out of order: {untils[number]} is {_step(end)}, the phase before ends at {_step(before)}")
         if end == before and untils[number].unit != untils[number - 1].unit and number < len(ends) - 1:
             raise UserError(f"{place}: phases overlap: {untils[number - 1]} and {untils[number]} are both {_step(end)}")
-        if end <= before:  # a short run rounds phases to nothing, or ends before they begin
+        if end <= before and warn:  # a short run rounds phases to nothing, or ends before they begin
             logger.warning("precision.schedule: phase %d never runs: it is over at %s, as the phase before", number + 1, _step(before))
     return Schedule(ends=tuple(int(min(end, total_steps or 2**62)) for end in ends))
 

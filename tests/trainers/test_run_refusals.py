@@ -1,18 +1,18 @@
 """What `lowprec train` refuses in one line, before it writes, deletes or trains; and how a run goes on in another configuration."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lowprec import UserError
 from tests.trainers.runs import CONFIG, losses, lowprec, make_corpus, overrides
 from trainers import rundir
 from trainers.cli import main
+from trainers.models import ModelConfig, build_config
 
 Refused = Callable[..., str]
 
@@ -91,12 +91,31 @@ def test_what_is_refused_around_runs_that_are_there(runs: Path, corpus: Path, re
         ("model.overrides.num_attention_heads=3", "is not a multiple of the number of attention heads"),
         ("model.overrides.num_hidden_layers=-1", "model.overrides.num_hidden_layers: expected a number from 1, got -1"),
         ("model.overrides.num_hidden_layers=two", "model.overrides.num_hidden_layers: "),
+        ("model.overrides.head_dim=0", "model.overrides.head_dim: expected a number from 1, got 0"),
+        # phases out of order, which shows when they are told in steps
+        (
+            "precision.schedule=[{until: 2k steps, recipe: bf16}, {until: 50%}, {until: 100%}]",
+            "precision.schedule.1.until: phases out of order: 50% is step 6, the phase before ends at step 2000",
+        ),
+        (
+            "precision.schedule=[{until: 7 steps, recipe: bf16}, {until: 2k tokens}, {until: 100%}]",
+            "precision.schedule.1.until: phases out of order: 2k tokens is step 4, the phase before ends at step 7",
+        ),
     ],
 )
 @pytest.mark.parametrize("what", ["plan", "train"])
 def test_values_that_no_run_can_have(what: str, override: str, message: str, corpus: Path, tmp_path: Path, refused: Refused):
-    assert message in refused(what, str(CONFIG), *overrides(corpus), override)
+    settings = {"trainer__max_steps": 12, "trainer__gradient_accumulation_steps": 2}
+    assert message in refused(what, str(CONFIG), *overrides(corpus, **settings), override)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_schedule_that_does_not_fit_the_epochs(corpus: Path, tmp_path: Path, refused: Refused):
+    """It shows once the data is loaded, and before anything is written."""
+    schedule = "precision.schedule=[{until: 2k steps, recipe: bf16}, {until: 50%}, {until: 100%}]"
+    given = command(corpus, tmp_path / "run", schedule, trainer__max_steps=-1, trainer__num_train_epochs=1)
+    assert "precision.schedule.1.until: phases out of order: 50% is step" in refused(*given)
+    assert not (tmp_path / "run").exists()
 
 
 def test_weights_that_are_not_all_there(runs: Path, corpus: Path, refused: Refused):
@@ -155,25 +174,24 @@ def test_somebody_elses_events(tmp_path: Path):
     assert path.read_text() == '{"my": 1}\n'
 
 
-def test_a_model_of_ones_own_is_not_written_over(tmp_path: Path):
-    """A run would write its own there when it ends."""
-    (tmp_path / "model").mkdir()
-    with pytest.raises(UserError, match="holds another run"):
-        rundir.locate("x.yaml", {"output_dir": str(tmp_path)})
-
-
 def test_a_file_named_like_a_checkpoint(tmp_path: Path):
     (tmp_path / "checkpoint-5").write_text("mine")
     assert rundir.set_aside_torn(tmp_path) == []
     assert rundir.last_checkpoint(tmp_path) is None
 
 
-def test_what_is_left_to_do(tmp_path: Path):
-    checkpoint = tmp_path / "checkpoint-6"
-    checkpoint.mkdir()
-    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": 6, "max_steps": 6, "num_train_epochs": 2}))
-    for over in ({"max_steps": 6}, {"max_steps": 3}, {"num_train_epochs": 2}, {"num_train_epochs": 1}):
-        with pytest.raises(UserError, match="is the end of its run, after 6 steps"):
-            rundir.check_goes_on(checkpoint, over)
-    for more in ({"max_steps": 7}, {"num_train_epochs": 3}, {}):
-        rundir.check_goes_on(checkpoint, more)
+@pytest.mark.parametrize(
+    ("kind", "field"),
+    [("llama", "eos_token_id"), ("llama", "bos_token_id"), ("qwen2", "max_window_layers"), ("deepseek_v3", "first_k_dense_replace")],
+)
+def test_fields_that_may_be_0(kind: str, field: str, tmp_path: Path):
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    model = ModelConfig(path=str(tmp_path), overrides={field: 0})
+    assert getattr(build_config(model, 256), field) == 0
+
+
+@pytest.mark.parametrize("field", ["n_embd", "hidden_size", "n_layer"])
+def test_sizes_may_not_be_0_whatever_their_name(field: str, tmp_path: Path):
+    AutoConfig.for_model("gpt2").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"model.overrides.{field}: expected a number from 1, got 0"):
+        build_config(ModelConfig(path=str(tmp_path), overrides={field: 0}), 256)
