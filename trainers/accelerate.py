@@ -21,7 +21,7 @@ from torch import nn
 
 from lowprec.errors import UserError
 from trainers.amp import check_weights, configure, prepare_to_load
-from trainers.callback import FINISHED, show_log
+from trainers.callback import show_log
 from trainers.controller import PrecisionController
 from trainers.schedule import make_schedule
 from trainers.wandb_log import log_plan
@@ -66,7 +66,6 @@ def prepare(
     _check(accelerator, model, optimizer, controller)
     per_step = tokens and tokens * accelerator.num_processes * accelerator.gradient_accumulation_steps
     make_schedule(controller.config, steps, per_step)
-    setattr(model, FINISHED, False)
     plan = controller.convert(model, accelerator.device)
     if accelerator.is_main_process:
         show_log()

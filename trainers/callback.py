@@ -20,11 +20,11 @@ from transformers.training_args import ParallelMode
 from lowprec.config import GuardConfig
 from lowprec.errors import TrainingStopped, UserError
 from lowprec.plan import PartPlan, Plan
-from lowprec.recipe.state import is_state
 from trainers import rundir
 from trainers.amp import check_weights, configure, prepare_to_load
 from trainers.controller import SETTLED, PrecisionController
-from trainers.left_out import is_checkpoint_of, leaves_state_out, load_state, save_state
+from trainers.finished import follow, set_finished
+from trainers.left_out import has_read_state, is_checkpoint_of, keep_beside_adapters, leaves_state_out, load_state, save_state
 from trainers.original_names import accept_original_names
 from trainers.wandb_log import log_events, log_plan, log_scalars
 
@@ -35,25 +35,6 @@ PLAN_FILE = rundir.PLAN
 STATE = "lowprec"
 """Where the callback's state is in `trainer_state.json`, under `stateful_callbacks`. It is not the class's name: the Trainer would make a
 new callback from what it finds under that, without a model."""
-
-
-FINISHED = "_lowprec_finished"
-"""Set on a model that is not being trained any more."""
-
-
-def _leave_state_out(model: Any, state_dict: Any, prefix: str, local_metadata: Any) -> None:
-    """What is saved of a finished run's model are its weights, for whoever serves it; the checkpoints have what a run needs to go on."""
-    if getattr(model, FINISHED, False):
-        for name in [name for name in state_dict if is_state(name)]:
-            del state_dict[name]
-
-
-def _keep_own_state(model: Any, state_dict: Any, prefix: str, *_: Any) -> None:
-    """And what was left out is not missed when it is loaded again."""
-    if getattr(model, FINISHED, False):
-        for name, buffer in model.named_buffers():
-            if is_state(name):
-                state_dict.setdefault(prefix + name, buffer.clone())
 
 
 def check_replay(guard: GuardConfig | None, args: Any) -> None:
@@ -186,8 +167,8 @@ class LowPrecisionCallback(TrainerCallback):
         if args.fp16:
             check_weights(model)
         accept_original_names(model)
-        model.register_state_dict_post_hook(_leave_state_out)
-        model.register_load_state_dict_pre_hook(_keep_own_state)
+        follow(model)
+        keep_beside_adapters(model)
         self._hooked = model
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any) -> None:
@@ -221,13 +202,13 @@ class LowPrecisionCallback(TrainerCallback):
             main=state.is_world_process_zero,
             items_of_all_ranks=args.average_tokens_across_devices,
         )
-        if state.global_step and leaves_state_out(model):
+        if not has_read_state(model) and state.global_step and leaves_state_out(model):
             self._load_left_out(model, args, state)
         self._keep(state)
         if state.is_world_process_zero and controller.plan is not None:
             controller.plan.save(Path(args.output_dir) / PLAN_FILE)
         self._begun = True
-        setattr(model, FINISHED, False)
+        set_finished(model, False)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._begun and "wandb" in args.report_to and state.is_world_process_zero and self.controller.plan is not None:
@@ -257,7 +238,7 @@ class LowPrecisionCallback(TrainerCallback):
         self.controller.saved(state.global_step)
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         self._checkpoints = [path for path in self._checkpoints if path != checkpoint] + [checkpoint]
-        if args.should_save and leaves_state_out(model):
+        if args.should_save and leaves_state_out(model) and type(model).__name__.startswith("FSDP"):
             save_state(model, checkpoint)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -272,11 +253,11 @@ class LowPrecisionCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.controller.stop()
-        setattr(model, FINISHED, self.controller.replay_before is None)
+        set_finished(model, self.controller.replay_before is None)
 
     def _load_left_out(self, model: Any, args: Any, state: Any) -> None:
         here = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        found = [path for path in (*self._checkpoints[-1:], here) if is_checkpoint_of(path, state)]
+        found = [path for path in (*reversed(self._checkpoints), here) if is_checkpoint_of(path, state)]
         if not any(load_state(model, path) for path in found):
             logger.warning("the checkpoint holds adapters only: rounding keys and histories of amaxes begin anew")
 

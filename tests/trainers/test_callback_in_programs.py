@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import ParallelMode
 
+import lowprec
 from lowprec import UserError
 from lowprec.observe import LayerProbe
 from lowprec.recipe.state import is_state
@@ -62,6 +64,29 @@ def test_a_finished_model_takes_back_what_it_gave(tmp_path: Path):
     kept = {name: buffer.clone() for name, buffer in trainer.model.named_buffers()}
     trainer.model.load_state_dict(state)
     assert all(torch.equal(buffer, kept[name]) for name, buffer in trainer.model.named_buffers())
+
+
+def test_a_finished_model_that_goes_on_is_saved_with_its_state(tmp_path: Path):
+    """In a loop of one's own, and in a Trainer that knows nothing of precision."""
+    saves = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    trainer = small_trainer(tmp_path / "1", LowPrecisionCallback("fp8_delayed"), **saves)
+    trainer.train()
+    model = trainer.model
+    assert not any(map(is_state, model.state_dict()))
+    small_trainer(tmp_path / "2", model=model, **saves).train()
+    saved = load_file(tmp_path / "2" / "checkpoint-2" / "model.safetensors")
+    fresh = small_model(seed=7)
+    lowprec.convert(fresh, "fp8_delayed")
+    fresh.load_state_dict(saved)
+    kept = dict(model.named_buffers())
+    assert all(torch.equal(buffer, kept[name]) for name, buffer in fresh.named_buffers())
+
+    trainer.train()
+    model.eval()
+    model(input_ids=torch.arange(32)[None])
+    assert not any(map(is_state, model.state_dict()))
+    lowprec.convert(model, "fp8_delayed")
+    fresh.load_state_dict(model.state_dict())
 
 
 @pytest.mark.parametrize("recipe", ["fp8_blockwise", "fp8_delayed"])
