@@ -22,6 +22,7 @@ from lowprec.errors import TrainingStopped, UserError
 from lowprec.plan import PartPlan, Plan
 from trainers import rundir
 from trainers.amp import check_weights, configure, prepare_to_load
+from trainers.arguments import NO_FP16_ON_A_CPU
 from trainers.controller import SETTLED, PrecisionController
 from trainers.finished import follow, set_finished
 from trainers.left_out import has_read_state, is_checkpoint_of, keep_beside_adapters, leaves_state_out, load_state, save_state
@@ -76,7 +77,7 @@ class LowPrecisionCallback(TrainerCallback):
     def __init__(self, precision: Any, *, parts: Iterable[PartPlan] = (), tokens: int | None = None, compiled: bool = False) -> None:
         self.controller = PrecisionController(precision, parts=parts, tokens=tokens, compiled=compiled)
         self._told = 0
-        self._comes_first = self._begun = False
+        self._comes_first = self._begun = self._goes_back = False
         self._hooked: Any = None
         self._checkpoints: list[Path] = []
         """Those that this run wrote or went on from, oldest first."""
@@ -109,9 +110,12 @@ class LowPrecisionCallback(TrainerCallback):
 
         Raises:
             TrainingStopped: there is no such checkpoint.
+            ValueError: nor is there one to resume from.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(trainer.args.output_dir)
+            if resume_from_checkpoint is None:  # as the Trainer says it
+                raise ValueError(f"No valid checkpoint found in output directory ({trainer.args.output_dir})")
         if resume_from_checkpoint:
             begun = Path(resume_from_checkpoint)
             older = [path for path in rundir.checkpoints(begun.parent) if rundir.step_of(path) < rundir.global_step(begun)]
@@ -121,7 +125,10 @@ class LowPrecisionCallback(TrainerCallback):
             scaler = trainer.accelerator.scaler
             if resume_from_checkpoint and scaler is not None:
                 prepare_to_load(scaler, trainer.args.device)
-            output = trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+            try:
+                output = trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+            finally:
+                self._goes_back = False
             before = self.controller.replay_before
             if before is None:
                 return output
@@ -132,7 +139,7 @@ class LowPrecisionCallback(TrainerCallback):
             last = before, checkpoint
             if trainer.state.is_world_process_zero:
                 rundir.keep_lines_until(directory / rundir.METRICS, rundir.global_step(checkpoint))
-            resume_from_checkpoint = str(checkpoint)
+            resume_from_checkpoint, self._goes_back = str(checkpoint), True
 
     def _to_go_back_to(self, before: int, last: tuple[int, Path] | None) -> Path | None:
         """The checkpoint for a breach at step `before`; `last`: the step of the breach before that, and where the run went back to then."""
@@ -166,6 +173,8 @@ class LowPrecisionCallback(TrainerCallback):
     def _hook(self, args: Any, model: Any) -> None:
         if args.fp16:
             check_weights(model)
+            if args.device.type == "cpu":
+                raise UserError(NO_FP16_ON_A_CPU)
         accept_original_names(model)
         follow(model)
         keep_beside_adapters(model)
@@ -184,12 +193,14 @@ class LowPrecisionCallback(TrainerCallback):
                     "a model of model_init loads its checkpoint before it is converted, without what its recipe keeps: give the Trainer a "
                     "model instead"
                 )
-        if not state.global_step:
+        begins = not state.global_step and not self._goes_back  # although the run before may have stopped to go back
+        if begins:
             self._checkpoints = []
         if held is not None:
             controller.load_state_dict(held)
-        elif controller.replay_before is None:
+        elif begins or controller.replay_before is None:
             controller.forget()
+            self._told = 0
         tokens_per_step = controller.tokens and controller.tokens * args.gradient_accumulation_steps * args.world_size
         controller.start(
             model,

@@ -221,7 +221,7 @@ class PrecisionController:
     def forget(self) -> None:
         """Before `start`: another run of the same model begins, which knows nothing of the one before."""
         self.raised, self.skipped_steps, self.recoveries, self._restored, self.replay_before = {}, 0, 0, None, None
-        self._sqnr, self.probed = None, {}
+        self._sqnr, self.probed, self.events = None, {}, []
         self._guard = None if self.config.guard is None else Guard(self.config.guard)
 
     def state_dict(self) -> dict[str, Any]:
