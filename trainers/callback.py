@@ -9,6 +9,7 @@ Trainer's events.
 
 import logging
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,22 @@ def show_log() -> None:
         logger.addHandler(logging.StreamHandler(sys.stderr))
         logger.setLevel(logging.INFO)
         logger.propagate = False
+
+
+def _set_aside_torn(directory: Path) -> None:
+    """Set torn checkpoints aside; one so young that it may be written right now is waited for."""
+    end, waits = time.monotonic() + rundir.STILL_WRITTEN, False
+    while True:
+        over = time.monotonic() > end
+        for torn in rundir.set_aside_torn(directory):
+            logger.warning("a checkpoint that was not written to its end is set aside as %s", torn)
+        young = [checkpoint for checkpoint in rundir.checkpoints(directory) if not rundir.is_whole(checkpoint)]
+        if not young or over:
+            return
+        if not waits:
+            logger.warning("%s may be written right now: waiting %g s for its end", young[0], rundir.STILL_WRITTEN)
+        waits = True
+        time.sleep(min(0.1, rundir.STILL_WRITTEN))
 
 
 class LowPrecisionCallback(TrainerCallback):
@@ -152,8 +169,9 @@ class LowPrecisionCallback(TrainerCallback):
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if args.should_save:
-            for torn in rundir.set_aside_torn(Path(args.output_dir)):
-                logger.warning("a checkpoint that was not written to its end is set aside as %s", torn)
+            _set_aside_torn(Path(args.output_dir))
+        if args.world_size > 1:  # nobody looks for the last checkpoint before
+            args.distributed_state.wait_for_everyone()
         if getattr(control, "_lowprec", self) is not self:
             raise UserError("this Trainer has two LowPrecisionCallbacks: one decides the precision of its model")
         if args.parallel_mode is ParallelMode.NOT_DISTRIBUTED:
