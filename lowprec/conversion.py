@@ -201,9 +201,9 @@ def _decisions(
     raised: Mapping[str, Recipe] = MappingProxyType({}),
 ) -> dict[str, _Decision]:
     """By the full name of each linear layer, in the model's order."""
-    if lazy := next((name for name, parameter in model.named_parameters() if is_lazy(parameter)), None):
-        raise UserError(f"{lazy} has no shape yet: let the model see one batch before its precision is decided")
     weights = dict(find_weights(model))
+    if lazy := next((name for name, weight in weights.items() if is_lazy(weight.data)), None):
+        raise UserError(f"{lazy}.weight has no shape yet: let the model see one batch before its precision is decided")
     found = {name: name_without_peft(model, name, weight.stack) for name, weight in weights.items()}
     plain = {name: own for name, (own, _) in found.items()}
     rules = [_PlainNameRule(modules=rule.modules, recipe=rule.recipe, plain=plain) for rule in config.ordered_rules()]

@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo
@@ -198,6 +199,12 @@ def test_tokens_are_a_number(tokens: Any):
         LowPrecisionCallback("mxfp8", tokens=tokens)
 
 
+def test_numbers_of_numpys_are_numbers():
+    tokens: Any = np.prod([8, 256])
+    controller = LowPrecisionCallback("mxfp8", tokens=tokens).controller
+    assert (controller.tokens, type(controller.tokens)) == (2048, int)
+
+
 @pytest.mark.parametrize(
     "precision, message",
     [
@@ -205,7 +212,9 @@ def test_tokens_are_a_number(tokens: Any):
         ({"recipe": "fp16", "loss_scaling": {"init_scale": 1e39}}, "loss_scaling.init_scale: "),
         ({"recipe": "fp16", "loss_scaling": {"growth_factor": float("inf")}}, "loss_scaling.growth_factor: "),
         ({"recipe": "mxfp4", "guard": {"sqnr_floor": float("nan")}, "probe_every": 2}, "guard.sqnr_floor: "),
-        ({"recipe": "mxfp4", "guard": {"loss_ratio": float("inf")}}, "guard.loss_ratio: "),
+        ({"recipe": "mxfp4", "guard": {"loss_ratio": float("nan")}}, "guard.loss_ratio: "),
+        ({"recipe": "mxfp4", "guard": {"gradient_ratio": -float("inf")}}, "guard.gradient_ratio: "),
+        ({"recipe": "mxfp4", "guard": {"sqnr_floor": float("inf")}, "probe_every": 2}, "guard.sqnr_floor: "),
         ({"recipe": "mxfp4", "rules": [{"modules": "(", "recipe": "bf16"}]}, r"rules.0.modules: rule '\(' is not a regular expression"),
     ],
 )
