@@ -124,17 +124,17 @@ class LossScalingConfig(StrictConfig):
 
 
 class GuardConfig(StrictConfig):
-    """What watches a run for divergence, and what it does then."""
+    """What watches a run for divergence, and what it does then. An infinite ratio, or number of deviations, switches its check off."""
 
     window: int = Field(default=64, ge=8)
     """Healthy steps whose median and spread a new loss and gradient norm are compared with."""
     warmup: int = Field(default=16, ge=2)
     """Healthy steps to see before anything but values that are not finite is a breach."""
-    loss_deviations: float = Field(default=8.0, gt=0)
+    loss_deviations: float = Field(default=8.0, gt=0, allow_inf_nan=True)
     """A loss this many robust standard deviations (1.4826 times the median absolute deviation) above the median is a breach."""
-    loss_ratio: float = Field(default=1.1, gt=1)
+    loss_ratio: float = Field(default=1.1, gt=1, allow_inf_nan=True)
     """And this many times the median: a steady loss may vary without harm."""
-    gradient_ratio: float = Field(default=50.0, gt=1)
+    gradient_ratio: float = Field(default=50.0, gt=1, allow_inf_nan=True)
     """A gradient norm this many times the median is a breach."""
     skipped_steps: int = Field(default=8, ge=1)
     """Optimizer steps in a row that loss scaling skips before that is a breach."""

@@ -37,7 +37,7 @@ from lowprec.payoff import TOKENS, payoff
 from lowprec.plan import GemmPlan, LayerPlan, Plan
 from lowprec.recipe import GEMMS, GemmSpec, Recipe
 from lowprec.recipe.rules import Rule, check_rules
-from lowprec.recipe.state import states_of
+from lowprec.recipe.state import FINISHED, states_of
 from lowprec.weights import CONVERTED, Weight, expert_gates, find_weights, name_without_peft, output_heads, recipes_of, why_not_convert
 
 AS_IT_IS = Recipe(name="as it is", fprop=GemmSpec(), dgrad=GemmSpec(), wgrad=GemmSpec(), about="nn.Linear's own products")
@@ -81,6 +81,9 @@ def convert(
     evaluations = {name: None if decision.recipe is None else other for name, decision in decisions.items()}
     for name, decision in decisions.items():  # for its errors, before anything is changed
         states_of([r for r in (decision.recipe, *kept[name], evaluations[name]) if r is not None], torch.device("meta"))
+    for module in model.modules():  # another run begins
+        if getattr(module, FINISHED, False):
+            setattr(module, FINISHED, False)
     projections: dict[nn.Module, dict[str, ExpertProjection]] = {}
     for number, (name, weight) in enumerate(list(find_weights(model))):
         recipe, backend, keeps, evaluation = decisions[name].recipe, decisions[name].backend, kept[name], evaluations[name]
@@ -198,9 +201,9 @@ def _decisions(
     raised: Mapping[str, Recipe] = MappingProxyType({}),
 ) -> dict[str, _Decision]:
     """By the full name of each linear layer, in the model's order."""
-    if lazy := next((name for name, parameter in model.named_parameters() if is_lazy(parameter)), None):
-        raise UserError(f"{lazy} has no shape yet: let the model see one batch before its precision is decided")
     weights = dict(find_weights(model))
+    if lazy := next((name for name, weight in weights.items() if is_lazy(weight.data)), None):
+        raise UserError(f"{lazy}.weight has no shape yet: let the model see one batch before its precision is decided")
     found = {name: name_without_peft(model, name, weight.stack) for name, weight in weights.items()}
     plain = {name: own for name, (own, _) in found.items()}
     rules = [_PlainNameRule(modules=rule.modules, recipe=rule.recipe, plain=plain) for rule in config.ordered_rules()]

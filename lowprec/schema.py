@@ -5,6 +5,7 @@ command line) into one and rewrites pydantic's report into the sentence that a u
 nearest key that exists.
 """
 
+import operator
 from collections.abc import Mapping
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
@@ -53,6 +54,17 @@ def parse_value(hint: Any, value: Any, where: str) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{where}: {_lower_first(first['msg'])}, got {value!r}") from None
+
+
+def whole_number(value: Any, what: str) -> int:
+    """`value`, an integer of any kind from 1 (NumPy's too), as an int. `what` begins the UserError: "tokens: the tokens of a pass"."""
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise UserError(f"{what} are a whole number from 1, got {value!r}")
+    return number
 
 
 def _one_line(error: ValidationError, schema: type[BaseModel], where: str) -> str:

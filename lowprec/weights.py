@@ -50,8 +50,7 @@ class Weight:
 
 def find_weights(model: nn.Module) -> Iterator[tuple[str, Weight]]:
     """Everything that multiplies by a weight matrix, nn.Linear or like it, or by stacks of them, once."""
-    # Which read their linear layers' weights themselves, in eval() and without gradients.
-    readers = (module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer))
+    readers = (module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer) and _has_fast_path(module))
     bypassed = {id(layer) for module in readers for layer in (module.linear1, module.linear2)}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) or _is_conv1d(module):
@@ -142,6 +141,23 @@ def name_without_peft(model: nn.Module, name: str, stack: str = "") -> tuple[str
             plain.append(part)
         module = module.get_submodule(part)
     return ".".join(filter(None, [*plain, stack])), added
+
+
+def _has_fast_path(layer: nn.TransformerEncoderLayer) -> bool:
+    """Whether torch may read the weights of `layer`'s linear layers itself, in eval() and without gradients: its own conditions, as far as
+    they are the layer's and not an input's (torch/nn/modules/transformer.py)."""
+    forward, attention = type(layer).forward, layer.self_attn
+    # One of a subclass may hand over to torch's by super(), which the compiler notes.
+    calls_super = "__class__" in getattr(getattr(forward, "__code__", None), "co_freevars", ("__class__",))
+    return (
+        (forward is nn.TransformerEncoderLayer.forward or calls_super)
+        and attention.batch_first
+        and attention.in_proj_bias is not None
+        and attention._qkv_same_embed_dim
+        and attention.num_heads % 2 == 0
+        and bool(layer.activation_relu_or_gelu)
+        and layer.norm1.eps == layer.norm2.eps
+    )
 
 
 def _is_conv1d(module: nn.Module) -> bool:

@@ -55,9 +55,55 @@ def test_layers_that_torch_reads_past_their_forward_are_left_alone():
     assert {layer.name: layer.converted for layer in decoder.layers}["linear1"]
 
 
+class OwnOrder(nn.TransformerEncoderLayer):
+    """With a forward of its own."""
+
+    def forward(self, src: Any, *_: Any, **__: Any) -> Any:
+        return src + self.linear2(self.linear1(src))
+
+
+class HandsOver(nn.TransformerEncoderLayer):
+    """To torch's."""
+
+    def forward(self, src: Any, *given: Any, **more: Any) -> Any:
+        return src + super().forward(src, *given, **more)
+
+
+FAST = (128, 4, 256)
+
+
+@pytest.mark.parametrize(
+    "module, fast",
+    [
+        (nn.TransformerEncoderLayer(*FAST), False),
+        (nn.TransformerEncoderLayer(128, 1, 256, batch_first=True), False),
+        (nn.TransformerEncoderLayer(*FAST, batch_first=True, bias=False), False),
+        (nn.TransformerEncoderLayer(*FAST, batch_first=True, activation=nn.functional.silu), False),
+        (OwnOrder(*FAST, batch_first=True), False),
+        (HandsOver(*FAST, batch_first=True), True),
+        (HandsOver(*FAST), False),
+        (type("Renamed", (nn.TransformerEncoderLayer,), {})(*FAST, batch_first=True), True),
+        (nn.TransformerEncoderLayer(*FAST, batch_first=True, norm_first=True, activation="gelu"), True),
+    ],
+)
+def test_they_are_converted_where_torch_calls_them(module: nn.TransformerEncoderLayer, fast: bool):
+    plan = {layer.name: layer for layer in convert(module, "mxfp4").layers}
+    assert plan["linear1"].blocked == plan["linear2"].blocked == fast
+    assert plan["linear1"].converted == plan["linear2"].converted == (not fast)
+    module.eval()
+    calls = []
+    module.linear1.forward = lambda x: calls.append(1) or nn.functional.linear(x, module.linear1.weight, module.linear1.bias)
+    with torch.no_grad():
+        module(torch.randn(2, 32, 128))
+    assert bool(calls) == (not fast)
+
+
 def test_a_model_without_shapes_is_one_line():
     with pytest.raises(UserError, match=r"0\.weight has no shape yet: let the model see one batch before"):
         make_plan(nn.Sequential(nn.LazyLinear(8)), "mxfp8")
+    parts = nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten(), nn.Linear(144, 32))  # a shape that conversion does not ask for
+    assert [layer.converted for layer in convert(parts, "mxfp8").layers] == [True]
+    assert parts(torch.randn(2, 3, 8, 8)).shape == (2, 32)
 
 
 def test_a_model_is_untouched_if_recipes_do_not_fit_together():

@@ -20,8 +20,9 @@ from accelerate.utils import DynamoBackend
 from torch import nn
 
 from lowprec.errors import UserError
+from lowprec.schema import whole_number
 from trainers.amp import check_weights, configure, prepare_to_load
-from trainers.callback import FINISHED, show_log
+from trainers.callback import show_log
 from trainers.controller import PrecisionController
 from trainers.schedule import make_schedule
 from trainers.wandb_log import log_plan
@@ -59,14 +60,12 @@ def prepare(
     Raises:
         UserError: the precision is wrong, or does not fit this run. Nothing has been converted or prepared then.
     """
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-        raise UserError(f"steps: the steps of the run are a whole number from 1, got {steps!r}")
+    steps = None if steps is None else whole_number(steps, "steps: the steps of the run")
     compiled = compiled or accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
     controller = PrecisionController(precision, tokens=tokens, compiled=compiled)
     _check(accelerator, model, optimizer, controller)
-    per_step = tokens and tokens * accelerator.num_processes * accelerator.gradient_accumulation_steps
+    per_step = controller.tokens and controller.tokens * accelerator.num_processes * accelerator.gradient_accumulation_steps
     make_schedule(controller.config, steps, per_step)
-    setattr(model, FINISHED, False)
     plan = controller.convert(model, accelerator.device)
     if accelerator.is_main_process:
         show_log()

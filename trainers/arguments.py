@@ -29,6 +29,8 @@ _LEAST: dict[str, tuple[float, bool]] = {
 }
 """The least that a setting may be, and whether it must be more: transformers takes what is less, and fails in the middle."""
 
+NO_FP16_ON_A_CPU = "trainer.fp16: fp16 autocast with loss scaling needs CUDA; on a CPU use precision.recipe=fp16 to emulate its rounding"
+
 
 def check_trainer(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with each value as the type that its field has.
@@ -102,9 +104,7 @@ def autocast_settings(settings: Mapping[str, Any], recipe: Recipe | None, device
         raise UserError("trainer: bf16 and fp16 exclude each other")
     if device_type == "cpu":
         if fp16:
-            raise UserError(
-                "trainer.fp16: fp16 autocast with loss scaling needs CUDA; on a CPU use precision.recipe=fp16 to emulate its rounding"
-            )
+            raise UserError(NO_FP16_ON_A_CPU)
         return {"bf16": False}, PartPlan(
             name="autocast", choice="off", reason="16-bit arithmetic is emulated on a CPU, in the linear layers alone"
         )

@@ -9,6 +9,7 @@ Trainer's events.
 
 import logging
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ from transformers.training_args import ParallelMode
 from lowprec.config import GuardConfig
 from lowprec.errors import TrainingStopped, UserError
 from lowprec.plan import PartPlan, Plan
-from lowprec.recipe.state import is_state
 from trainers import rundir
 from trainers.amp import check_weights, configure, prepare_to_load
+from trainers.arguments import NO_FP16_ON_A_CPU
 from trainers.controller import SETTLED, PrecisionController
-from trainers.left_out import is_checkpoint_of, leaves_state_out, load_state, save_state
+from trainers.finished import follow, set_finished
+from trainers.left_out import has_read_state, is_checkpoint_of, keep_beside_adapters, leaves_state_out, load_state, save_state
 from trainers.original_names import accept_original_names
 from trainers.wandb_log import log_events, log_plan, log_scalars
 
@@ -35,25 +37,6 @@ PLAN_FILE = rundir.PLAN
 STATE = "lowprec"
 """Where the callback's state is in `trainer_state.json`, under `stateful_callbacks`. It is not the class's name: the Trainer would make a
 new callback from what it finds under that, without a model."""
-
-
-FINISHED = "_lowprec_finished"
-"""Set on a model that is not being trained any more."""
-
-
-def _leave_state_out(model: Any, state_dict: Any, prefix: str, local_metadata: Any) -> None:
-    """What is saved of a finished run's model are its weights, for whoever serves it; the checkpoints have what a run needs to go on."""
-    if getattr(model, FINISHED, False):
-        for name in [name for name in state_dict if is_state(name)]:
-            del state_dict[name]
-
-
-def _keep_own_state(model: Any, state_dict: Any, prefix: str, *_: Any) -> None:
-    """And what was left out is not missed when it is loaded again."""
-    if getattr(model, FINISHED, False):
-        for name, buffer in model.named_buffers():
-            if is_state(name):
-                state_dict.setdefault(prefix + name, buffer.clone())
 
 
 def check_replay(guard: GuardConfig | None, args: Any) -> None:
@@ -72,6 +55,22 @@ def show_log() -> None:
         logger.addHandler(logging.StreamHandler(sys.stderr))
         logger.setLevel(logging.INFO)
         logger.propagate = False
+
+
+def _set_aside_torn(directory: Path) -> None:
+    """Set torn checkpoints aside; one so young that it may be written right now is waited for."""
+    end, waits = time.monotonic() + rundir.STILL_WRITTEN, False
+    while True:
+        over = time.monotonic() > end
+        for torn in rundir.set_aside_torn(directory):
+            logger.warning("a checkpoint that was not written to its end is set aside as %s", torn)
+        young = [checkpoint for checkpoint in rundir.checkpoints(directory) if not rundir.is_whole(checkpoint)]
+        if not young or over:
+            return
+        if not waits:
+            logger.warning("%s may be written right now: waiting %g s for its end", young[0], rundir.STILL_WRITTEN)
+        waits = True
+        time.sleep(min(0.1, rundir.STILL_WRITTEN))
 
 
 class LowPrecisionCallback(TrainerCallback):
@@ -95,7 +94,7 @@ class LowPrecisionCallback(TrainerCallback):
     def __init__(self, precision: Any, *, parts: Iterable[PartPlan] = (), tokens: int | None = None, compiled: bool = False) -> None:
         self.controller = PrecisionController(precision, parts=parts, tokens=tokens, compiled=compiled)
         self._told = 0
-        self._comes_first = self._begun = False
+        self._comes_first = self._begun = self._goes_back = False
         self._hooked: Any = None
         self._checkpoints: list[Path] = []
         """Those that this run wrote or went on from, oldest first."""
@@ -128,9 +127,12 @@ class LowPrecisionCallback(TrainerCallback):
 
         Raises:
             TrainingStopped: there is no such checkpoint.
+            ValueError: nor is there one to resume from.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(trainer.args.output_dir)
+            if resume_from_checkpoint is None:  # as the Trainer says it
+                raise ValueError(f"No valid checkpoint found in output directory ({trainer.args.output_dir})")
         if resume_from_checkpoint:
             begun = Path(resume_from_checkpoint)
             older = [path for path in rundir.checkpoints(begun.parent) if rundir.step_of(path) < rundir.global_step(begun)]
@@ -140,7 +142,10 @@ class LowPrecisionCallback(TrainerCallback):
             scaler = trainer.accelerator.scaler
             if resume_from_checkpoint and scaler is not None:
                 prepare_to_load(scaler, trainer.args.device)
-            output = trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+            try:
+                output = trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+            finally:
+                self._goes_back = False
             before = self.controller.replay_before
             if before is None:
                 return output
@@ -151,7 +156,7 @@ class LowPrecisionCallback(TrainerCallback):
             last = before, checkpoint
             if trainer.state.is_world_process_zero:
                 rundir.keep_lines_until(directory / rundir.METRICS, rundir.global_step(checkpoint))
-            resume_from_checkpoint = str(checkpoint)
+            resume_from_checkpoint, self._goes_back = str(checkpoint), True
 
     def _to_go_back_to(self, before: int, last: tuple[int, Path] | None) -> Path | None:
         """The checkpoint for a breach at step `before`; `last`: the step of the breach before that, and where the run went back to then."""
@@ -164,8 +169,9 @@ class LowPrecisionCallback(TrainerCallback):
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if args.should_save:
-            for torn in rundir.set_aside_torn(Path(args.output_dir)):
-                logger.warning("a checkpoint that was not written to its end is set aside as %s", torn)
+            _set_aside_torn(Path(args.output_dir))
+        if args.world_size > 1:  # nobody looks for the last checkpoint before
+            args.distributed_state.wait_for_everyone()
         if getattr(control, "_lowprec", self) is not self:
             raise UserError("this Trainer has two LowPrecisionCallbacks: one decides the precision of its model")
         if args.parallel_mode is ParallelMode.NOT_DISTRIBUTED:
@@ -185,9 +191,11 @@ class LowPrecisionCallback(TrainerCallback):
     def _hook(self, args: Any, model: Any) -> None:
         if args.fp16:
             check_weights(model)
+            if args.device.type == "cpu":
+                raise UserError(NO_FP16_ON_A_CPU)
         accept_original_names(model)
-        model.register_state_dict_post_hook(_leave_state_out)
-        model.register_load_state_dict_pre_hook(_keep_own_state)
+        follow(model)
+        keep_beside_adapters(model)
         self._hooked = model
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any) -> None:
@@ -203,12 +211,14 @@ class LowPrecisionCallback(TrainerCallback):
                     "a model of model_init loads its checkpoint before it is converted, without what its recipe keeps: give the Trainer a "
                     "model instead"
                 )
-        if not state.global_step:
+        begins = not state.global_step and not self._goes_back  # although the run before may have stopped to go back
+        if begins:
             self._checkpoints = []
         if held is not None:
             controller.load_state_dict(held)
-        elif controller.replay_before is None:
+        elif begins or controller.replay_before is None:
             controller.forget()
+            self._told = 0
         tokens_per_step = controller.tokens and controller.tokens * args.gradient_accumulation_steps * args.world_size
         controller.start(
             model,
@@ -221,13 +231,13 @@ class LowPrecisionCallback(TrainerCallback):
             main=state.is_world_process_zero,
             items_of_all_ranks=args.average_tokens_across_devices,
         )
-        if state.global_step and leaves_state_out(model):
+        if not has_read_state(model) and state.global_step and leaves_state_out(model):
             self._load_left_out(model, args, state)
         self._keep(state)
         if state.is_world_process_zero and controller.plan is not None:
             controller.plan.save(Path(args.output_dir) / PLAN_FILE)
         self._begun = True
-        setattr(model, FINISHED, False)
+        set_finished(model, False)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._begun and "wandb" in args.report_to and state.is_world_process_zero and self.controller.plan is not None:
@@ -257,7 +267,7 @@ class LowPrecisionCallback(TrainerCallback):
         self.controller.saved(state.global_step)
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         self._checkpoints = [path for path in self._checkpoints if path != checkpoint] + [checkpoint]
-        if args.should_save and leaves_state_out(model):
+        if args.should_save and leaves_state_out(model) and type(model).__name__.startswith("FSDP"):
             save_state(model, checkpoint)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -272,11 +282,11 @@ class LowPrecisionCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.controller.stop()
-        setattr(model, FINISHED, self.controller.replay_before is None)
+        set_finished(model, self.controller.replay_before is None)
 
     def _load_left_out(self, model: Any, args: Any, state: Any) -> None:
         here = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        found = [path for path in (*self._checkpoints[-1:], here) if is_checkpoint_of(path, state)]
+        found = [path for path in (*reversed(self._checkpoints), here) if is_checkpoint_of(path, state)]
         if not any(load_state(model, path) for path in found):
             logger.warning("the checkpoint holds adapters only: rounding keys and histories of amaxes begin anew")
 

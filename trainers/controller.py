@@ -24,12 +24,13 @@ from torch import nn
 
 import lowprec
 from lowprec.config import PrecisionConfig, parse_precision
-from lowprec.errors import TrainingStopped, UserError
+from lowprec.errors import TrainingStopped
 from lowprec.nn import share_histories
 from lowprec.observe import LayerProbe, Probe
 from lowprec.plan import PartPlan, Plan
 from lowprec.recipe import Recipe, library
 from lowprec.recipe.state import is_state
+from lowprec.schema import whole_number
 from lowprec.weights import recipes_of
 from trainers.amp import check_floor
 from trainers.guard import Breach, Guard, Observation, layers_meant, worst
@@ -57,8 +58,7 @@ class PrecisionController:
     """
 
     def __init__(self, precision: Any, *, parts: Iterable[PartPlan] = (), tokens: int | None = None, compiled: bool = False) -> None:
-        if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1):
-            raise UserError(f"tokens: the tokens of a forward pass are a whole number from 1, got {tokens!r}")
+        tokens = None if tokens is None else whole_number(tokens, "tokens: the tokens of a forward pass")
         self.config: PrecisionConfig = parse_precision(precision)
         self.phases = self.config.phases()
         self.parts, self.tokens, self.compiled = tuple(parts), tokens, compiled
@@ -221,7 +221,7 @@ class PrecisionController:
     def forget(self) -> None:
         """Before `start`: another run of the same model begins, which knows nothing of the one before."""
         self.raised, self.skipped_steps, self.recoveries, self._restored, self.replay_before = {}, 0, 0, None, None
-        self._sqnr, self.probed = None, {}
+        self._sqnr, self.probed, self.events = None, {}, []
         self._guard = None if self.config.guard is None else Guard(self.config.guard)
 
     def state_dict(self) -> dict[str, Any]:

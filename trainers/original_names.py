@@ -33,14 +33,18 @@ def accept_original_names(model: nn.Module) -> Any:
 def _translate(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     if prefix or not isinstance(model, PreTrainedModel) or type(model).__name__.startswith("FSDP"):
         return
-    known = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))}
+    known = _saved_names(model)
     missing = known - state_dict.keys()
     strange = {name: tensor for name, tensor in state_dict.items() if name not in known}
-    if not missing or not strange:
+    # What recipes keep differs between them, and says nothing of the weights' names.
+    if all(map(is_state, missing)) or all(map(is_state, strange)):
+        return
+    kind: Any = next(base for base in type(model).__mro__ if base.__module__.startswith("transformers.") or base is PreTrainedModel)
+    if kind.forward is nn.Module.forward:  # no model yet: what is one is the user's own, which transformers knows no other names of
         return
     # transformers translates only while it builds a model.
     weights = {name: tensor for name, tensor in state_dict.items() if not is_state(name)}
-    built, told = _build(model, weights)
+    built, told = _build(kind, model, weights)
     if not missing & built.keys() - told:
         return
     for name in missing & built.keys() - told:
@@ -53,9 +57,15 @@ def _translate(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_:
         del state_dict[name]
 
 
-def _build(model: PreTrainedModel, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], set[str]]:
-    """What transformers makes of these weights, by the model's names, and the names for which they had nothing."""
-    kind: Any = next(base for base in type(model).__mro__ if base.__module__.startswith("transformers.") or base is PreTrainedModel)
+def _saved_names(model: nn.Module) -> set[str]:
+    """The names in the model's state dict, those of tied weights and what hooks leave out too."""
+    modules = dict(model.named_modules(remove_duplicate=False)).items()
+    unsaved = {f"{name}.{buffer}".lstrip(".") for name, module in modules for buffer in module._non_persistent_buffers_set}
+    return {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))} - unsaved
+
+
+def _build(kind: Any, model: PreTrainedModel, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], set[str]]:
+    """What transformers' class `kind` makes of these weights, by the model's names, and the names for which they had nothing."""
     # The widest dtype holds all of them; what is loaded from it is rounded to the model's own.
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in weights.values() if tensor.is_floating_point()), torch.bfloat16)
     with torch.random.fork_rng(devices=[]):

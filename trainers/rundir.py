@@ -143,7 +143,7 @@ def last_checkpoint(directory: Path) -> Path | None:
     return max(filter(is_whole, checkpoints(directory)), key=step_of, default=None)
 
 
-_STILL_WRITTEN = 5.0
+STILL_WRITTEN = 5.0
 """Seconds since its last file changed after which nobody writes a checkpoint any more."""
 
 
@@ -154,8 +154,11 @@ def set_aside_torn(directory: Path) -> list[Path]:
     """
     renamed = []
     for checkpoint in checkpoints(directory):
-        changed = max(path.stat().st_mtime for path in (checkpoint, *checkpoint.iterdir()))
-        if not is_whole(checkpoint) and time.time() - changed > _STILL_WRITTEN:
+        try:
+            changed = max(path.stat().st_mtime for path in (checkpoint, *checkpoint.iterdir()))
+        except FileNotFoundError:  # a file that another process has just renamed or deleted
+            continue
+        if not is_whole(checkpoint) and time.time() - changed > STILL_WRITTEN:
             target = checkpoint.with_name(f"torn-{checkpoint.name}")
             if target.exists():
                 shutil.rmtree(target)

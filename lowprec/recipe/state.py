@@ -31,6 +31,10 @@ def history_name(gemm: str, side: str) -> str:
 HISTORIES = tuple(history_name(*operand) for operand in OPERANDS)
 
 
+FINISHED = "_lowprec_finished"
+"""Of a model whose run is over and that is saved without its state, whether it still is. `lowprec.convert` takes that back."""
+
+
 def is_state(name: str) -> bool:
     """Whether a buffer of this full name is what a recipe keeps."""
     last = name.rpartition(".")[2]

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedType, skip_first_batches
@@ -275,6 +276,8 @@ def _run(precision: Any = "fp8_blockwise", model: Any = None, optimizer: Any = N
     ("arguments", "message"),
     [
         ({"precision": "fp8_blokwise"}, "unknown recipe 'fp8_blokwise'; did you mean 'fp8_blockwise'"),
+        ({"steps": True}, "steps: the steps of the run are a whole number from 1, got True"),
+        ({"steps": np.float64(9)}, "steps: the steps of the run are a whole number from 1, got np.float64(9.0)"),
         ({"precision": {"guard": {"data": "replay"}}}, "precision.guard.data: replay needs a loop that can go back in its data"),
         ({"precision": {"schedule": [{"until": "5%"}, {}]}}, "precision.schedule.0.until: 5% of how many steps?"),
         ({"precision": {"schedule": [{"until": "1M tokens"}, {}]}, "steps": 9}, "precision.schedule.0.until: 1M tokens can't be told"),
@@ -289,6 +292,13 @@ def test_wrong_input_is_one_line_and_leaves_the_model_alone(arguments: dict[str,
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not any(isinstance(module, LowPrecisionLinear) for module in model.modules())
+
+
+def test_numbers_of_numpys_are_numbers():
+    steps: Any = np.int64(10)
+    tokens: Any = np.prod([8, 16])
+    loop = Loop({"recipe": "mxfp4", "schedule": [{"until": "50%", "recipe": "bf16"}, {}]}, steps=steps, tokens=tokens)
+    assert loop.controller.tokens == 128
 
 
 def test_fp16_needs_other_weights_and_another_device():

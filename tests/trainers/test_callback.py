@@ -98,11 +98,16 @@ def test_the_loss_scale_of_the_wrapped_optimizer_is_set_and_logged(tmp_path: Pat
 
 def test_fp16_weights_can_not_be_scaled(tmp_path: Path):
     trainer = _trainer(tmp_path)
-    trainer.args.fp16 = True  # TrainingArguments takes it with a GPU only
+    trainer.args.fp16 = True
     with pytest.raises(
         UserError, match=r"fp16 training: parameter 'model\.embed_tokens\.weight' is float16 already; load the model in float32"
     ):
         LowPrecisionCallback("fp16").on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model.half())
+
+
+def test_fp16_on_a_cpu_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match=r"trainer\.fp16: .* needs CUDA; on a CPU use precision\.recipe=fp16"):
+        _trainer(tmp_path, LowPrecisionCallback("fp8_blockwise"), fp16=True)
 
 
 def test_evaluation_may_have_a_recipe_of_its_own(tmp_path: Path):

@@ -4,12 +4,15 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo
+from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import ParallelMode
 
+import lowprec
 from lowprec import UserError
 from lowprec.observe import LayerProbe
 from lowprec.recipe.state import is_state
@@ -62,6 +65,29 @@ def test_a_finished_model_takes_back_what_it_gave(tmp_path: Path):
     kept = {name: buffer.clone() for name, buffer in trainer.model.named_buffers()}
     trainer.model.load_state_dict(state)
     assert all(torch.equal(buffer, kept[name]) for name, buffer in trainer.model.named_buffers())
+
+
+def test_a_finished_model_that_goes_on_is_saved_with_its_state(tmp_path: Path):
+    """In a loop of one's own, and in a Trainer that knows nothing of precision."""
+    saves = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    trainer = small_trainer(tmp_path / "1", LowPrecisionCallback("fp8_delayed"), **saves)
+    trainer.train()
+    model = trainer.model
+    assert not any(map(is_state, model.state_dict()))
+    small_trainer(tmp_path / "2", model=model, **saves).train()
+    saved = load_file(tmp_path / "2" / "checkpoint-2" / "model.safetensors")
+    fresh = small_model(seed=7)
+    lowprec.convert(fresh, "fp8_delayed")
+    fresh.load_state_dict(saved)
+    kept = dict(model.named_buffers())
+    assert all(torch.equal(buffer, kept[name]) for name, buffer in fresh.named_buffers())
+
+    trainer.train()
+    model.eval()
+    model(input_ids=torch.arange(32)[None])
+    assert not any(map(is_state, model.state_dict()))
+    lowprec.convert(model, "fp8_delayed")
+    fresh.load_state_dict(model.state_dict())
 
 
 @pytest.mark.parametrize("recipe", ["fp8_blockwise", "fp8_delayed"])
@@ -173,6 +199,12 @@ def test_tokens_are_a_number(tokens: Any):
         LowPrecisionCallback("mxfp8", tokens=tokens)
 
 
+def test_numbers_of_numpys_are_numbers():
+    tokens: Any = np.prod([8, 256])
+    controller = LowPrecisionCallback("mxfp8", tokens=tokens).controller
+    assert (controller.tokens, type(controller.tokens)) == (2048, int)
+
+
 @pytest.mark.parametrize(
     "precision, message",
     [
@@ -180,7 +212,9 @@ def test_tokens_are_a_number(tokens: Any):
         ({"recipe": "fp16", "loss_scaling": {"init_scale": 1e39}}, "loss_scaling.init_scale: "),
         ({"recipe": "fp16", "loss_scaling": {"growth_factor": float("inf")}}, "loss_scaling.growth_factor: "),
         ({"recipe": "mxfp4", "guard": {"sqnr_floor": float("nan")}, "probe_every": 2}, "guard.sqnr_floor: "),
-        ({"recipe": "mxfp4", "guard": {"loss_ratio": float("inf")}}, "guard.loss_ratio: "),
+        ({"recipe": "mxfp4", "guard": {"loss_ratio": float("nan")}}, "guard.loss_ratio: "),
+        ({"recipe": "mxfp4", "guard": {"gradient_ratio": -float("inf")}}, "guard.gradient_ratio: "),
+        ({"recipe": "mxfp4", "guard": {"sqnr_floor": float("inf")}, "probe_every": 2}, "guard.sqnr_floor: "),
         ({"recipe": "mxfp4", "rules": [{"modules": "(", "recipe": "bf16"}]}, r"rules.0.modules: rule '\(' is not a regular expression"),
     ],
 )

@@ -113,6 +113,17 @@ def test_a_gradient_norm_far_above_the_median_is_a_breach():
     assert (breach.kind, breach.reason) == ("gradient", "gradient norm 100.1 is 50 times the median 2 of the last 21 steps")
 
 
+def test_an_infinite_ratio_switches_its_check_off():
+    assert _guard(loss_ratio=INF).observe(_observation(99, loss=1e30)) is None
+    assert _guard(loss_deviations=INF).observe(_observation(99, loss=1e30)) is None
+    guard = _guard(gradient_ratio=INF)
+    assert guard.observe(_observation(99, grad_norm=1e30)) is None
+    assert _breach(guard, grad_norm=NAN).kind == "not finite"
+    constant = Guard(GuardConfig(loss_ratio=INF, loss_deviations=INF, gradient_ratio=INF))
+    assert not any(constant.observe(_observation(step, loss=0.0, grad_norm=1.0)) for step in range(32))
+    assert constant.observe(_observation(99, loss=5.0, grad_norm=9.0)) is None
+
+
 def test_gradients_that_were_zero_are_no_yardstick():
     guard = Guard(GuardConfig())
     for step in range(20):

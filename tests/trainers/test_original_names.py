@@ -9,14 +9,23 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from torch import nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 import lowprec
 from tests.trainers.hf import losses, prose, small_model, small_trainer
 from tests.trainers.runs import CONFIG, make_corpus, overrides
 from tests.trainers.runs import losses as run_losses
 from tests.trainers.runs import lowprec as command
-from trainers import LowPrecisionCallback
+from trainers import LowPrecisionCallback, original_names
 from trainers.original_names import accept_original_names
 
 SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -123,3 +132,46 @@ def test_the_command_trains_and_resumes_a_mixture_from_its_configuration(tmp_pat
     assert again == {step: first[step] for step in (5, 6)}
     layers = json.loads((tmp_path / "again" / "plan.json").read_text())["layers"]
     assert {layer["experts"] for layer in layers if "experts" in layer["name"] and layer["converted"]} == {4}
+
+
+class OwnModel(PreTrainedModel):
+    """Of somebody's own, with a buffer that is not saved."""
+
+    config_class = LlamaConfig
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.embed = nn.Embedding(64, 64)
+        self.middle = nn.Linear(64, 64)
+        self.register_buffer("scale", torch.ones(64), persistent=False)
+        self.head = nn.Linear(64, 64)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, **_: Any) -> dict[str, torch.Tensor]:
+        logits = self.head(self.middle(self.embed(input_ids) * self.scale))
+        return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+
+@pytest.mark.parametrize("kind", ["own", "llama"])
+def test_a_resumed_run_with_another_recipe_builds_no_second_model(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def model() -> Any:
+        return OwnModel(LlamaConfig(hidden_size=64)) if kind == "own" else small_model()
+
+    settings: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    small_trainer(tmp_path, LowPrecisionCallback("fp8_delayed"), model=model(), **settings).train()
+    built = []
+    monkeypatch.setattr(original_names, "_build", lambda *given: built.append(given))
+    for recipe in ("mxfp8", "mxfp4_aws"):
+        again = small_trainer(tmp_path / "again", LowPrecisionCallback(recipe), model=model(), **settings)
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        assert again.state.global_step == 4
+    assert not built
+
+
+def test_a_model_of_somebodys_own_has_no_other_names():
+    model = OwnModel(LlamaConfig(hidden_size=64))
+    accept_original_names(model)
+    state = model.state_dict()
+    state["center.weight"] = state.pop("middle.weight")
+    result = model.load_state_dict(state, strict=False)
+    assert result.missing_keys == ["middle.weight"]
+    assert result.unexpected_keys == ["center.weight"]

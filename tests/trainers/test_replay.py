@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from lowprec import UserError
 from lowprec.errors import TrainingStopped
@@ -95,3 +95,64 @@ def test_no_checkpoint_yet(tmp_path: Path):
     with pytest.raises(TrainingStopped, match="no checkpoint before step 3"):
         run(tmp_path, NaNGradient, 2)
     assert events(tmp_path)
+
+
+@pytest.mark.parametrize("by", ["callback", "trainer"])
+def test_a_run_begun_after_one_that_stopped_to_go_back_knows_nothing_of_it(by: str, tmp_path: Path):
+    model = small_model()
+    callback = LowPrecisionCallback({"recipe": "mxfp4", "guard": REPLAY})
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4, "max_steps": 6, "data": prose(100)}
+    trainer = small_trainer(tmp_path, callback, NaNGradient(model, 2), model=model, **settings)
+    if by == "callback":
+        with pytest.raises(TrainingStopped, match="no checkpoint before step 3"):
+            callback.train(trainer)
+    else:
+        trainer.train()
+    controller = callback.controller
+    assert controller.replay_before == 3
+    assert controller.raised
+    trainer = small_trainer(tmp_path, callback, **settings)
+    trainer.train()
+    assert trainer.state.global_step == 6
+    assert (controller.raised, controller.recoveries, controller.events) == ({}, 0, [])
+    assert controller.replay_before is None
+    assert events(tmp_path) == []
+
+
+def test_a_replay_by_the_trainer_itself_keeps_what_it_has_learnt(tmp_path: Path):
+    model = small_model()
+    callback = LowPrecisionCallback({"recipe": "mxfp4", "guard": REPLAY})
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4, "max_steps": 10, "data": prose(100)}
+    trainer = small_trainer(tmp_path, callback, NaNGradient(model, 8), model=model, **settings)
+    trainer.train()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert trainer.state.global_step == 10
+    assert callback.controller.recoveries == 1
+    assert callback.controller.raised
+    assert events(tmp_path)
+
+
+def test_a_replay_to_the_very_beginning_keeps_what_it_has_learnt(tmp_path: Path):
+    """From a checkpoint that was written before the first step."""
+
+    class SavesAtOnce(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 0 and not (tmp_path / "checkpoint-0").exists():
+                trainer._save_checkpoint(trainer.model, None)
+                callback.on_save(args, state, control, model=trainer.model)
+
+    model = small_model()
+    callback = LowPrecisionCallback({"recipe": "mxfp4", "guard": REPLAY})
+    data = prose(100)
+    trainer = small_trainer(
+        tmp_path, callback, SavesAtOnce(), NaNGradient(model, 2), model=model, data=data, save_strategy="steps", max_steps=6
+    )
+    callback.train(trainer)
+    assert trainer.state.global_step == 6
+    assert callback.controller.recoveries == 1
+    assert callback.controller.raised
+
+
+def test_resuming_without_a_checkpoint_is_no_run_from_scratch(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"No valid checkpoint found in output directory \("):
+        run(tmp_path, None, resume=True)

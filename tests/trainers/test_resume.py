@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,27 @@ def test_killed_while_it_writes_a_checkpoint(what: str, tmp_path: Path):
     assert_same_run(whole, again, 2)
 
 
-def test_a_checkpoint_that_is_being_written_stays(tmp_path: Path):
-    (tmp_path / "checkpoint-4").mkdir()
+def test_a_checkpoint_that_is_being_written_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Its end is waited for."""
+    checkpoint = tmp_path / "checkpoint-4"
+    checkpoint.mkdir()
+    writer = threading.Timer(1.0, lambda: (checkpoint / "trainer_state.json").write_text('{"global_step": 4}'))
+    writer.start()
     small_trainer(tmp_path, LowPrecisionCallback("bf16"))
-    assert (tmp_path / "checkpoint-4").is_dir()
+    writer.join()
+    assert rundir.is_whole(checkpoint)
+    assert [record.message for record in caplog.records if "may be written right now" in record.message]
+
+
+def test_a_checkpoint_that_was_cut_short_just_now_is_not_resumed_from(tmp_path: Path):
+    """A run that was interrupted is often started again at once."""
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
+    small_trainer(tmp_path, LowPrecisionCallback("bf16"), max_steps=2, **settings).train()
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / "checkpoint-4" / "optimizer.pt").write_bytes(b"half of it")
+    began = time.monotonic()
+    again = small_trainer(tmp_path, LowPrecisionCallback("bf16"), max_steps=4, **settings)
+    assert time.monotonic() - began < rundir.STILL_WRITTEN + 3
+    assert (tmp_path / "torn-checkpoint-4").is_dir()
+    again.train(resume_from_checkpoint=True)
+    assert sorted(losses(again)) == [1, 2, 3, 4]

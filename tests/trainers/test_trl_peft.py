@@ -1,5 +1,6 @@
 """LowPrecisionCallback in TRL's SFTTrainer, and in the plain Trainer with a PEFT model: what these do works as it does without it."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import peft
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     EarlyStoppingCallback,
@@ -16,13 +18,15 @@ from transformers import (
     PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
 )
 from trl import SFTConfig, SFTTrainer
 
 from lowprec import convert, revert
 from lowprec.nn import LowPrecisionLinear
-from trainers import LowPrecisionCallback
+from lowprec.recipe.state import is_state
+from trainers import LowPrecisionCallback, rundir
 from trainers.data.tokenizer import END, byte_tokenizer
 
 TEXTS = [f"{number}: " + "the quick brown fox jumps over the lazy dog. " * 2 for number in range(32)]
@@ -206,24 +210,89 @@ def test_fp32_trains_as_without_the_callback(tmp_path: Path):
     )
 
 
+SAVES: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
+
+
+def assert_went_on(first: Trainer, again: Trainer, step: int) -> None:
+    """Bit for bit, after `step`."""
+    assert logged(again)[step:] == logged(first)[step:]
+    buffers = dict(first.model.named_buffers())
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in again.model.named_buffers())
+
+
 @pytest.mark.parametrize("precision", ["fp8_delayed", "mxfp4_quartet"])
-@pytest.mark.parametrize("elsewhere", [False, True])
-def test_a_resumed_run_of_adapters_is_the_same_run(precision: str, elsewhere: bool, tmp_path: Path):
+@pytest.mark.parametrize("place", ["here", "elsewhere", "renamed"])
+def test_a_resumed_run_of_adapters_is_the_same_run(precision: str, place: str, tmp_path: Path):
     """Checkpoints of PEFT have no buffers of the layers beneath; what the recipe keeps there lies beside them."""
-    saves = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
-    first = plain(tmp_path, precision=precision, **saves)
+    first = plain(tmp_path, precision=precision, **SAVES)
     first.train()
     checkpoint = tmp_path / "checkpoint-3"
     assert (checkpoint / "lowprec_state.safetensors").is_file()
-    again = plain(tmp_path / "other" if elsewhere else tmp_path, precision=precision, **saves)
+    if place == "renamed":
+        checkpoint = checkpoint.rename(tmp_path / "kept")
+    again = plain(tmp_path if place == "here" else tmp_path / "other", precision=precision, **SAVES)
+    again.train(resume_from_checkpoint=str(checkpoint))
+    assert_went_on(first, again, 3)
+
+
+class Killed(BaseException):
+    """A kill, to the program."""
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_killed_around_the_end_of_a_checkpoint_of_adapters(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Once the Trainer's state is written the checkpoint counts as whole: the recipe's is there by then."""
+    whole = plain(tmp_path / "whole", precision="fp8_delayed", **SAVES)
+    whole.train()
+    write = TrainerState.save_to_json
+
+    def killed(self: TrainerState, path: str) -> None:
+        if when == "after":
+            write(self, path)
+        raise Killed
+
+    trainer = plain(tmp_path, precision="fp8_delayed", **SAVES)
+    monkeypatch.setattr(TrainerState, "save_to_json", killed)
+    with pytest.raises(Killed):
+        trainer.train()
+    monkeypatch.setattr(TrainerState, "save_to_json", write)
+    assert rundir.is_whole(tmp_path / "checkpoint-3") is (when == "after")
+    if when == "after":
+        again = plain(tmp_path, precision="fp8_delayed", **SAVES)
+        again.train(resume_from_checkpoint=True)
+        assert_went_on(whole, again, 3)
+
+
+def test_adapters_go_back_to_a_checkpoint_elsewhere(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Although the run has written newer ones since."""
+    saves = SAVES | {"save_steps": 1}
+    plain(tmp_path / "first", precision="fp8_delayed", **saves).train()
+    guard = {"data": "replay", "warmup": 2, "window": 8}
+    again = plain(tmp_path / "second", precision={"recipe": "fp8_delayed", "guard": guard}, **saves)
     callback = next(each for each in again.callback_handler.callbacks if isinstance(each, LowPrecisionCallback))
-    if elsewhere:
-        callback.train(again, str(checkpoint))
-    else:
-        again.train(resume_from_checkpoint=str(checkpoint))
-    assert logged(again)[-3:] == logged(first)[-3:]
-    buffers = dict(first.model.named_buffers())
-    assert all(torch.equal(buffer, buffers[name]) for name, buffer in again.model.named_buffers())
+    weight = next(parameter for name, parameter in again.model.named_parameters() if "up_proj.lora_B" in name)
+    breaks = iter([False] * 2 + [True] + [False] * 9)
+    weight.register_hook(lambda gradient: gradient * torch.nan if next(breaks) else gradient)
+    callback.train(again, str(tmp_path / "first" / "checkpoint-3"))
+    assert callback.controller.recoveries == 1
+    assert (tmp_path / "second" / "checkpoint-4").is_dir()
+    assert again.state.global_step == 6
+    assert not [record for record in caplog.records if "begin anew" in record.message]
+
+
+def test_adapters_of_a_finished_run_are_saved_alone(tmp_path: Path):
+    trainer = plain(tmp_path, precision="fp8_delayed", **SAVES)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "model"))
+    assert not (tmp_path / "model" / "lowprec_state.safetensors").exists()
+    merged = copy.deepcopy(trainer.model).merge_and_unload()
+    assert not any(map(is_state, merged.state_dict()))
+    merged.save_pretrained(tmp_path / "merged")
+    assert set(load_file(tmp_path / "merged" / "model.safetensors")) <= set(llama().state_dict())
+    trainer.model.train()
+    trainer.model(input_ids=torch.tensor([list(TEXTS[0].encode())]))
+    assert any(map(is_state, trainer.model.state_dict()))
+    assert any(map(is_state, trainer.model.get_base_model().state_dict()))
 
 
 def test_adapters_without_what_the_recipe_kept_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture):
