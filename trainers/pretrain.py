@@ -33,7 +33,7 @@ from trainers.data.corpus import open_corpus
 from trainers.host import device_name, flops_per_token, keep_freed_memory, peak_memory_bytes, resolve_device
 from trainers.models import build_config, build_model, check_length
 from trainers.optimizers import OptimizerConfig, build, prepare_weights
-from trainers.processes import distributed_state, on_main_process, use_one_gpu, world_size
+from trainers.processes import distributed_state, name_the_cpu, on_main_process, use_one_gpu, world_size
 from trainers.progress import MetricsCallback, ProgressBar, ThroughputCallback
 from trainers.schedule import make_schedule
 from trainers.validation import validate
@@ -95,6 +95,7 @@ def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> d
     if (gpus := use_one_gpu(args)) > 1:
         show_log()
         logger.warning("one process trains on one GPU of %d; torchrun or accelerate launch take all (docs/training.md)", gpus)
+    name_the_cpu(args)
     check_replay(config.precision.guard, args)
     _optimizer(config.optimizer, args)
     disable_progress_bar()  # transformers' own: the run has one

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from transformers import TrainingArguments
 
 from lowprec.errors import UserError
@@ -50,3 +51,9 @@ def use_one_gpu(args: TrainingArguments) -> int:
     if found > 1:
         args._n_gpu = 1
     return found
+
+
+def name_the_cpu(args: TrainingArguments) -> None:
+    """Let the device of several processes on a CPU be `cpu`. Accelerate calls it `cpu:0`, which torch can't load a checkpoint to."""
+    if args.device.type == "cpu" and args.device.index is not None and args.distributed_state is not None:
+        args.distributed_state.device = vars(args)["_setup_devices"] = torch.device("cpu")

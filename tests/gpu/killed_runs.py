@@ -169,7 +169,7 @@ def start(case: Case, folder: Path, killed: str = "never") -> subprocess.Complet
     # Deterministic products of cuBLAS want this before the first of them; every run has it, so that all take the same algorithms.
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     command = [sys.executable, *case.launcher, str(script), *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=140)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
 
 
 def _overrides(case: Case, folder: Path) -> list[str]:

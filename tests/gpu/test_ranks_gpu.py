@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Iterator
-from concurrent.futures import Future
-from pathlib import Path
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lowprec.recipe.state import is_state
 from tests.gpu.killed_runs import FSDP2, Case, check_equal, processes, records, start, start_all
 
 pytestmark = [
@@ -44,6 +44,15 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         yield futures
 
 
+@pytest.fixture(scope="module")
+def alone(runs: dict[str, Future], tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future]]:
+    """The folder of each run of `ALONE` and what it printed; side by side, too."""
+    with ThreadPoolExecutor(len(ALONE)) as pool:
+        folders = {name: tmp_path_factory.mktemp("alone") / name for name in ALONE if name in runs}
+        yield {name: pool.submit(lambda name=name: (folders[name], start(ALONE[name], folders[name]))) for name in folders}
+
+
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("name", CASES)
 def test_a_killed_run_goes_on_bit_for_bit(runs: dict[str, Future], name: str):
     whole, resumed = runs[name].result()
@@ -66,18 +75,18 @@ def test_ranks_decide_alike(runs: dict[str, Future], name: str):
 
 
 @pytest.mark.parametrize("name", ALONE)
-def test_two_train_as_one_on_their_rows(runs: dict[str, Future], name: str, tmp_path: Path):
+def test_two_train_as_one_on_their_rows(runs: dict[str, Future], alone: dict[str, Future], name: str):
     """Up to roundings: gradients are summed over ranks, FSDP2 gathers weights in 16 bits, and delayed scales go by each rank's own rows."""
-    result = start(ALONE[name], tmp_path / "alone")
+    folder, result = alone[name].result()
     assert result.returncode == 0, result.stderr[-4000:]
     assert ("one process trains on one GPU of" in result.stderr) == (torch.cuda.device_count() > 1)
     whole, _ = runs[name].result()
-    two, one = ([record["loss"] for record in records(folder)] for folder in (whole, tmp_path / "alone"))
+    two, one = ([record["loss"] for record in records(found)] for found in (whole, folder))
     assert len(one) == len(two) == 12
     print(name, [round(a / b - 1, 5) for a, b in zip(two, one, strict=True)])
     assert two[0] == pytest.approx(one[0], rel=2e-3)
     assert two == pytest.approx(one, rel=2e-2)
-    first, second = (json.loads((folder / "summary.json").read_text()) for folder in (whole, tmp_path / "alone"))
+    first, second = (json.loads((found / "summary.json").read_text()) for found in (whole, folder))
     assert first["val_loss"] == pytest.approx(second["val_loss"], rel=2e-2)
 
 
@@ -88,6 +97,6 @@ def test_the_finished_model_is_whole(runs: dict[str, Future], name: str):
     weights, again = (load_file(folder / "model" / "model.safetensors") for folder in (whole, resumed))
     assert all(torch.equal(weights[key], again[key]) for key in weights)
     assert weights["model.layers.0.mlp.up_proj.weight"].shape == (512, 256)
-    assert not [key for key in weights if "lowprec" in key]
+    assert not [key for key in weights if is_state(key)]
     model = AutoModelForCausalLM.from_pretrained(whole / "model")
     assert set(model.state_dict()) - set(weights) <= {"lm_head.weight"}

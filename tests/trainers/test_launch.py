@@ -41,6 +41,18 @@ def small(corpus: Path, output: Path, batch: int) -> list[str]:
     return [*overrides(corpus, **settings), "precision.recipe=fp32", "device=cpu", f"trainer.per_device_train_batch_size={batch}"]
 
 
+def test_two_processes_on_the_cpu_go_on_from_a_checkpoint(tmp_path: Path):
+    corpus, whole, resumed = make_corpus(tmp_path / "corpus"), tmp_path / "whole", tmp_path / "resumed"
+    _, _, *arguments = command_of(FOLDER / "cpu.yaml")
+    stochastic = ["precision.recipe=mxfp4_aws", "trainer.save_steps=2", "trainer.lr_scheduler_type=constant"]
+    run("accelerate.commands.launch", *arguments, *small(corpus, whole, 2), *stochastic)
+    run("accelerate.commands.launch", *arguments, *small(corpus, resumed, 2), *stochastic, "trainer.max_steps=2")
+    run("accelerate.commands.launch", *arguments, *small(corpus, resumed, 2), *stochastic, "trainer.resume_from_checkpoint=true")
+    assert losses(resumed) == losses(whole)
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (whole, resumed)]
+    assert summaries[0]["val_loss"] == summaries[1]["val_loss"]
+
+
 def test_two_processes_on_the_cpu_train_as_one_on_their_batches(tmp_path: Path):
     """In fp32, whose gradients do not depend on which process has which rows, but by the order of their sums."""
     corpus, two, one = make_corpus(tmp_path / "corpus"), tmp_path / "two", tmp_path / "one"
