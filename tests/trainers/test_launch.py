@@ -41,23 +41,11 @@ def small(corpus: Path, output: Path, batch: int) -> list[str]:
     return [*overrides(corpus, **settings), "precision.recipe=fp32", "device=cpu", f"trainer.per_device_train_batch_size={batch}"]
 
 
-def test_two_processes_on_the_cpu_go_on_from_a_checkpoint(tmp_path: Path):
-    corpus, whole, resumed = make_corpus(tmp_path / "corpus"), tmp_path / "whole", tmp_path / "resumed"
-    _, _, *arguments = command_of(FOLDER / "cpu.yaml")
-    stochastic = ["precision.recipe=mxfp4_aws", "trainer.save_steps=2", "trainer.lr_scheduler_type=constant"]
-    run("accelerate.commands.launch", *arguments, *small(corpus, whole, 2), *stochastic)
-    run("accelerate.commands.launch", *arguments, *small(corpus, resumed, 2), *stochastic, "trainer.max_steps=2")
-    run("accelerate.commands.launch", *arguments, *small(corpus, resumed, 2), *stochastic, "trainer.resume_from_checkpoint=true")
-    assert losses(resumed) == losses(whole)
-    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (whole, resumed)]
-    assert summaries[0]["val_loss"] == summaries[1]["val_loss"]
-
-
 def test_two_processes_on_the_cpu_train_as_one_on_their_batches(tmp_path: Path):
     """In fp32, whose gradients do not depend on which process has which rows, but by the order of their sums."""
     corpus, two, one = make_corpus(tmp_path / "corpus"), tmp_path / "two", tmp_path / "one"
     _, _, *arguments = command_of(FOLDER / "cpu.yaml")
-    run("accelerate.commands.launch", *arguments, *small(corpus, two, 4))
+    run("accelerate.commands.launch", *arguments, *small(corpus, two, 4), "trainer.save_steps=2")
     run("trainers.cli", "train", arguments[-1], *small(corpus, one, 8))
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (two, one)]
     assert [summary["steps"] for summary in summaries] == [3, 3]
@@ -70,6 +58,11 @@ def test_two_processes_on_the_cpu_train_as_one_on_their_batches(tmp_path: Path):
     assert summaries[0]["val_loss"] == pytest.approx(summaries[1]["val_loss"], rel=1e-6)
     assert summaries[0]["bits_per_byte"] == pytest.approx(summaries[1]["bits_per_byte"], rel=1e-6)
     assert summaries[0]["data"]["validation"]["examples"] % 2 == 1
+    # And they go on from their checkpoint.
+    goes_on = f"trainer.resume_from_checkpoint={two / 'checkpoint-2'}"
+    run("accelerate.commands.launch", *arguments, *small(corpus, tmp_path / "again", 4), goes_on)
+    assert losses(tmp_path / "again") == {3: losses(two)[3]}
+    assert json.loads((tmp_path / "again" / "summary.json").read_text())["val_loss"] == summaries[0]["val_loss"]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
