@@ -78,7 +78,8 @@ class Guard:
         if found is not None:
             self._skipped = 0
             kind, reason = found
-            began_well = kind == "not finite" and math.isfinite(loss := observation.loss or math.nan) and self._loss(loss) is None
+            loss = observation.loss
+            began_well = kind == "not finite" and loss is not None and math.isfinite(loss) and self._loss(loss) is None
             return Breach(kind=kind, reason=reason, layers=self._blame(kind, observation), began_well=began_well)
         if not observation.skipped:
             self._remember(observation)

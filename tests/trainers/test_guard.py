@@ -98,6 +98,7 @@ def test_a_slow_rise_is_seen_too():
 def test_gradients_that_are_not_finite_tell_nothing_against_the_weights():
     nan = {"layers": {"first": NAN}, "grad_norm": NAN}
     assert _breach(_guard(), **nan).began_well
+    assert _breach(_guard(), **nan, loss=0.0).began_well
     assert not _breach(_guard(), **nan, loss=5.0).began_well
     assert not _breach(_guard(), **nan, loss=NAN).began_well
     assert not _breach(_guard(), **nan, loss=None).began_well
