@@ -25,6 +25,7 @@ from trainers.amp import check_weights, configure, prepare_to_load
 from trainers.callback import show_log
 from trainers.controller import PrecisionController
 from trainers.schedule import make_schedule
+from trainers.sharding import SUMS_IN_FP32, sum_in_fp32
 from trainers.wandb_log import log_plan
 
 logger = logging.getLogger("lowprec")
@@ -67,9 +68,12 @@ def prepare(
     per_step = controller.tokens and controller.tokens * accelerator.num_processes * accelerator.gradient_accumulation_steps
     make_schedule(controller.config, steps, per_step)
     plan = controller.convert(model, accelerator.device)
+    changed = sum_in_fp32(accelerator.state)
     if accelerator.is_main_process:
         show_log()
         logger.info("%s", plan)
+        if changed:
+            logger.info(SUMS_IN_FP32)
         if directory is not None:
             Path(directory).mkdir(parents=True, exist_ok=True)
     prepared = accelerator.prepare(model, optimizer, *others)

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from accelerate.state import AcceleratorState
 from transformers import DefaultFlowCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import ParallelMode
@@ -28,6 +29,7 @@ from trainers.controller import SETTLED, PrecisionController
 from trainers.finished import follow, set_finished
 from trainers.left_out import has_read_state, is_checkpoint_of, keep_beside_adapters, leaves_state_out, load_state, save_state
 from trainers.original_names import accept_original_names
+from trainers.sharding import SUMS_IN_FP32, sum_in_fp32
 from trainers.wandb_log import log_events, log_plan, log_scalars
 
 logger = logging.getLogger("lowprec")
@@ -184,9 +186,12 @@ class LowPrecisionCallback(TrainerCallback):
         self._hook(args, model)
         self.controller.compiled = self.controller.compiled or bool(args.torch_compile)
         plan = self.controller.convert(model, args.device)
+        changed = sum_in_fp32(AcceleratorState())
         if state.is_world_process_zero:
             show_log()
             logger.info("%s", plan)
+            if changed:
+                logger.info(SUMS_IN_FP32)
 
     def _hook(self, args: Any, model: Any) -> None:
         if args.fp16:

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from lowprec.config import LossScalingConfig
 from lowprec.kernels.compile import compile_blocks
-from tests.gpu.killed_runs import FSDP2, Case, check_equal, processes, start_all
+from tests.gpu.killed_runs import FSDP2, Case, check_equal, processes, records, start_all
 from trainers import LowPrecisionCallback
 from trainers.amp import Amp
 from trainers.processes import use_one_gpu
@@ -37,7 +37,7 @@ def fresh_dynamo():
 
 @pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future]]:
-    names = [item.callspec.params["name"] for item in request.session.items if item.name.startswith("test_a_killed_run")]
+    names = {item.callspec.params["name"] for item in request.session.items if "runs" in getattr(item, "fixturenames", ())}
     with start_all({name: CASES[name] for name in names}, tmp_path_factory) as futures:
         yield futures
 
@@ -46,6 +46,14 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_a_killed_run_goes_on_bit_for_bit(runs: dict[str, Future], name: str):
     """In the Trainer by `lowprec train`, there under FSDP2, and in an Accelerate loop under FSDP2."""
     check_equal(CASES[name], *runs[name].result())
+
+
+@pytest.mark.parametrize("name", ["fsdp-fp16", "fsdp-bf16", "loop-fp16", "loop-bf16"])
+def test_the_loss_is_not_rounded_to_16_bits_under_fsdp2(runs: dict[str, Future], name: str):
+    whole, _ = runs[name].result()
+    losses = torch.tensor([record["loss"] for record in records(whole)])
+    dtype = torch.float16 if CASES[name].scaled else torch.bfloat16
+    assert (losses != losses.to(dtype).float()).all()
 
 
 def _llama(use: str = "cuda") -> Any:
