@@ -24,6 +24,7 @@ from lowprec.schema import whole_number
 from trainers.amp import check_weights, configure, prepare_to_load
 from trainers.callback import show_log
 from trainers.controller import PrecisionController
+from trainers.optimizers import keeps_bf16_weights
 from trainers.schedule import make_schedule
 from trainers.sharding import SUMS_IN_FP32, sum_in_fp32
 from trainers.wandb_log import log_plan
@@ -68,7 +69,7 @@ def prepare(
     per_step = controller.tokens and controller.tokens * accelerator.num_processes * accelerator.gradient_accumulation_steps
     make_schedule(controller.config, steps, per_step)
     plan = controller.convert(model, accelerator.device)
-    changed = sum_in_fp32(accelerator.state)
+    changed = sum_in_fp32(accelerator.state, model)
     if accelerator.is_main_process:
         show_log()
         logger.info("%s", plan)
@@ -124,6 +125,11 @@ def _check(accelerator: Any, model: Any, optimizer: Any, controller: PrecisionCo
     if kind not in _DATA_PARALLEL and not accelerator.is_fsdp2:
         name = "FSDP version 1" if kind == DistributedType.FSDP else DistributedType(kind).value
         raise UserError(f"precision in an Accelerate loop needs one process, DDP or FSDP2 (fsdp_version: 2), not {name}")
+    if accelerator.is_fsdp2 and accelerator.mixed_precision != "no" and keeps_bf16_weights(optimizer):
+        raise UserError(
+            f"mixed_precision: {accelerator.mixed_precision}, under which Accelerate's FSDP2 makes fp32 of this optimizer's bf16 weights; "
+            "they compute in bf16 with mixed_precision: no"
+        )
     if accelerator.mixed_precision == "fp16":
         check_weights(model)
         if accelerator.scaler is None:

@@ -10,6 +10,7 @@ from lowprec.errors import UserError, nearest
 from lowprec.plan import PartPlan
 from lowprec.recipe import Recipe
 from lowprec.schema import parse_value
+from trainers.sharding import shards
 
 OWN_KEYS = {"resume_from_checkpoint": bool | str, "overwrite_output_dir": bool}
 """Keys under `trainer:` that steer the run and are no TrainingArguments (the Trainer itself ignores the first)."""
@@ -90,14 +91,19 @@ def _on(device_type: str) -> dict[str, Any]:
     return {"use_cpu": True, "dataloader_pin_memory": False} if device_type == "cpu" else {}
 
 
-def autocast_settings(settings: Mapping[str, Any], recipe: Recipe | None, device_type: str) -> tuple[dict[str, Any], PartPlan]:
+def autocast_settings(
+    settings: Mapping[str, Any], recipe: Recipe | None, device_type: str, *, bf16_weights: bool = False
+) -> tuple[dict[str, Any], PartPlan]:
     """The Trainer's `bf16` and `fp16` for a run, and what to say of them in the plan.
 
     On an accelerator the part of the model that has no recipe runs in the recipe's `rest` format, unless the user says otherwise. On a CPU
     16-bit arithmetic is fast only with hardware for it, so autocast is off everywhere and only the linear layers' operands are rounded.
 
+    Args:
+        bf16_weights: whether they are kept in bf16. Accelerate makes fp32 of them when it shards under autocast, which they can do without.
     Raises:
-        UserError: fp16 on a CPU (loss scaling without fp16 arithmetic would be for nothing), or both at once.
+        UserError: fp16 on a CPU (loss scaling without fp16 arithmetic would be for nothing), or both at once; fp16 with bf16 weights that
+            are sharded.
     """
     bf16, fp16 = bool(settings.get("bf16", False)), bool(settings.get("fp16", False))
     if bf16 and fp16:
@@ -113,5 +119,11 @@ def autocast_settings(settings: Mapping[str, Any], recipe: Recipe | None, device
         origin = f"recipe {recipe.name}"
     else:
         origin = "trainer"
+    if bf16_weights and shards(settings):
+        if fp16:
+            raise UserError(
+                "optimizer.weights: bf16 weights that FSDP2 shards compute in bf16; take another recipe than fp16, or weights: fp32"
+            )
+        return {"bf16": False}, PartPlan(name="autocast", choice="off", reason="the weights are bf16, and FSDP2 keeps them so without it")
     choice = "bf16" if bf16 else "fp16, dynamic loss scaling" if fp16 else "off"
     return {"bf16": bf16, "fp16": fp16}, PartPlan(name="autocast", choice=choice, reason=f"by {origin}")

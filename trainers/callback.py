@@ -186,7 +186,7 @@ class LowPrecisionCallback(TrainerCallback):
         self._hook(args, model)
         self.controller.compiled = self.controller.compiled or bool(args.torch_compile)
         plan = self.controller.convert(model, args.device)
-        changed = sum_in_fp32(AcceleratorState())
+        changed = sum_in_fp32(AcceleratorState(), model)
         if state.is_world_process_zero:
             show_log()
             logger.info("%s", plan)

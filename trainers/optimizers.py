@@ -14,12 +14,18 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lowprec.errors import UserError
 from lowprec.schema import StrictConfig
+from trainers.moments import CODES, SCALE, can_be_quantised, put_together, take_apart
 
 _BF16_BETA2 = 1 - 2.0**-8
 """From here on a bf16 second moment doesn't decay: (1 - beta2) of it can be less than half a unit in its last place."""
+
+_OTHER_SHARDS = (
+    "optimizer: quantised moments of this checkpoint were cut into other shards; go on with as many processes as it was saved with"
+)
 
 _STEPS = "rounded_steps"
 """Entry of the parameter groups, saved with them: the optimizer's steps so far."""
@@ -73,11 +79,21 @@ def build(
     return optimizer
 
 
+def keeps_bf16_weights(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `build` made it for bf16 weights."""
+    groups = [group for group in optimizer.param_groups if _STEPS in group]
+    return any(parameter.dtype == torch.bfloat16 for group in groups for parameter in group["params"])
+
+
 def _check_dtypes(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> None:
     wanted = torch.bfloat16 if config.weights == "bf16" else torch.float32
     for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
         if parameter.requires_grad and parameter.dtype != wanted:
-            remedy = "call prepare_weights first" if config.weights == "bf16" else "load the model in float32, or say weights: bf16"
+            remedy = (
+                "call prepare_weights first; Accelerate's FSDP2 keeps them bf16 only with mixed precision off"
+                if config.weights == "bf16"
+                else "load the model in float32, or say weights: bf16"
+            )
             found = f"a parameter of shape {list(parameter.shape)} is {str(parameter.dtype).removeprefix('torch.')}"
             raise UserError(f"optimizer.weights: {config.weights}, but {found}; {remedy}")
 
@@ -98,8 +114,16 @@ def _optimizer_class(moments: str) -> Any:
                 group[_STEPS] = 0
 
         def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
-            # torchao gives moments the dtype of their weight, quantised ones too, and fails where those are sharded and bf16.
-            return super()._new_buffer(torch.empty_like(p, dtype=unquantised), signed)
+            # torchao gives moments the dtype of their weight, quantised ones too, and fails where those are sharded and bf16. It quantises
+            # what is large enough of each rank's shard; state dicts need the same kind on all ranks.
+            like = torch.empty_like(p, dtype=unquantised)
+            if moments not in ("8bit", "4bit") or not can_be_quantised(p, self.block_size):
+                return torch.zeros_like(like)
+            if not isinstance(like, DTensor):
+                return self._subclass_zeros(like, signed, self.block_size)
+            local = self._subclass_zeros(like.to_local(), signed, self.block_size)
+            like = DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=p.shape, stride=p.stride())
+            return like.to(p.device)  # the mesh's before, though weights are offloaded
 
         def step(self, closure: Any = None) -> Any:
             loss = None
@@ -112,17 +136,39 @@ def _optimizer_class(moments: str) -> Any:
                 super().step()
             return loss
 
+        def state_dict(self) -> dict[str, Any]:
+            whole = super().state_dict()
+            return {**whole, "state": {number: take_apart(state) for number, state in whole["state"].items()}}
+
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-            if any(_STEPS not in group for group in state_dict["param_groups"]):
+            groups, states = state_dict["param_groups"], state_dict["state"]
+            if any(_STEPS not in group for group in groups):
                 raise UserError("optimizer: this state is another optimizer's; go on with the one that it was saved with")
-            super().load_state_dict(state_dict)
-            # torch casts every state to the weight's dtype; these are kept as they were saved.
-            saved = (number for group in state_dict["param_groups"] for number in group["params"])
+            # Only the groups: torch casts every state to the weight's dtype; these are kept as they were saved.
+            super().load_state_dict({"state": {}, "param_groups": groups})
+            saved = (number for group in groups for number in group["params"])
             held = (parameter for group in self.param_groups for parameter in group["params"])
             for number, parameter in zip(saved, held, strict=True):
-                for name, value in state_dict["state"].get(number, {}).items():
-                    if name != "step":
-                        self.state[parameter][name] = value.to(parameter.device)
+                if states.get(number):
+                    self.state[parameter] = self._loaded(states[number], parameter)
+
+        def _loaded(self, state: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
+            """A parameter's state of a state dict, on its device."""
+            loaded: dict[str, Any] = {}
+            for name, value in state.items():
+                moment = name.removesuffix(CODES)
+                if name.endswith(SCALE):
+                    continue
+                if moment != name:
+                    if not can_be_quantised(parameter, self.block_size):
+                        raise UserError(_OTHER_SHARDS)
+                    try:
+                        loaded[moment] = put_together(moment, state, self._new_buffer(parameter, signed=moment == "exp_avg"))
+                    except ValueError as error:
+                        raise UserError(f"{_OTHER_SHARDS} ({error})") from None
+                else:
+                    loaded[name] = value if name == "step" else value.to(parameter.device)
+            return loaded
 
     return LowPrecisionAdamW
 

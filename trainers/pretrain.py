@@ -55,7 +55,7 @@ def plan_run(config: RunConfig) -> Plan:
         model = build_model(config.model.model_copy(update={"path": None}), model_config, attn_implementation="sdpa")
     # Of each phase, for its errors; the first one's is shown.
     plan, *_ = (make_plan(model, phase, device=device_type, **_pass(config, settings)) for phase in config.precision.phases())
-    _, autocast = autocast_settings(settings, config.precision.recipe, device_type)
+    _, autocast = _autocast(config, settings, device_type)
     liger = plan_liger(
         model,
         config.kernels.liger,
@@ -90,7 +90,7 @@ def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> d
         resuming.check_same_optimizer(found, data)
 
     device_type = resolve_device(config.device)
-    autocast, autocast_part = autocast_settings(settings, config.precision.recipe, device_type)
+    autocast, autocast_part = _autocast(config, settings, device_type)
     args = training_arguments(settings, device_type, autocast)
     if (gpus := use_one_gpu(args)) > 1:
         show_log()
@@ -228,6 +228,10 @@ def _save_model(trainer: Trainer, directory: Path) -> None:
     weights = trainer.accelerator.get_state_dict(trainer.model)
     if trainer.args.should_save:
         trainer._save(str(directory), state_dict=weights)
+
+
+def _autocast(config: RunConfig, settings: dict[str, Any], device_type: str) -> tuple[dict[str, Any], PartPlan]:
+    return autocast_settings(settings, config.precision.recipe, device_type, bf16_weights=config.optimizer.weights == "bf16")
 
 
 def _pass(config: RunConfig, settings: dict[str, Any]) -> dict[str, Any]:

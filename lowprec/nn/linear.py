@@ -41,7 +41,7 @@ from lowprec.nn.swiglu import swiglu_backward
 from lowprec.quant import QTensor
 from lowprec.quant.triton_quantize import takes
 from lowprec.recipe import FromFprop, Recipe
-from lowprec.recipe.state import HISTORIES, OPERANDS, ROUNDING_STATE, history_length, history_name, next_key, states_of, this_rank
+from lowprec.recipe.state import HISTORIES, OPERANDS, ROUNDING_STATE, history_length, next_key, states_of, this_rank
 
 KEEPS_CODES = ("cuda",)
 """Where codes outlive a call (`codes.py`)."""
@@ -244,7 +244,8 @@ class LowPrecisionLinear(nn.Linear):
 
     def histories(self) -> list[Tensor]:
         """The amax histories that the present recipe scales by."""
-        return [self.get_buffer(history_name(*operand)) for operand in OPERANDS if history_length(self.recipe, *operand)]
+        names = [name for name, operand in zip(HISTORIES, OPERANDS, strict=True) if history_length(self.recipe, *operand)]
+        return [buffer for name in names if (buffer := self._buffers[name]) is not None]
 
     def _drop_state(self) -> None:
         for name in (ROUNDING_STATE, *HISTORIES):
@@ -253,7 +254,7 @@ class LowPrecisionLinear(nn.Linear):
     def _state(self) -> tuple[Tensor | None, ...]:
         """The coming pass's key and the amax histories of the six operands. What evaluation adds to them is dropped."""
         key = self._buffers.get(ROUNDING_STATE)
-        histories = [self._buffers.get(history_name(*operand)) for operand in OPERANDS]
+        histories = [self._buffers.get(name) for name in HISTORIES]
         if key is not None:
             key = next_key(key, this_rank(), self.training)
         if not self.training:

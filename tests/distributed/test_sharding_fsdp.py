@@ -39,8 +39,8 @@ class Model(nn.Module):
 def run(dtype, ours):
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
     plugin.set_mixed_precision(dtype)
-    assert sum_in_fp32(SimpleNamespace(fsdp_plugin=plugin)) if ours else True
     model = Model()
+    assert sum_in_fp32(SimpleNamespace(fsdp_plugin=plugin), model) if ours else True
     fully_shard(model.inner, mp_policy=plugin.mixed_precision_policy)
     fully_shard(model, mp_policy=plugin.mixed_precision_policy)
     value = model(torch.zeros(1, 4)).detach()

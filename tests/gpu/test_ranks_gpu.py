@@ -25,6 +25,7 @@ CASES = {
     "fsdp-fp16": Case(("precision.recipe=fp16", *FSDP2, HALF), processes(2)),
     "sharded": Case(("precision.recipe=mxfp4_aws", "trainer.fsdp=true", SHARDED, HALF), processes(2)),
     "ddp": Case(("precision.recipe=fp8_delayed", HALF), processes(2)),
+    "weights": Case(("precision.recipe=mxfp4_aws", "optimizer={weights: bf16, moments: 8bit}", *FSDP2, HALF), processes(2)),
     "loop-fp16": Case(("fp16",), processes(2), loop=True),
     "loop-bf16": Case(("bf16",), processes(2), loop=True),
 }

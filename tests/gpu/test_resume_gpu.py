@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from lowprec.config import LossScalingConfig
@@ -25,6 +26,8 @@ CASES = {
     "bf16": Case(("precision.recipe=bf16",)),
     "fsdp-fp16": Case(("precision.recipe=fp16", *FSDP2), processes(1)),
     "fsdp-bf16": Case(("precision.recipe=fp8_blockwise", *FSDP2), processes(1)),
+    "fsdp-8bit": Case(("precision.recipe=bf16", "optimizer.moments=8bit", *FSDP2), processes(1)),
+    "fsdp-weights": Case(("precision.recipe=fp8_blockwise", "optimizer={weights: bf16, moments: 8bit}", *FSDP2), processes(1)),
     "loop-fp16": Case(("fp16",), processes(1), loop=True),
     "loop-bf16": Case(("bf16",), processes(1), loop=True),
 }
@@ -48,12 +51,19 @@ def test_a_killed_run_goes_on_bit_for_bit(runs: dict[str, Future], name: str):
     check_equal(CASES[name], *runs[name].result())
 
 
-@pytest.mark.parametrize("name", ["fsdp-fp16", "fsdp-bf16", "loop-fp16", "loop-bf16"])
+@pytest.mark.parametrize("name", ["fsdp-fp16", "fsdp-bf16", "fsdp-weights", "loop-fp16", "loop-bf16"])
 def test_the_loss_is_not_rounded_to_16_bits_under_fsdp2(runs: dict[str, Future], name: str):
     whole, _ = runs[name].result()
     losses = torch.tensor([record["loss"] for record in records(whole)])
     dtype = torch.float16 if CASES[name].scaled else torch.bfloat16
     assert (losses != losses.to(dtype).float()).all()
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("fsdp-weights", torch.bfloat16), ("fsdp-8bit", torch.float32)])
+def test_weights_have_the_dtype_that_was_asked_for_under_fsdp2(runs: dict[str, Future], name: str, dtype: torch.dtype):
+    whole, _ = runs[name].result()
+    for folder in (whole / "model", whole / "checkpoint-10"):
+        assert {weight.dtype for weight in load_file(folder / "model.safetensors").values()} == {dtype}
 
 
 def _llama(use: str = "cuda") -> Any:

@@ -203,6 +203,21 @@ def test_the_state_of_another_optimizer_is_refused():
         optimizer.load_state_dict(other)
 
 
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("shape", [(16, 256), (64, 63)])
+def test_moments_that_were_cut_otherwise_are_refused(shape: tuple[int, int]):
+    """Of other blocks, or where there are none."""
+    states = []
+    for size in ((64, 64), shape):
+        weight = nn.Parameter(torch.ones(size))
+        weight.grad = torch.ones_like(weight)
+        optimizer = build(OptimizerConfig(moments="8bit"), [weight])
+        optimizer.step()
+        states.append(optimizer.state_dict())
+    with pytest.raises(UserError, match="quantised moments of this checkpoint were cut into other shards; go on with as many processes"):
+        optimizer.load_state_dict(states[0])
+
+
 def test_a_scheduler_changes_the_learning_rate():
     config = OptimizerConfig(weights="bf16")
     model = _model(config)

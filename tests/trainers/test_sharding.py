@@ -8,13 +8,21 @@ import pytest
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState
+from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import trainers.callback
+from lowprec import UserError
+from lowprec.recipe import library
+from lowprec.schema import parse
 from tests.trainers.hf import small_model, small_trainer
 from trainers import LowPrecisionCallback
 from trainers.accelerate import prepare
+from trainers.arguments import autocast_settings
+from trainers.optimizers import OptimizerConfig, build
 from trainers.sharding import SUMS_IN_FP32, sum_in_fp32
+
+MODEL = nn.Linear(4, 4)
 
 
 def _plugin(mixed_precision: str | None = "bf16", **settings: Any) -> FullyShardedDataParallelPlugin:
@@ -27,25 +35,37 @@ def _plugin(mixed_precision: str | None = "bf16", **settings: Any) -> FullyShard
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
 def test_weights_are_gathered_in_16_bits_and_gradients_summed_in_fp32(name: str, dtype: torch.dtype):
     state = SimpleNamespace(fsdp_plugin=_plugin(name))
-    assert sum_in_fp32(state)
+    assert sum_in_fp32(state, MODEL)
     assert state.fsdp_plugin.mixed_precision_policy == MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    assert not sum_in_fp32(state)  # done
+    assert not sum_in_fp32(state, MODEL)  # done
+
+
+def test_gradients_of_bf16_weights_are_summed_in_fp32_without_mixed_precision():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).bfloat16()
+    state = SimpleNamespace(fsdp_plugin=_plugin(None))
+    assert sum_in_fp32(state, model)
+    assert state.fsdp_plugin.mixed_precision_policy == MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    model[0].requires_grad_(False)
+    model[1].float()
+    state = SimpleNamespace(fsdp_plugin=_plugin(None))
+    assert not sum_in_fp32(state, model)  # what is trained is fp32
+    assert state.fsdp_plugin.mixed_precision_policy is None
 
 
 @pytest.mark.parametrize("own", [{"reduce_dtype": torch.bfloat16}, {"reduce_dtype": torch.bfloat16, "output_dtype": torch.float32}])
 def test_somebodys_own_policy_stays(own: dict[str, torch.dtype]):
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, **own)
     plugin = _plugin(mixed_precision_policy=policy)
-    assert not sum_in_fp32(SimpleNamespace(fsdp_plugin=plugin))
+    assert not sum_in_fp32(SimpleNamespace(fsdp_plugin=plugin), MODEL)
     assert plugin.mixed_precision_policy is policy
 
 
 @pytest.mark.parametrize("plugin", [None, _plugin(None), _plugin(fsdp_version=1)])
 def test_nothing_is_done_without_fsdp2_and_mixed_precision(plugin: FullyShardedDataParallelPlugin | None):
     before = None if plugin is None else plugin.mixed_precision_policy
-    assert not sum_in_fp32(SimpleNamespace(fsdp_plugin=plugin))
+    assert not sum_in_fp32(SimpleNamespace(fsdp_plugin=plugin), MODEL)
     assert plugin is None or plugin.mixed_precision_policy is before
-    assert not sum_in_fp32(SimpleNamespace())
+    assert not sum_in_fp32(SimpleNamespace(), MODEL)
 
 
 def test_the_callback_does_it_before_the_trainer_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
@@ -68,3 +88,50 @@ def test_a_loop_of_ones_own_does_it_before_accelerate_shards(caplog: pytest.LogC
         GradientState._reset_state()
     assert plugin.mixed_precision_policy.reduce_dtype == torch.float32  # pyright: ignore[reportAttributeAccessIssue,reportOptionalMemberAccess]
     assert SUMS_IN_FP32 in caplog.text
+
+
+BF16 = library.get("bf16")
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_bf16_weights_that_are_sharded_train_without_autocast(launched: bool, monkeypatch: pytest.MonkeyPatch):
+    """Under it Accelerate would make them fp32."""
+    settings: dict[str, Any] = {} if launched else {"fsdp": True}
+    if launched:
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    chosen, part = autocast_settings(settings, BF16, "cuda", bf16_weights=True)
+    assert chosen == {"bf16": False}
+    assert (part.choice, part.reason) == ("off", "the weights are bf16, and FSDP2 keeps them so without it")
+    assert autocast_settings(settings, BF16, "cuda")[0]["bf16"]
+    with pytest.raises(
+        UserError, match=r"^optimizer\.weights: bf16 weights that FSDP2 shards compute in bf16; take another recipe than fp16"
+    ):
+        autocast_settings(settings, library.get("fp16"), "cuda", bf16_weights=True)
+
+
+def test_bf16_weights_of_one_process_train_under_autocast():
+    assert autocast_settings({}, BF16, "cuda", bf16_weights=True)[0]["bf16"]
+
+
+@pytest.mark.parametrize(("weights", "moments", "refused"), [("bf16", "8bit", True), ("fp32", "8bit", False), ("bf16", "torch's", False)])
+def test_a_loops_bf16_weights_are_not_made_fp32_in_silence(weights: str, moments: str, refused: bool, monkeypatch: pytest.MonkeyPatch):
+    accelerator, model = Accelerator(cpu=True, mixed_precision="bf16"), small_model()
+    monkeypatch.setattr(Accelerator, "is_fsdp2", True)
+    monkeypatch.setattr(accelerator, "prepare", lambda *given: given)  # sharding needs a GPU
+    if weights == "bf16":
+        model.bfloat16()
+    if moments == "8bit":
+        optimizer = build(parse(OptimizerConfig, {"weights": weights, "moments": moments}, "optimizer"), model.parameters())
+    else:
+        optimizer = torch.optim.AdamW(model.parameters())
+    try:
+        if not refused:
+            assert prepare(accelerator, model, optimizer, precision="fp8_blockwise")
+            return
+        with pytest.raises(
+            UserError, match=r"^mixed_precision: bf16, under which Accelerate's FSDP2 makes fp32 of this optimizer's bf16 weights"
+        ):
+            prepare(accelerator, model, optimizer, precision="fp8_blockwise")
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
