@@ -15,7 +15,6 @@ from types import MethodType
 from typing import Any
 
 import torch
-from accelerate import DistributedType
 from accelerate.utils import DynamoBackend
 from torch import nn
 
@@ -26,12 +25,10 @@ from trainers.callback import show_log
 from trainers.controller import PrecisionController
 from trainers.optimizers import keeps_bf16_weights
 from trainers.schedule import make_schedule
-from trainers.sharding import SUMS_IN_FP32, sum_in_fp32
+from trainers.sharding import SUMS_IN_FP32, check_strategy, sum_in_fp32
 from trainers.wandb_log import log_plan
 
 logger = logging.getLogger("lowprec")
-
-_DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 def prepare(
@@ -121,10 +118,7 @@ def _check(accelerator: Any, model: Any, optimizer: Any, controller: PrecisionCo
     guard = controller.config.guard
     if guard is not None and guard.data == "replay":
         raise UserError("precision.guard.data: replay needs a loop that can go back in its data; in one of your own take skip")
-    kind = accelerator.distributed_type
-    if kind not in _DATA_PARALLEL and not accelerator.is_fsdp2:
-        name = "FSDP version 1" if kind == DistributedType.FSDP else DistributedType(kind).value
-        raise UserError(f"precision in an Accelerate loop needs one process, DDP or FSDP2 (fsdp_version: 2), not {name}")
+    check_strategy(accelerator)
     if accelerator.is_fsdp2 and accelerator.mixed_precision != "no" and keeps_bf16_weights(optimizer):
         raise UserError(
             f"mixed_precision: {accelerator.mixed_precision}, under which Accelerate's FSDP2 makes fp32 of this optimizer's bf16 weights; "

@@ -29,7 +29,7 @@ from trainers.controller import SETTLED, PrecisionController
 from trainers.finished import follow, set_finished
 from trainers.left_out import has_read_state, is_checkpoint_of, keep_beside_adapters, leaves_state_out, load_state, save_state
 from trainers.original_names import accept_original_names
-from trainers.sharding import SUMS_IN_FP32, sum_in_fp32
+from trainers.sharding import SUMS_IN_FP32, check_strategy, sum_in_fp32
 from trainers.wandb_log import log_events, log_plan, log_scalars
 
 logger = logging.getLogger("lowprec")
@@ -182,11 +182,13 @@ class LowPrecisionCallback(TrainerCallback):
                 "what the layers of a recipe keep would be lost with the copies; start the program by torchrun or accelerate launch, or on "
                 "one GPU by CUDA_VISIBLE_DEVICES=0"
             )
+        accelerator = AcceleratorState()
+        check_strategy(accelerator)
         control._lowprec = self
         self._hook(args, model)
         self.controller.compiled = self.controller.compiled or bool(args.torch_compile)
         plan = self.controller.convert(model, args.device)
-        changed = sum_in_fp32(AcceleratorState(), model)
+        changed = sum_in_fp32(accelerator, model)
         if state.is_world_process_zero:
             show_log()
             logger.info("%s", plan)

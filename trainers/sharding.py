@@ -1,14 +1,32 @@
-"""FSDP2 as Accelerate sets it up, with sums in fp32."""
+"""How a model may be spread over processes; FSDP2 as Accelerate sets it up, with sums in fp32."""
 
 import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from lowprec.errors import UserError
+
 SUMS_IN_FP32 = "FSDP2: gradients are summed in fp32, and the loss stays in fp32 (by default Accelerate rounds both to 16 bits)"
+
+
+def check_strategy(accelerator: Any) -> None:
+    """UserError unless each process holds the whole model, or FSDP2's shards of its parameters, which stay parameters of their layers.
+
+    FSDP version 1, DeepSpeed and Megatron-LM put others in their places: layers would lose what they keep, the guard would see nothing.
+
+    Args:
+        accelerator: an accelerate.Accelerator, or its state.
+    """
+    kind = DistributedType(accelerator.distributed_type)
+    if kind == DistributedType.NO or kind.value.startswith("MULTI_") or accelerator.is_fsdp2:
+        return
+    name = "FSDP version 1" if kind == DistributedType.FSDP else kind.value
+    raise UserError(f"low precision needs one process, DDP or FSDP2 (fsdp_version: 2), not {name}")
 
 
 def shards(settings: Mapping[str, Any]) -> bool:

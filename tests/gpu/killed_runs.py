@@ -50,6 +50,7 @@ from accelerate import Accelerator, DataLoaderConfiguration, FullyShardedDataPar
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 from trainers.accelerate import controller, prepare
+from trainers.optimizers import OptimizerConfig, build, prepare_weights
 
 killed, folder, mixed_precision = sys.argv[1:]
 folder, steps, saved = Path(folder), STEPS, SAVED
@@ -65,7 +66,10 @@ accelerator = Accelerator(
 rank, ranks = accelerator.process_index, accelerator.num_processes
 config = LlamaConfig(vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, use_cache=False)
 model = LlamaForCausalLM(config).to(accelerator.device)
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+# Without mixed precision the weights are bf16.
+kept = OptimizerConfig(weights="bf16", moments="8bit") if mixed_precision == "no" else OptimizerConfig()
+prepare_weights(model, kept)
+optimizer = build(kept, model.parameters(), lr=1e-3)
 rows = torch.randint(0, 256, (64, 1), generator=torch.Generator().manual_seed(1)) + torch.arange(128) % 256
 loader = DataLoader(list(rows % 256), batch_size=4 // ranks, shuffle=True)
 rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step / 10))
@@ -100,7 +104,7 @@ for step, batch in enumerate(loader, first + 1):
     rates.step()
     optimizer.zero_grad()
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    record = {"step": step, "loss": loss.item(), "grad_norm": norm.item(), "rate": rates.get_last_lr()[0]}
+    record = {"step": step, "loss": loss.item(), "grad_norm": norm.item(), "rate": float(rates.get_last_lr()[0])}
     record |= controller(accelerator).scalars()
     with open(folder / ("metrics.jsonl" if rank == 0 else f"metrics-{rank}.jsonl"), "a") as file:
         file.write(json.dumps(record) + "\\n")
@@ -108,6 +112,7 @@ for step, batch in enumerate(loader, first + 1):
         accelerator.save_state(str(folder / "checkpoint"))
     if step == steps:
         break
+assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16 if mixed_precision == "no" else torch.float32}
 weights = [parameter.full_tensor().double().sum().item() for parameter in model.parameters()]
 if rank == 0:
     (folder / "result.json").write_text(json.dumps({"weights": weights}))

@@ -30,6 +30,7 @@ CASES = {
     "fsdp-weights": Case(("precision.recipe=fp8_blockwise", "optimizer={weights: bf16, moments: 8bit}", *FSDP2), processes(1)),
     "loop-fp16": Case(("fp16",), processes(1), loop=True),
     "loop-bf16": Case(("bf16",), processes(1), loop=True),
+    "loop-weights": Case(("no",), processes(1), loop=True),
 }
 
 
@@ -51,7 +52,7 @@ def test_a_killed_run_goes_on_bit_for_bit(runs: dict[str, Future], name: str):
     check_equal(CASES[name], *runs[name].result())
 
 
-@pytest.mark.parametrize("name", ["fsdp-fp16", "fsdp-bf16", "fsdp-weights", "loop-fp16", "loop-bf16"])
+@pytest.mark.parametrize("name", ["fsdp-fp16", "fsdp-bf16", "fsdp-weights", "loop-fp16", "loop-bf16", "loop-weights"])
 def test_the_loss_is_not_rounded_to_16_bits_under_fsdp2(runs: dict[str, Future], name: str):
     whole, _ = runs[name].result()
     losses = torch.tensor([record["loss"] for record in records(whole)])

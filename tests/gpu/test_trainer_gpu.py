@@ -1,20 +1,23 @@
-"""The trainer layer over native FP8 layers: probes, and the callback in transformers' Trainer with a PEFT model."""
+"""The trainer layer over native FP8 layers: probes, and the callback with a PEFT model and in TRL's SFTTrainer."""
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from lowprec import convert
 from lowprec.nn import LowPrecisionLinear
 from lowprec.observe import LayerProbe, Probe
 from lowprec.recipe import library
 from trainers import LowPrecisionCallback
+from trainers.data.tokenizer import END, byte_tokenizer
 from trainers.processes import use_one_gpu
 
 pytestmark = pytest.mark.gpu
@@ -24,10 +27,18 @@ PRECISION = {"recipe": "fp8_blockwise", "skip_slow": False}
 ROWS = [list(text.encode())[:64] for text in TEXTS]
 
 
-def llama() -> Any:
+@pytest.fixture
+def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms ask for it
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def llama(vocabulary: int = 256) -> Any:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=256, **sizes))
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **sizes))
 
 
 def train(model: Any, *, probed: bool) -> tuple[list[float], list[dict[str, LayerProbe]]]:
@@ -46,18 +57,14 @@ def train(model: Any, *, probed: bool) -> tuple[list[float], list[dict[str, Laye
     return losses, found
 
 
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("recipe", ["fp8_blockwise", "fp8_delayed", "mxfp4_aws"])
-def test_training_is_the_same_bits_with_a_probe(recipe: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms ask for it
+def test_training_is_the_same_bits_with_a_probe(recipe: str):
     plain = llama().to("cuda", torch.bfloat16)
     convert(plain, {"recipe": recipe, "skip_slow": False})
     probed = copy.deepcopy(plain)
-    torch.use_deterministic_algorithms(True)
-    try:
-        losses, _ = train(plain, probed=False)
-        again, found = train(probed, probed=True)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    losses, _ = train(plain, probed=False)
+    again, found = train(probed, probed=True)
     assert again == losses
     assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), probed.state_dict().values(), strict=True))
     assert [len(layers) for layers in found] == [14, 14]
@@ -110,3 +117,38 @@ def test_adapters_train_on_a_converted_model_and_are_saved(tmp_path: Path):
     convert(loaded, PRECISION)
     loaded = peft.PeftModel.from_pretrained(loaded, str(tmp_path / "adapters")).to("cuda")
     assert torch.equal(logits(loaded), logits(trainer.model))
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("autocast", ["bf16", "fp16"])
+def test_supervised_fine_tuning(autocast: str, tmp_path: Path):
+    """In two phases under a guard, evaluated, saved, gone on with, and loaded."""
+    trl = pytest.importorskip("trl")
+    data = Dataset.from_dict({"text": TEXTS})
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer(), eos_token=END, bos_token=END, pad_token=END)
+    precision = {"guard": {"snapshot_every": 4}, "skip_slow": False, "loss_scaling": {"init_scale": 1024, "growth_interval": 3}}
+    precision |= {"schedule": [{"until": "3 steps", "recipe": "bf16"}, {"recipe": "fp8_blockwise"}]}
+    settings: dict[str, Any] = {"max_steps": 8, "learning_rate": 1e-3, "per_device_train_batch_size": 8, "logging_steps": 1}
+    settings |= {"eval_strategy": "steps", "eval_steps": 4, "save_steps": 4, "report_to": "none", "disable_tqdm": True}
+    settings |= {"bf16": autocast == "bf16", "fp16": autocast == "fp16"}
+
+    def fine_tune(folder: Path, checkpoint: Path | None = None) -> tuple[Any, list[dict[str, Any]]]:
+        args = trl.SFTConfig(output_dir=str(folder), max_length=64, **settings)
+        use_one_gpu(args)
+        model, few = llama(vocabulary=257), data.select(range(4))
+        trainer = trl.SFTTrainer(
+            model, args, train_dataset=data, eval_dataset=few, processing_class=tokenizer, callbacks=[LowPrecisionCallback(precision)]
+        )
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        return trainer, [record for record in trainer.state.log_history if "loss" in record]
+
+    trainer, records = fine_tune(tmp_path)
+    losses = [record["loss"] for record in records]
+    assert losses[-1] < losses[0] - 0.5
+    assert [record.get("loss_scale") for record in records] == ([None] * 8 if autocast == "bf16" else [1024] * 2 + [2048] * 3 + [4096] * 3)
+    assert [record["phase"] for record in records] == [1] * 3 + [2] * 5
+    _, again = fine_tune(tmp_path / "again", tmp_path / "checkpoint-4")
+    assert [record["loss"] for record in again] == losses
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "checkpoint-8")
+    convert(loaded, PRECISION)
+    assert torch.equal(logits(loaded.to("cuda")), logits(trainer.model))

@@ -317,7 +317,7 @@ def test_fp16_needs_other_weights_and_another_device():
 def test_other_ways_to_distribute_are_refused(kind: DistributedType, name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Accelerator, "distributed_type", kind)
     monkeypatch.setattr(Accelerator, "is_fsdp2", False)
-    with pytest.raises(UserError, match=f"one process, DDP or FSDP2 .*, not {name}"):
+    with pytest.raises(UserError, match=f"low precision needs one process, DDP or FSDP2 .*, not {name}"):
         _run()
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -70,11 +70,20 @@ def test_nothing_is_done_without_fsdp2_and_mixed_precision(plugin: FullyShardedD
 
 def test_the_callback_does_it_before_the_trainer_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     plugin = _plugin()
-    monkeypatch.setattr(trainers.callback, "AcceleratorState", lambda: SimpleNamespace(fsdp_plugin=plugin))
+    state = SimpleNamespace(fsdp_plugin=plugin, distributed_type=DistributedType.FSDP, is_fsdp2=True)
+    monkeypatch.setattr(trainers.callback, "AcceleratorState", lambda: state)
     with caplog.at_level("INFO", logger="lowprec"):
         small_trainer(tmp_path, LowPrecisionCallback("fp8_blockwise"))
     assert plugin.mixed_precision_policy.reduce_dtype == torch.float32  # pyright: ignore[reportAttributeAccessIssue,reportOptionalMemberAccess]
     assert SUMS_IN_FP32 in caplog.text
+
+
+@pytest.mark.parametrize(("kind", "name"), [(DistributedType.DEEPSPEED, "DEEPSPEED"), (DistributedType.FSDP, "FSDP version 1")])
+def test_the_callback_refuses_what_it_was_not_made_for(kind: DistributedType, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    state = SimpleNamespace(fsdp_plugin=_plugin(fsdp_version=1), distributed_type=kind, is_fsdp2=False)
+    monkeypatch.setattr(trainers.callback, "AcceleratorState", lambda: state)
+    with pytest.raises(UserError, match=rf"^low precision needs one process, DDP or FSDP2 \(fsdp_version: 2\), not {name}$"):
+        small_trainer(tmp_path, LowPrecisionCallback("fp8_blockwise"))
 
 
 def test_a_loop_of_ones_own_does_it_before_accelerate_shards(caplog: pytest.LogCaptureFixture):
