@@ -85,8 +85,8 @@ def test_two_train_as_one_on_their_rows(runs: dict[str, Future], alone: dict[str
     two, one = ([record["loss"] for record in records(found)] for found in (whole, folder))
     assert len(one) == len(two) == 12
     print(name, [round(a / b - 1, 5) for a, b in zip(two, one, strict=True)])
-    assert two[0] == pytest.approx(one[0], rel=2e-3)
-    assert two == pytest.approx(one, rel=2e-2)
+    assert two[0] == pytest.approx(one[0], rel=5e-4)
+    assert two == pytest.approx(one, rel=5e-3)
     first, second = (json.loads((found / "summary.json").read_text()) for found in (whole, folder))
     assert first["val_loss"] == pytest.approx(second["val_loss"], rel=2e-2)
 

@@ -149,6 +149,7 @@ def test_supervised_fine_tuning(autocast: str, tmp_path: Path):
     assert [record["phase"] for record in records] == [1] * 3 + [2] * 5
     _, again = fine_tune(tmp_path / "again", tmp_path / "checkpoint-4")
     assert [record["loss"] for record in again] == losses
-    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "checkpoint-8")
-    convert(loaded, PRECISION)
-    assert torch.equal(logits(loaded.to("cuda")), logits(trainer.model))
+    if autocast == "bf16":  # what `logits` runs in, and then the Trainer's model, too
+        loaded = LlamaForCausalLM.from_pretrained(tmp_path / "checkpoint-8")
+        convert(loaded, PRECISION)
+        assert torch.equal(logits(loaded.to("cuda")), logits(trainer.model))
