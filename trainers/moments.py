@@ -32,7 +32,7 @@ def can_be_quantised(parameter: Tensor, block: int) -> bool:
 
 
 def take_apart(state: dict[str, Any]) -> dict[str, Any]:
-    """A parameter's optimizer state with each quantised moment as its parts, which share its memory."""
+    """A parameter's optimizer state with each quantised moment as its parts."""
     apart: dict[str, Any] = {}
     for name, value in state.items():
         moment = value.to_local() if isinstance(value, DTensor) else value
@@ -49,11 +49,11 @@ def put_together(name: str, state: dict[str, Any], moment: Tensor) -> Tensor:
     Raises:
         ValueError: the parts have other shapes: they are of another parameter, or of shards that were cut otherwise.
     """
-    for suffix, part in zip((CODES, SCALE), _parts(moment), strict=True):
+    for suffix, part in zip((CODES, SCALE), _local_parts(moment), strict=True):
         saved = state[name + suffix]
-        if saved.shape != part.shape or isinstance(saved, DTensor) != isinstance(part, DTensor):
-            raise ValueError(f"{name}{suffix} of shape {list(saved.shape)}, expected {list(part.shape)}")
-        _local(part).copy_(_local(saved))
+        if saved.shape != _whole(part, moment) or _local(saved).shape != part.shape:
+            raise ValueError(f"{name}{suffix} of shape {list(saved.shape)}, expected {list(_whole(part, moment))}")
+        part.copy_(_local(saved))
     return moment
 
 
@@ -75,17 +75,27 @@ def _rows_of_blocks(tensor: Tensor, block: int) -> bool:
     return tensor.numel() // tensor.shape[0] % block == 0
 
 
-def _parts(moment: Any) -> tuple[Tensor, Tensor]:
-    """Codes and scales, [rows, ...] if rows are whole blocks and flat if not."""
+def _local_parts(moment: Any) -> tuple[Tensor, Tensor]:
+    """This rank's codes and scales, sharing their memory; [rows, ...] if rows are whole blocks and flat if not."""
     local: Any = _local(moment)
     rows = _rows_of_blocks(moment, local.block_size)
     codes, scale = (part.view(local.shape[0], -1) if rows else part.view(-1) for part in (local.codes, local.scale))
+    return codes, scale
+
+
+def _whole(part: Tensor, moment: Tensor) -> torch.Size:
+    """The shape of all ranks' parts together."""
+    return torch.Size((moment.shape[0], part.shape[1]) if part.dim() == 2 else (part.numel() * (_shards(moment) or 1),))
+
+
+def _parts(moment: Any) -> tuple[Tensor, ...]:
+    parts = _local_parts(moment)
     if not isinstance(moment, DTensor):
-        return codes, scale
-    return _sharded(codes, moment), _sharded(scale, moment)
+        return parts
+    return tuple(_sharded(part, moment) for part in parts)
 
 
-def _sharded(part: Tensor, moment: DTensor) -> DTensor:
-    shape = torch.Size((moment.shape[0], part.shape[1])) if part.dim() == 2 else torch.Size((part.numel() * (_shards(moment) or 1),))
+def _sharded(part: Tensor, moment: DTensor) -> Tensor:
     stride = (part.shape[1], 1) if part.dim() == 2 else (1,)
-    return DTensor.from_local(part, moment.device_mesh, moment.placements, run_check=False, shape=shape, stride=stride)
+    whole = DTensor.from_local(part, moment.device_mesh, moment.placements, run_check=False, shape=_whole(part, moment), stride=stride)
+    return whole.to(moment.device)  # not the mesh's, where weights are offloaded
