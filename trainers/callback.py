@@ -192,6 +192,8 @@ class LowPrecisionCallback(TrainerCallback):
         if state.is_world_process_zero:
             show_log()
             logger.info("%s", plan)
+            if args.fsdp and not accelerator.is_fsdp2:
+                logger.warning("fsdp: Accelerate shards on GPUs only; here each process has the whole model")
             if changed:
                 logger.info(SUMS_IN_FP32)
 

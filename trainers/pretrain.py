@@ -36,6 +36,7 @@ from trainers.optimizers import OptimizerConfig, build, prepare_weights
 from trainers.processes import distributed_state, name_the_cpu, on_main_process, use_one_gpu, world_size
 from trainers.progress import MetricsCallback, ProgressBar, ThroughputCallback
 from trainers.schedule import make_schedule
+from trainers.sharding import check_can_shard
 from trainers.validation import validate
 
 logger = logging.getLogger("lowprec")
@@ -96,6 +97,7 @@ def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> d
         show_log()
         logger.warning("one process trains on one GPU of %d; torchrun or accelerate launch take all (docs/training.md)", gpus)
     name_the_cpu(args)
+    check_can_shard(args)
     check_replay(config.precision.guard, args)
     _optimizer(config.optimizer, args)
     disable_progress_bar()  # transformers' own: the run has one

@@ -8,6 +8,8 @@ import torch
 from accelerate import DistributedType
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import TrainingArguments
+from transformers.training_args import ParallelMode
 
 from lowprec.errors import UserError
 
@@ -32,6 +34,23 @@ def check_strategy(accelerator: Any) -> None:
 def shards(settings: Mapping[str, Any]) -> bool:
     """Whether a run with these TrainingArguments is sharded: by their `fsdp`, or by the launcher."""
     return bool(settings.get("fsdp")) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def check_can_shard(args: TrainingArguments) -> None:
+    """UserError if this run is to be sharded where Accelerate can't: not by FSDP2, by one process alone, or on a CPU (where it would train
+    whole, in silence)."""
+    if not shards({"fsdp": args.fsdp}):
+        return
+    asked = "trainer.fsdp" if args.fsdp else "the launcher's FSDP"
+    version = args.fsdp_plugin_args["fsdp_version"] if args.fsdp_plugin_args else int(os.environ.get("FSDP_VERSION", "1"))
+    if version != 2:
+        key, where = ("version", "trainer.fsdp_config") if args.fsdp else ("fsdp_version", "fsdp_config of the launcher's file")
+        raise UserError(f"{asked}: low precision needs FSDP2; say {key}: 2 in {where}")
+    if args.device.type == "cpu":
+        remedy = "leave it out" if args.fsdp else "take configs/accelerate/cpu.yaml"
+        raise UserError(f"{asked}: Accelerate shards on GPUs only; on a CPU {remedy}, and each process has the whole model")
+    if args.parallel_mode is not ParallelMode.DISTRIBUTED:
+        raise UserError(f"{asked}: shards lie in processes that a launcher starts: torchrun --nproc-per-node N -m trainers.cli train ...")
 
 
 def sum_in_fp32(accelerator_state: Any, model: nn.Module) -> bool:

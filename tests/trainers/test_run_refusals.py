@@ -110,6 +110,20 @@ def test_values_that_no_run_can_have(what: str, override: str, message: str, cor
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.fsdp=true", "trainer.fsdp: Accelerate shards on GPUs only; on a CPU leave it out"),
+        ("trainer.fsdp_config={version: 1}", "trainer.fsdp: low precision needs FSDP2; say version: 2 in trainer.fsdp_config"),
+    ],
+)
+def test_shards_that_no_run_can_have(override: str, message: str, corpus: Path, tmp_path: Path, refused: Refused):
+    """Before anything is written: the Trainer would fail, or train the whole model."""
+    given = command(corpus, tmp_path / "run", override, trainer__fsdp=True)
+    assert message in refused(*given)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_schedule_that_does_not_fit_the_epochs(corpus: Path, tmp_path: Path, refused: Refused):
     """It shows once the data is loaded, and before anything is written."""
     schedule = "precision.schedule=[{until: 2k steps, recipe: bf16}, {until: 50%}, {until: 100%}]"

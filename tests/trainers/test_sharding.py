@@ -1,5 +1,6 @@
 """What Accelerate's FSDP2 is told of dtypes; tests/distributed/test_sharding_fsdp.py has what comes of it."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,8 @@ from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlu
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import TrainingArguments
+from transformers.training_args import ParallelMode
 
 import trainers.callback
 from lowprec import UserError
@@ -20,9 +23,18 @@ from trainers import LowPrecisionCallback
 from trainers.accelerate import prepare
 from trainers.arguments import autocast_settings
 from trainers.optimizers import OptimizerConfig, build
-from trainers.sharding import SUMS_IN_FP32, sum_in_fp32
+from trainers.sharding import SUMS_IN_FP32, check_can_shard, sum_in_fp32
 
 MODEL = nn.Linear(4, 4)
+
+
+@pytest.fixture(autouse=True)
+def fresh_state() -> Iterator[None]:
+    """Accelerate keeps its state for the whole process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def _plugin(mixed_precision: str | None = "bf16", **settings: Any) -> FullyShardedDataParallelPlugin:
@@ -89,14 +101,63 @@ def test_the_callback_refuses_what_it_was_not_made_for(kind: DistributedType, na
 def test_a_loop_of_ones_own_does_it_before_accelerate_shards(caplog: pytest.LogCaptureFixture):
     accelerator, plugin, model = Accelerator(cpu=True), _plugin(), small_model()
     accelerator.state.fsdp_plugin = plugin
-    try:
-        with caplog.at_level("INFO", logger="lowprec"):
-            prepare(accelerator, model, torch.optim.AdamW(model.parameters()), precision="fp8_blockwise")
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+    with caplog.at_level("INFO", logger="lowprec"):
+        prepare(accelerator, model, torch.optim.AdamW(model.parameters()), precision="fp8_blockwise")
     assert plugin.mixed_precision_policy.reduce_dtype == torch.float32  # pyright: ignore[reportAttributeAccessIssue,reportOptionalMemberAccess]
     assert SUMS_IN_FP32 in caplog.text
+
+
+def _args(fsdp: bool, device: str, mode: ParallelMode, version: int = 2) -> Any:
+    return SimpleNamespace(
+        fsdp=fsdp, device=torch.device(device), parallel_mode=mode, fsdp_plugin_args={"fsdp_version": version} if fsdp else None
+    )
+
+
+ALONE, RANKS = ParallelMode.NOT_PARALLEL, ParallelMode.DISTRIBUTED
+
+
+@pytest.mark.parametrize(
+    ("args", "environment", "message"),
+    [
+        (_args(True, "cuda", ALONE), {}, "trainer.fsdp: shards lie in processes that a launcher starts: torchrun --nproc-per-node N"),
+        (_args(True, "cpu", RANKS), {}, "trainer.fsdp: Accelerate shards on GPUs only; on a CPU leave it out"),
+        (_args(True, "cuda", RANKS, 1), {}, "trainer.fsdp: low precision needs FSDP2; say version: 2 in trainer.fsdp_config"),
+        (
+            _args(False, "cpu", RANKS),
+            {"FSDP_VERSION": "2"},
+            "the launcher's FSDP: Accelerate shards on GPUs only; on a CPU take",
+        ),
+        (
+            _args(False, "cuda", RANKS),
+            {},
+            "the launcher's FSDP: low precision needs FSDP2; say fsdp_version: 2",
+        ),
+    ],
+)
+def test_where_no_run_can_be_sharded(args: Any, environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch):
+    if not args.fsdp:
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as raised:
+        check_can_shard(args)
+    assert str(raised.value).startswith(message)
+
+
+def test_where_runs_can_be_sharded(monkeypatch: pytest.MonkeyPatch):
+    check_can_shard(_args(True, "cuda", RANKS))
+    check_can_shard(_args(False, "cpu", ALONE))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    check_can_shard(_args(False, "cuda", RANKS))
+
+
+def test_a_trainer_that_does_not_shard_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")  # Accelerate sets it
+    monkeypatch.setattr(TrainingArguments, "parallel_mode", RANKS)  # alone, it refuses
+    with caplog.at_level("WARNING", logger="lowprec"):
+        small_trainer(tmp_path, LowPrecisionCallback("fp8_blockwise"), fsdp=True)
+    assert "fsdp: Accelerate shards on GPUs only; here each process has the whole model" in caplog.text
 
 
 BF16 = library.get("bf16")
@@ -133,14 +194,10 @@ def test_a_loops_bf16_weights_are_not_made_fp32_in_silence(weights: str, moments
         optimizer = build(parse(OptimizerConfig, {"weights": weights, "moments": moments}, "optimizer"), model.parameters())
     else:
         optimizer = torch.optim.AdamW(model.parameters())
-    try:
-        if not refused:
-            assert prepare(accelerator, model, optimizer, precision="fp8_blockwise")
-            return
-        with pytest.raises(
-            UserError, match=r"^mixed_precision: bf16, under which Accelerate's FSDP2 makes fp32 of this optimizer's bf16 weights"
-        ):
-            prepare(accelerator, model, optimizer, precision="fp8_blockwise")
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+    if not refused:
+        assert prepare(accelerator, model, optimizer, precision="fp8_blockwise")
+        return
+    with pytest.raises(
+        UserError, match=r"^mixed_precision: bf16, under which Accelerate's FSDP2 makes fp32 of this optimizer's bf16 weights"
+    ):
+        prepare(accelerator, model, optimizer, precision="fp8_blockwise")
