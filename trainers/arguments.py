@@ -51,6 +51,8 @@ def check_trainer(settings: Mapping[str, Any]) -> dict[str, Any]:
         value = parsed.get(key)
         if isinstance(value, int | float) and (value < lowest or (above and value == lowest)):
             raise UserError(f"trainer.{key}: expected a number {'above' if above else 'from'} {lowest:g}, got {value}")
+    if parsed.get("use_liger_kernel"):
+        raise UserError("trainer.use_liger_kernel: say kernels.liger: auto, which knows what a recipe has converted")
     if parsed.get("max_steps") == 0:
         raise UserError("trainer.max_steps: 0 steps train nothing; `lowprec plan` shows what would be done")
     return parsed

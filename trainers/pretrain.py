@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments, default_data_collator, set_seed
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments, default_data_collator, get_scheduler, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from lowprec.attention import parse
@@ -99,7 +99,9 @@ def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> d
     name_the_cpu(args)
     check_can_shard(args)
     check_replay(config.precision.guard, args)
-    _optimizer(config.optimizer, args)
+    if _optimizer(config.optimizer, args) is None:
+        _check_optimizer(args)
+    _check_scheduler(args)
     disable_progress_bar()  # transformers' own: the run has one
     if device_type == "cpu":
         keep_freed_memory()
@@ -220,6 +222,24 @@ def _optimizer(config: OptimizerConfig, args: Any) -> Any:
     prepare_weights(weight, config)
     AdamW(weight.parameters(), **settings)  # what is wrong in it shows now
     return AdamW, settings
+
+
+def _check_optimizer(args: Any) -> None:
+    """UserError if the Trainer can't make this optimizer of its own, which it would tell once the run's directory is there."""
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except (ImportError, ValueError) as error:
+        if "pass a" not in str(error):  # some want the model, which is not built yet
+            raise UserError(f"trainer.optim: {args.optim.value}: {' '.join(str(error).split())}") from None
+
+
+def _check_scheduler(args: Any) -> None:
+    """UserError for a learning-rate schedule that lacks a setting, or has one that it does not know."""
+    optimizer, steps = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate), 1000
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"trainer.lr_scheduler_kwargs: {args.lr_scheduler_type.value}: {' '.join(str(error).split())}") from None
 
 
 def _save_model(trainer: Trainer, directory: Path) -> None:

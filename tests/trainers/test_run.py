@@ -72,6 +72,19 @@ def test_bits_per_byte_are_the_loss_over_the_text(finished: tuple[Path, subproce
     assert summary["bits_per_byte"] == pytest.approx(summary["val_loss"] * len(predicted) / math.log(2) / in_bytes, rel=1e-9)
 
 
+def test_the_validation_loss_is_the_models_own(corpus: Path, tmp_path: Path):
+    """Whatever the loss that trains; without a learning rate both models are the one that they began with."""
+    found = []
+    for smoothing in (0.0, 0.3):
+        output = tmp_path / str(smoothing)
+        settings = {"trainer__max_steps": 1, "trainer__learning_rate": 0.0, "trainer__label_smoothing_factor": smoothing}
+        _train(corpus, trainer__output_dir=str(output), trainer__logging_steps=1, **settings)
+        found.append((losses(output)[1], json.loads((output / "summary.json").read_text())["val_loss"]))
+    (loss, validation), (smoothed, again) = found
+    assert smoothed != loss
+    assert again == validation
+
+
 def test_the_resolved_configuration_repeats_the_run(finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path):
     run, _ = finished
     again = tmp_path / "again"

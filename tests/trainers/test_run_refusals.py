@@ -1,5 +1,6 @@
 """What `lowprec train` refuses in one line, before it writes, deletes or trains; and how a run goes on in another configuration."""
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,7 @@ def test_what_is_refused_around_runs_that_are_there(runs: Path, corpus: Path, re
         ("trainer.learning_rate=-1", "trainer.learning_rate: expected a number from 0, got -1"),
         ("trainer.num_train_epochs=0", "trainer.num_train_epochs: expected a number above 0, got 0"),
         ("trainer.max_steps=0", "trainer.max_steps: 0 steps train nothing"),
+        ("trainer.use_liger_kernel=true", "trainer.use_liger_kernel: say kernels.liger: auto"),
         ("model.overrides.num_attention_heads=3", "is not a multiple of the number of attention heads"),
         ("model.overrides.num_hidden_layers=-1", "model.overrides.num_hidden_layers: expected a number from 1, got -1"),
         ("model.overrides.num_hidden_layers=two", "model.overrides.num_hidden_layers: "),
@@ -121,6 +123,31 @@ def test_shards_that_no_run_can_have(override: str, message: str, corpus: Path, 
     """Before anything is written: the Trainer would fail, or train the whole model."""
     given = command(corpus, tmp_path / "run", override, trainer__fsdp=True)
     assert message in refused(*given)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ("trainer.lr_scheduler_type=cosine_with_min_lr",),
+            "trainer.lr_scheduler_kwargs: cosine_with_min_lr: One of min_lr or min_lr_rate",
+        ),
+        (
+            ("trainer.lr_scheduler_type=cosine", "trainer.lr_scheduler_kwargs={min_lr: 0.1}"),
+            "trainer.lr_scheduler_kwargs: cosine: get_cosine_schedule_with_warmup() got an unexpected keyword argument 'min_lr'",
+        ),
+    ],
+)
+def test_schedules_of_the_learning_rate(overrides: tuple[str, ...], message: str, corpus: Path, tmp_path: Path, refused: Refused):
+    assert message in refused(*command(corpus, tmp_path / "run", *overrides))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("galore_torch") is not None, reason="GaLore is installed")
+def test_an_optimizer_that_is_not_installed(corpus: Path, tmp_path: Path, refused: Refused):
+    message = refused(*command(corpus, tmp_path / "run", trainer__optim="galore_adamw"))
+    assert "trainer.optim: galore_adamw: You need to install" in message
     assert not (tmp_path / "run").exists()
 
 
