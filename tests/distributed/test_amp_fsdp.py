@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from tests.trainers.runs import run_ranks
+
 _SCRIPT = """
 import json, os, sys
 import torch
@@ -104,12 +106,8 @@ os._exit(0)
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank found."""
     folder = tmp_path_factory.mktemp("amp")
-    script, out = folder / "script.py", folder / "found"
-    script.write_text(_SCRIPT)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run([*launcher, str(script), str(out)], capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return [json.loads(Path(f"{out}.{rank}").read_text()) for rank in (0, 1)]
+    run_ranks(_SCRIPT, folder, str(folder / "found"))
+    return [json.loads((folder / f"found.{rank}").read_text()) for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "ddp"])

@@ -1,12 +1,9 @@
 """Two processes under FSDP2 whose precision changes: phases, a breach that one rank alone sees, errors that differ between the ranks."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-from tests.trainers.runs import ROOT
+from tests.trainers.runs import run_ranks
 
 _SCRIPT = """
 import json, os, sys
@@ -66,16 +63,7 @@ os._exit(0)
 
 
 def test_ranks_decide_alike(tmp_path: Path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
-    process = subprocess.run(
-        [*command, sys.executable, "-c", _SCRIPT, str(tmp_path)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
+    run_ranks(_SCRIPT, tmp_path, str(tmp_path))
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first["events"] == second["events"]
     assert first["weight"] == second["weight"]

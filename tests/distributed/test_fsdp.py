@@ -1,10 +1,10 @@
 """A converted model under FSDP2 in two processes trains as in one on the same global batch."""
 
 import json
-import subprocess
-import sys
 
 import pytest
+
+from tests.trainers.runs import run_ranks
 
 _SCRIPT = """
 import json, os, sys
@@ -67,13 +67,10 @@ CASES += [f"mixtral:{recipe}" for recipe in ("fp32", "fp8_blockwise")]
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict]:
     """What one process gives for each of `CASES`, and what two give."""
     folder = tmp_path_factory.mktemp("fsdp")
-    script, results = folder / "script.py", []
-    script.write_text(_SCRIPT)
+    results = []
     for processes in (1, 2):
         out = folder / f"{processes}.json"
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        result = subprocess.run([*launcher, str(script), *CASES, str(out)], capture_output=True, text=True, timeout=240)
-        assert result.returncode == 0, result.stderr[-3000:]
+        run_ranks(_SCRIPT, folder, *CASES, str(out), processes=processes)
         results.append(json.loads(out.read_text()))
     return results[0], results[1]
 

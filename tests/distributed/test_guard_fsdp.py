@@ -1,15 +1,13 @@
 """The guard's watch and snapshots in two processes, under FSDP2 and DDP."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.trainers.runs import run_ranks
 from trainers.watch import Watch
 
 _SCRIPT = """
@@ -129,13 +127,8 @@ CLOSE = 1e-5
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("guard")
-    script, out = folder / "script.py", folder / "out.json"
-    script.write_text(_SCRIPT)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    root = Path(__file__).parents[2]
-    result = subprocess.run([*launcher, str(script), str(out)], capture_output=True, text=True, timeout=240, cwd=root)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(out.read_text())
+    run_ranks(_SCRIPT, folder, str(folder / "out.json"))
+    return json.loads((folder / "out.json").read_text())
 
 
 def _alone(seed: int, count: int) -> tuple[float, float, dict[str, float]]:

@@ -1,12 +1,9 @@
 """Delayed scaling on two ranks: both scale by what either has seen, so that one rank's histories, in the checkpoint, are both ranks'."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-from tests.trainers.runs import ROOT
+from tests.trainers.runs import run_ranks
 
 _SCRIPT = """
 import copy, json, os, sys
@@ -77,11 +74,7 @@ os._exit(0)
 
 
 def test_ranks_scale_alike_and_resume_from_one_ranks_buffers(tmp_path: Path):
-    script = tmp_path / "script.py"
-    script.write_text(_SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(tmp_path)]
-    result = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=100)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_ranks(_SCRIPT, tmp_path, str(tmp_path))
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first["shared"] == second["shared"]
     for step, (one, two) in enumerate(zip(first["own"], second["own"], strict=True)):

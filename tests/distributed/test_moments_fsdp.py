@@ -1,9 +1,6 @@
 """Optimizers with low-precision moments in two processes: what FSDP2's checkpoints hold of them, and going on from there."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.trainers.runs import run_ranks
 from trainers.optimizers import OptimizerConfig, build
 
 # [33, 256]: rows of whole blocks, uneven shards; [64, 33]: its blocks cross rows, uneven, too, so fp32; [128, 64]: cross rows, even shards.
@@ -106,12 +104,7 @@ os._exit(0)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where both ranks left what they found, and their checkpoints."""
     folder = tmp_path_factory.mktemp("moments")
-    script = folder / "script.py"
-    script.write_text(f"SHAPES, CASES = {SHAPES}, {CASES}\n{_SCRIPT}")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr[-4000:]
+    run_ranks(f"SHAPES, CASES = {SHAPES}, {CASES}\n{_SCRIPT}", folder, str(folder))
     return folder
 
 

@@ -2,13 +2,11 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.trainers.runs import run_ranks
 
 _SCRIPT = """
 import json, os, sys
@@ -66,14 +64,8 @@ os._exit(0)
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("sharding")
-    script, out = folder / "sharding.py", folder / "found.json"
-    script.write_text(_SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(out)]
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr[-4000:]
-    return json.loads(out.read_text())
+    run_ranks(_SCRIPT, folder, str(folder / "found.json"))
+    return json.loads((folder / "found.json").read_text())
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

@@ -91,8 +91,8 @@ def test_a_probe_measures_what_it_measures_on_a_cpu(recipe: str):
 
 
 @torch.no_grad()
-def logits(model: Any) -> Tensor:
-    with torch.autocast("cuda", torch.bfloat16):  # as the Trainer runs it
+def logits(model: Any, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    with torch.autocast("cuda", dtype):  # as the Trainer runs it
         return model.eval()(input_ids=torch.tensor(ROWS[7:8], device="cuda")).logits.float()
 
 
@@ -149,7 +149,7 @@ def test_supervised_fine_tuning(autocast: str, tmp_path: Path):
     assert [record["phase"] for record in records] == [1] * 3 + [2] * 5
     _, again = fine_tune(tmp_path / "again", tmp_path / "checkpoint-4")
     assert [record["loss"] for record in again] == losses
-    if autocast == "bf16":  # what `logits` runs in, and then the Trainer's model, too
-        loaded = LlamaForCausalLM.from_pretrained(tmp_path / "checkpoint-8")
-        convert(loaded, PRECISION)
-        assert torch.equal(logits(loaded.to("cuda")), logits(trainer.model))
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "checkpoint-8")
+    convert(loaded, PRECISION)
+    dtype = torch.bfloat16 if autocast == "bf16" else torch.float16
+    assert torch.equal(logits(loaded.to("cuda"), dtype), logits(trainer.model, dtype))

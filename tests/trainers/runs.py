@@ -28,6 +28,16 @@ def make_corpus(folder: Path, documents: int = 40) -> Path:
     return folder
 
 
+def run_ranks(script: str, folder: Path, *arguments: str, processes: int = 2) -> None:
+    """A Python program, written to `folder`, in processes that torchrun starts; each on one core."""
+    file = folder / "script.py"
+    file.write_text(script)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([*launcher, str(file), *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
 def lowprec(*arguments: str, cwd: Path = ROOT, check: bool = False) -> subprocess.CompletedProcess[str]:
     """The command as a user runs it."""
     result = subprocess.run(

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from lowprec import UserError
 from lowprec.nn import LowPrecisionLinear
 from tests.trainers.hf import prose, small_model
-from tests.trainers.runs import ROOT
+from tests.trainers.runs import ROOT, run_ranks
 from trainers.accelerate import controller, prepare
 from trainers.amp import LossScaleError
 
@@ -374,12 +374,7 @@ os._exit(0)
 
 
 def test_two_processes_stay_in_step_when_one_of_them_meets_a_nan(tmp_path: Path):
-    script = tmp_path / "script.py"
-    script.write_text(_TWO)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(launcher, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_ranks(_TWO, tmp_path, str(tmp_path))
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first["kind"] == "DistributedDataParallel"
     assert first["losses"] != second["losses"]  # they have batches of their own
