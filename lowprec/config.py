@@ -23,12 +23,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BeforeValidator, Field, PlainSerializer, field_validator, model_validator
 
 from lowprec.errors import nearest
 from lowprec.gemm import BACKENDS
 from lowprec.recipe import Recipe, library
 from lowprec.recipe.rules import Rule
+from lowprec.recipe.state import new_state
 from lowprec.schema import StrictConfig, parse
 from lowprec.yaml12 import load_mapping
 
@@ -228,6 +230,14 @@ class PrecisionConfig(StrictConfig):
         if not self.schedule:
             return [self]
         return [self._in_phase(phase) for phase in self.schedule]
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether a recipe of it keeps something between steps (`recipe/state.py`), whatever layers the model has."""
+        recipes = [recipe for phase in self.phases() for recipe in (phase.recipe, *(rule.recipe for rule in phase.rules))]
+        recipes += [] if self.evaluation == "training" else [self.evaluation]
+        recipes += [] if self.guard is None else [library.get(name) for name in self.guard.ladder]
+        return any(new_state(recipe, torch.device("meta")) for recipe in recipes if recipe is not None)
 
     def _in_phase(self, phase: PhaseConfig) -> "PrecisionConfig":
         changes: dict[str, Any] = {"schedule": ()}

@@ -23,9 +23,9 @@ from lowprec.schema import whole_number
 from trainers.amp import check_weights, configure, prepare_to_load
 from trainers.callback import show_log
 from trainers.controller import PrecisionController
-from trainers.optimizers import keeps_bf16_weights
+from trainers.optimizers import is_low_bit, keeps_bf16_weights
 from trainers.schedule import make_schedule
-from trainers.sharding import SUMS_IN_FP32, check_strategy, sum_in_fp32
+from trainers.sharding import SUMS_IN_FP32, check_offloaded, check_strategy, is_offloaded, sum_in_fp32
 from trainers.wandb_log import log_plan
 
 logger = logging.getLogger("lowprec")
@@ -119,6 +119,8 @@ def _check(accelerator: Any, model: Any, optimizer: Any, controller: PrecisionCo
     if guard is not None and guard.data == "replay":
         raise UserError("precision.guard.data: replay needs a loop that can go back in its data; in one of your own take skip")
     check_strategy(accelerator)
+    if is_offloaded(accelerator.state):
+        check_offloaded(scaled=accelerator.mixed_precision == "fp16", low_bit=is_low_bit(optimizer), keeps=controller.config.keeps_state)
     if accelerator.is_fsdp2 and accelerator.mixed_precision != "no" and keeps_bf16_weights(optimizer):
         raise UserError(
             f"mixed_precision: {accelerator.mixed_precision}, under which Accelerate's FSDP2 makes fp32 of this optimizer's bf16 weights; "

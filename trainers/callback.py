@@ -28,8 +28,9 @@ from trainers.arguments import NO_FP16_ON_A_CPU
 from trainers.controller import SETTLED, PrecisionController
 from trainers.finished import follow, set_finished
 from trainers.left_out import has_read_state, is_checkpoint_of, keep_beside_adapters, leaves_state_out, load_state, save_state
+from trainers.optimizers import is_low_bit
 from trainers.original_names import accept_original_names
-from trainers.sharding import SUMS_IN_FP32, check_strategy, sum_in_fp32
+from trainers.sharding import SUMS_IN_FP32, check_offloaded, check_strategy, is_offloaded, sum_in_fp32
 from trainers.wandb_log import log_events, log_plan, log_scalars
 
 logger = logging.getLogger("lowprec")
@@ -184,6 +185,8 @@ class LowPrecisionCallback(TrainerCallback):
             )
         accelerator = AcceleratorState()
         check_strategy(accelerator)
+        if is_offloaded(accelerator):
+            check_offloaded(scaled=args.fp16, keeps=self.controller.config.keeps_state)
         control._lowprec = self
         self._hook(args, model)
         self.controller.compiled = self.controller.compiled or bool(args.torch_compile)
@@ -213,6 +216,8 @@ class LowPrecisionCallback(TrainerCallback):
         if scaler is not None:
             configure(scaler, controller.config.loss_scaling, resumed=bool(state.global_step))
         check_replay(controller.config.guard, args)
+        if is_offloaded(AcceleratorState()):
+            check_offloaded(low_bit=is_low_bit(optimizer))
         if model is not self._hooked:  # the Trainer's model_init has made another one
             self._hook(args, model)
             if state.global_step and controller.has_state:

@@ -25,6 +25,7 @@ from torch import nn
 import lowprec
 from lowprec.config import PrecisionConfig, parse_precision
 from lowprec.errors import TrainingStopped
+from lowprec.kernels.compile import compile_deterministically
 from lowprec.nn import share_histories
 from lowprec.observe import LayerProbe, Probe
 from lowprec.plan import PartPlan, Plan
@@ -130,6 +131,7 @@ class PrecisionController:
             UserError: the schedule does not fit the run.
         """
         self._schedule = make_schedule(self.config, total_steps, tokens_per_step)
+        compile_deterministically()
         self._model, self._optimizer, self._scaler = model, optimizer, scaler
         self._directory, self._tells = (directory if main else None), main
         # Not before a step is done: an Accelerate loop starts at 0 before it loads its checkpoint.

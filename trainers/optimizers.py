@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lowprec.errors import UserError
+from lowprec.kernels.compile import kernels_by_shape
 from lowprec.schema import StrictConfig
 from trainers.moments import CODES, SCALE, can_be_quantised, put_together, take_apart
 
@@ -79,6 +80,11 @@ def build(
     return optimizer
 
 
+def is_low_bit(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `build` made it, and for other formats than fp32."""
+    return any(_STEPS in group for group in optimizer.param_groups)
+
+
 def keeps_bf16_weights(optimizer: torch.optim.Optimizer) -> bool:
     """Whether `build` made it for bf16 weights."""
     groups = [group for group in optimizer.param_groups if _STEPS in group]
@@ -132,7 +138,8 @@ def _optimizer_class(moments: str) -> Any:
                     loss = closure()
             for group in self.param_groups:
                 group[_STEPS] += 1
-            with _noise_of_step(self.param_groups[0][_STEPS], self.param_groups):
+            # DDP's ranks must round alike, and so must a resumed run.
+            with _noise_of_step(self.param_groups[0][_STEPS], self.param_groups), kernels_by_shape():
                 super().step()
             return loss
 

@@ -36,7 +36,7 @@ from trainers.optimizers import OptimizerConfig, build, prepare_weights
 from trainers.processes import distributed_state, name_the_cpu, on_main_process, use_one_gpu, world_size
 from trainers.progress import MetricsCallback, ProgressBar, ThroughputCallback
 from trainers.schedule import make_schedule
-from trainers.sharding import check_can_shard
+from trainers.sharding import check_can_shard, check_offloaded, offloads
 from trainers.validation import validate
 
 logger = logging.getLogger("lowprec")
@@ -98,6 +98,8 @@ def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> d
         logger.warning("one process trains on one GPU of %d; torchrun or accelerate launch take all (docs/training.md)", gpus)
     name_the_cpu(args)
     check_can_shard(args)
+    if offloads(args):
+        check_offloaded(scaled=args.fp16, low_bit=config.optimizer != OptimizerConfig(), keeps=config.precision.keeps_state)
     check_replay(config.precision.guard, args)
     if _optimizer(config.optimizer, args) is None:
         _check_optimizer(args)

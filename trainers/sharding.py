@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate import DistributedType
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from transformers import TrainingArguments
 from transformers.training_args import ParallelMode
 
@@ -51,6 +51,35 @@ def check_can_shard(args: TrainingArguments) -> None:
         raise UserError(f"{asked}: Accelerate shards on GPUs only; on a CPU {remedy}, and each process has the whole model")
     if args.parallel_mode is not ParallelMode.DISTRIBUTED:
         raise UserError(f"{asked}: shards lie in processes that a launcher starts: torchrun --nproc-per-node N -m trainers.cli train ...")
+
+
+def offloads(args: TrainingArguments) -> bool:
+    """Whether FSDP2 would keep this run's shards in host memory."""
+    if args.fsdp:
+        return bool((args.fsdp_plugin_args or {}).get("cpu_offload"))
+    return shards({}) and os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true"
+
+
+def is_offloaded(accelerator_state: Any) -> bool:
+    """Whether Accelerate has FSDP2 keep shards in host memory."""
+    return isinstance(getattr(getattr(accelerator_state, "fsdp_plugin", None), "cpu_offload", None), CPUOffloadPolicy)
+
+
+def check_offloaded(*, scaled: bool = False, low_bit: bool = False, keeps: bool = False) -> None:
+    """UserError for what does not go with shards in host memory.
+
+    Args:
+        scaled: a loss scale, which fell in every step there, on two GPUs, until losses were NaN.
+        low_bit: an optimizer of `trainers.optimizers` other than torch's, whose step torch.compile can't compile there.
+        keeps: buffers of a recipe's, which stay on the GPU: torch loads no state dict into a model on two devices.
+    """
+    for found, what in (
+        (scaled, "fp16's loss scale collapses; take bf16"),
+        (low_bit, "optimizer.weights and optimizer.moments have to be fp32"),
+        (keeps, "a recipe that keeps something (amax histories, rounding keys) could not go on from a checkpoint; take fp8_blockwise"),
+    ):
+        if found:
+            raise UserError(f"FSDP's offloading of parameters to host memory (cpu_offload): {what}, or leave it out")
 
 
 def sum_in_fp32(accelerator_state: Any, model: nn.Module) -> bool:

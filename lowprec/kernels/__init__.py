@@ -3,7 +3,16 @@
 `liger` holds the choice of Liger's kernels, `compile` the compilation of the decoder blocks. Apply Liger first.
 """
 
-from lowprec.kernels.compile import CompileChoice, compile_blocks
+from lowprec.kernels.compile import CompileChoice, compile_blocks, compile_deterministically, kernels_by_shape
 from lowprec.kernels.liger import KernelChoice, LigerPlan, apply_liger, plan_liger
 
-__all__ = ["CompileChoice", "KernelChoice", "LigerPlan", "apply_liger", "compile_blocks", "plan_liger"]
+__all__ = [
+    "CompileChoice",
+    "KernelChoice",
+    "LigerPlan",
+    "apply_liger",
+    "compile_blocks",
+    "compile_deterministically",
+    "kernels_by_shape",
+    "plan_liger",
+]

@@ -6,17 +6,24 @@ faster to compile and loses only the fusions across block boundaries, which are 
 `Module.compile` is used, which keeps the module itself: parameter names, state dict and hooks stay as they are.
 """
 
+import contextlib
+import importlib
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import nn
 
 from lowprec.errors import UserError
 
 Mode = Literal["blocks", "off"]
+
+_BY_SHAPE = {"deterministic": True, "triton.autotune_pointwise": False}
+"""Settings of torch._inductor, which takes a second to import: not before it is needed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +49,29 @@ def compile_blocks(model: nn.Module, mode: Mode, device_type: str) -> CompileCho
     name, blocks = find_blocks(model)
     if device_type == "cpu" and (missing := _missing_cpp_compiler()):
         raise UserError(f"compile: compiling for a CPU needs a C++ compiler and '{missing}' is not installed; set it to off")
+    compile_deterministically()
     for block in blocks:
         block.compile()
     return CompileChoice(compiled=len(blocks), reason=f"each {type(blocks[0]).__name__} in '{name}', one compilation for all")
+
+
+@contextlib.contextmanager
+def kernels_by_shape() -> Iterator[None]:
+    """What torch.compile compiles within takes kernels by their shapes alone, so that two processes take the same ones.
+
+    By itself TorchInductor times variants of a kernel and takes the fastest, of pointwise ones even where deterministic algorithms are
+    asked for (pytorch pull request 164905). Variants round differently; one contracts a product and a sum to an FMA where another does not.
+    """
+    with importlib.import_module("torch._inductor.config").patch(_BY_SHAPE):
+        yield
+
+
+def compile_deterministically() -> None:
+    """`kernels_by_shape` for all that this process compiles from now on, if torch.use_deterministic_algorithms is on; else nothing."""
+    if torch.are_deterministic_algorithms_enabled():
+        config = importlib.import_module("torch._inductor.config")
+        for name, value in _BY_SHAPE.items():
+            setattr(config, name, value)
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -152,6 +152,7 @@ def whole_and_resumed(case: Case, folder: Path, pool: ThreadPoolExecutor) -> tup
     whole = pool.submit(start, case, folder / "whole", "never")
     killed = start(case, folder / "resumed", str(KILLED))
     assert killed.returncode != 0
+    assert (folder / "resumed" / "metrics.jsonl").exists(), killed.stderr[-4000:]
     assert [record["step"] for record in records(folder / "resumed")] == list(range(1, KILLED + 1)), killed.stderr[-4000:]
     resumed = start(case, folder / "resumed", "resume")
     for result in (whole.result(), resumed):
@@ -171,8 +172,10 @@ def start(case: Case, folder: Path, killed: str = "never") -> subprocess.Complet
         arguments = ["never" if killed == "resume" else killed, "train", "configs/llama-tiny-cpu.yaml", *_overrides(case, folder)]
         arguments += ["trainer.resume_from_checkpoint=true"] if killed == "resume" else []
     path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     # Deterministic products of cuBLAS want this before the first of them; every run has it, so that all take the same algorithms.
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    environment["TORCHINDUCTOR_CACHE_DIR"] = str(script.with_suffix(".compiled"))  # as on another machine: each run chooses its kernels
     command = [sys.executable, *case.launcher, str(script), *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
 

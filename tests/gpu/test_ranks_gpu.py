@@ -24,7 +24,11 @@ CASES = {
     "launched": Case(("precision.recipe=fp8_blockwise", HALF), LAUNCHED),
     "fsdp-fp16": Case(("precision.recipe=fp16", *FSDP2, HALF), processes(2)),
     "sharded": Case(("precision.recipe=mxfp4_aws", "trainer.fsdp=true", SHARDED, HALF), processes(2)),
-    "ddp": Case(("precision.recipe=fp8_delayed", HALF), processes(2)),
+    "ddp": Case(("precision.recipe=fp8_delayed", "optimizer.moments=8bit", HALF), processes(2)),
+    "offloaded": Case(
+        ("precision={recipe: fp8_blockwise, guard: {snapshot_every: 4, warmup: 4, window: 8}}", HALF),
+        (*LAUNCHED, "--fsdp_offload_params", "true"),
+    ),
     "weights": Case(("precision.recipe=mxfp4_aws", "optimizer={weights: bf16, moments: 8bit}", *FSDP2, HALF), processes(2)),
     "loop-fp16": Case(("fp16",), processes(2), loop=True),
     "loop-bf16": Case(("bf16",), processes(2), loop=True),
@@ -33,7 +37,8 @@ ALONE = {
     "launched": Case(("precision.recipe=fp8_blockwise",)),
     "fsdp-fp16": Case(("precision.recipe=fp16",)),
     "sharded": Case(("precision.recipe=mxfp4_aws",)),
-    "ddp": Case(("precision.recipe=fp8_delayed",)),
+    "ddp": Case(("precision.recipe=fp8_delayed", "optimizer.moments=8bit")),
+    "offloaded": Case(("precision.recipe=fp8_blockwise",)),
 }
 """The same rows in every step, by one process on one of the GPUs."""
 

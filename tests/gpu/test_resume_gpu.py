@@ -24,6 +24,7 @@ CASES = {
     "fp16": Case(("precision.recipe=fp16",)),
     "fp8-fp16": Case(("precision.recipe=fp8_blockwise", "trainer.fp16=true")),
     "bf16": Case(("precision.recipe=bf16",)),
+    "compiled": Case(("precision.recipe=fp8_blockwise", "compile=blocks")),
     "fsdp-fp16": Case(("precision.recipe=fp16", *FSDP2), processes(1)),
     "fsdp-bf16": Case(("precision.recipe=fp8_blockwise", *FSDP2), processes(1)),
     "fsdp-8bit": Case(("precision.recipe=bf16", "optimizer.moments=8bit", *FSDP2), processes(1)),

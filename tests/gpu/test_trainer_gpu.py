@@ -8,22 +8,30 @@ from typing import Any
 import peft
 import pytest
 import torch
+import torchao.optim
 from datasets import Dataset
 from torch import Tensor, nn
+from torch._inductor import config as inductor
+from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+from torch._inductor.utils import fresh_cache
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from lowprec import convert
+from lowprec.kernels import compile_blocks
 from lowprec.nn import LowPrecisionLinear
 from lowprec.observe import LayerProbe, Probe
 from lowprec.recipe import library
 from trainers import LowPrecisionCallback
 from trainers.data.tokenizer import END, byte_tokenizer
+from trainers.optimizers import OptimizerConfig, build
 from trainers.processes import use_one_gpu
 
 pytestmark = pytest.mark.gpu
 
 TEXTS = [f"{number}: " + "the quick brown fox jumps over the lazy dog. " * 2 for number in range(32)]
 PRECISION = {"recipe": "fp8_blockwise", "skip_slow": False}
+TIMED = {"deterministic": False, "triton.autotune_pointwise": True}
+"""How TorchInductor chooses kernels by itself."""
 ROWS = [list(text.encode())[:64] for text in TEXTS]
 
 
@@ -31,7 +39,8 @@ ROWS = [list(text.encode())[:64] for text in TEXTS]
 def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms ask for it
     torch.use_deterministic_algorithms(True)
-    yield
+    with inductor.patch(TIMED):
+        yield
     torch.use_deterministic_algorithms(False)
 
 
@@ -153,3 +162,48 @@ def test_supervised_fine_tuning(autocast: str, tmp_path: Path):
     convert(loaded, PRECISION)
     dtype = torch.bfloat16 if autocast == "bf16" else torch.float16
     assert torch.equal(logits(loaded.to("cuda"), dtype), logits(trainer.model, dtype))
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The kernels that TorchInductor takes for being the fastest of some, from now on; nothing is known of earlier timings."""
+    found: list[str] = []
+    choose = CachingAutotuner.autotune_to_one_config
+
+    def autotune(self: Any, *args: Any, **kwargs: Any) -> None:
+        found.append(self.fn.__name__)
+        choose(self, *args, **kwargs)
+
+    monkeypatch.setattr(CachingAutotuner, "autotune_to_one_config", autotune)
+    torch.compiler.reset()
+    with fresh_cache():
+        yield found
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+@pytest.mark.parametrize("moments", ["8bit", "4bit"])
+def test_no_kernel_of_a_step_is_chosen_by_timing(weights: Any, moments: Any, timed: list[str]):
+    config = OptimizerConfig(weights=weights, moments=moments)
+    for ours in (True, False):
+        parameter = nn.Parameter(torch.ones(256, 512, device="cuda", dtype=torch.bfloat16 if weights == "bf16" else torch.float32))
+        parameter.grad = torch.randn_like(parameter)
+        theirs = torchao.optim.AdamW8bit if moments == "8bit" else torchao.optim.AdamW4bit
+        optimizer = build(config, [parameter]) if ours else theirs([parameter])
+        torch.compiler.reset()
+        optimizer.step()
+        assert bool(timed) != ours  # torchao's own step: what times its kernels is seen here
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("recipe", ["bf16", "fp8_blockwise", "mxfp4"])
+def test_no_kernel_of_compiled_blocks_is_chosen_by_timing(recipe: str, timed: list[str]):
+    for asked in (True, False):
+        torch.use_deterministic_algorithms(asked)
+        torch.compiler.reset()
+        model = llama().to("cuda", torch.bfloat16)
+        convert(model, {"recipe": recipe, "skip_slow": False})
+        with inductor.patch(TIMED):
+            compile_blocks(model, "blocks", "cuda")
+            train(model, probed=False)
+        assert bool(timed) != asked

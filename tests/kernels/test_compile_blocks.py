@@ -1,13 +1,17 @@
 """Which modules are compiled: the repeated blocks, in place."""
 
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
 from torch import nn
+from torch._inductor import config as inductor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowprec.errors import UserError
-from lowprec.kernels import compile_blocks
+from lowprec.kernels import compile_blocks, compile_deterministically
 from lowprec.kernels.compile import find_blocks
+from trainers.controller import PrecisionController
 
 pytestmark = [
     # Both come from inside PyTorch: from importing Dynamo and Inductor, and from Dynamo looking at a block's input.
@@ -107,3 +111,32 @@ def test_one_trace_serves_all_layers():
     torch.testing.assert_close(loss, expected)
     assert len(graphs) == 1
     torch._dynamo.reset()
+
+
+# Deterministic kernels
+
+
+@pytest.fixture
+def kernels() -> Iterator[Callable[[], list[bool]]]:
+    """How they are chosen: whether by shape alone, and pointwise ones by timing them."""
+    with inductor.patch({"deterministic": False, "triton.autotune_pointwise": True}):
+        yield lambda: [inductor.deterministic, inductor.triton.autotune_pointwise]
+    torch.use_deterministic_algorithms(False)
+
+
+def start_a_run():
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    controller = PrecisionController("bf16")
+    controller.convert(model)
+    controller.start(model, torch.optim.SGD(model.parameters()), total_steps=1)
+
+
+@pytest.mark.parametrize("act", [compile_deterministically, start_a_run, lambda: compile_blocks(tiny_llama(), "blocks", "cuda")])
+def test_where_deterministic_algorithms_are_asked_for_no_kernel_is_chosen_by_timing(
+    kernels: Callable[[], list[bool]], act: Callable[[], object]
+):
+    act()
+    assert kernels() == [False, True]
+    torch.use_deterministic_algorithms(True)
+    act()
+    assert kernels() == [True, False]

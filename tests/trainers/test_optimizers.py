@@ -3,11 +3,13 @@
 import copy
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._inductor import config as inductor
 
 import lowprec
 from lowprec import UserError
@@ -151,6 +153,21 @@ def test_ranks_round_alike_and_keep_their_own_random_numbers():
         trained.append(model)
     assert _same(*trained)
     assert numbers == [True, True]
+
+
+def test_all_processes_take_the_same_kernels_for_a_step(monkeypatch: pytest.MonkeyPatch):
+    """TorchInductor's timings would choose among kernels that round differently, on each of DDP's ranks and in a resumed run anew."""
+    found = []
+
+    def step(function: Callable[..., None], **options: Any) -> Callable[..., None]:
+        found.append((inductor.deterministic, inductor.triton.autotune_pointwise))
+        return function
+
+    monkeypatch.setattr(torch, "compile", step)
+    model = _model(OptimizerConfig())
+    _train(model, build(OptimizerConfig(moments="8bit"), model.parameters()), 1)
+    assert found == [(True, False)] * 4
+    assert (inductor.deterministic, inductor.triton.autotune_pointwise) == (False, True)
 
 
 @pytest.mark.usefixtures("eager")

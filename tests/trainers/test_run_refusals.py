@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import trainers.pretrain
 from lowprec import UserError
 from tests.trainers.runs import CONFIG, losses, lowprec, make_corpus, overrides
 from trainers import rundir
@@ -123,6 +124,23 @@ def test_shards_that_no_run_can_have(override: str, message: str, corpus: Path, 
     """Before anything is written: the Trainer would fail, or train the whole model."""
     given = command(corpus, tmp_path / "run", override, trainer__fsdp=True)
     assert message in refused(*given)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("precision.recipe=fp8_delayed", "a recipe that keeps something (amax histories, rounding keys) could not go on from a checkpoint"),
+        ("optimizer.moments=8bit", "optimizer.weights and optimizer.moments have to be fp32"),
+    ],
+)
+def test_what_is_not_offloaded(
+    override: str, message: str, corpus: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(trainers.pretrain, "offloads", lambda args: True)  # on a CPU nothing is sharded
+    assert f"FSDP's offloading of parameters to host memory (cpu_offload): {message}" in refused(
+        *command(corpus, tmp_path / "run", override)
+    )
     assert not (tmp_path / "run").exists()
 
 

@@ -23,7 +23,7 @@ from trainers import LowPrecisionCallback
 from trainers.accelerate import prepare
 from trainers.arguments import autocast_settings
 from trainers.optimizers import OptimizerConfig, build
-from trainers.sharding import SUMS_IN_FP32, check_can_shard, sum_in_fp32
+from trainers.sharding import SUMS_IN_FP32, check_can_shard, offloads, sum_in_fp32
 
 MODEL = nn.Linear(4, 4)
 
@@ -150,6 +150,68 @@ def test_where_runs_can_be_sharded(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     check_can_shard(_args(False, "cuda", RANKS))
+
+
+def test_where_shards_would_be_offloaded(monkeypatch: pytest.MonkeyPatch):
+    args = _args(True, "cuda", RANKS)
+    assert not offloads(args)
+    args.fsdp_plugin_args["cpu_offload"] = True
+    assert offloads(args)
+    args = _args(False, "cuda", RANKS)
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    assert not offloads(args)  # not FSDP's
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert offloads(args)
+
+
+OFFLOADED = r"^FSDP's offloading of parameters to host memory \(cpu_offload\): "
+KEEPS = "a recipe that keeps something .* could not go on from a checkpoint; take fp8_blockwise, or leave it out$"
+NOT_OFFLOADED = [
+    ("fp8_delayed", OptimizerConfig(), KEEPS),
+    ({"rules": [{"modules": ".*down_proj", "recipe": "mxfp4_aws"}]}, OptimizerConfig(), KEEPS),
+    ({"schedule": [{"until": "50%", "recipe": "bf16"}, {"recipe": "nvfp4"}]}, OptimizerConfig(), KEEPS),
+    ({"evaluation": "mxfp4_quartet"}, OptimizerConfig(), KEEPS),
+    ({"guard": {"ladder": ["mxfp4", "fp8_delayed", "bf16"]}}, OptimizerConfig(), KEEPS),
+    ("fp8_blockwise", OptimizerConfig(moments="8bit"), "optimizer.weights and optimizer.moments have to be fp32, or leave it out$"),
+    ({"recipe": "fp8_blockwise", "guard": True}, OptimizerConfig(), None),
+]
+
+
+@pytest.mark.parametrize(("precision", "formats", "refused"), NOT_OFFLOADED)
+@pytest.mark.parametrize("loop", [False, True])
+def test_what_is_not_offloaded(
+    precision: Any, formats: OptimizerConfig, refused: str | None, loop: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    accelerator, model = Accelerator(cpu=True), small_model()
+    optimizer = build(formats, model.parameters())
+    plugin = _plugin(None, cpu_offload=True)
+    if loop:
+        accelerator.state.fsdp_plugin = plugin
+        monkeypatch.setattr(accelerator, "prepare", lambda *given: given)  # sharding needs a GPU
+
+        def start() -> Any:
+            return prepare(accelerator, model, optimizer, precision=precision, steps=10)
+    else:
+
+        def start() -> Any:
+            trainer = small_trainer(tmp_path, LowPrecisionCallback(precision), model=model, max_steps=1)
+            trainer.optimizer = optimizer
+            return trainer.train()
+
+        monkeypatch.setattr(trainers.callback, "is_offloaded", lambda state: True)
+    if refused is None:
+        assert start()
+        return
+    with pytest.raises(UserError, match=OFFLOADED + refused):
+        start()
+
+
+def test_a_loss_scale_is_not_offloaded(monkeypatch: pytest.MonkeyPatch):
+    accelerator, model = Accelerator(cpu=True), small_model()
+    accelerator.state.fsdp_plugin = _plugin(None, cpu_offload=True)
+    monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
+    with pytest.raises(UserError, match=OFFLOADED + "fp16's loss scale collapses; take bf16, or leave it out$"):
+        prepare(accelerator, model, torch.optim.AdamW(model.parameters()), precision="fp16")
 
 
 def test_a_trainer_that_does_not_shard_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
