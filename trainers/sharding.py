@@ -79,7 +79,7 @@ def check_offloaded(*, scaled: bool = False, low_bit: bool = False, keeps: bool 
         (keeps, "a recipe that keeps something (amax histories, rounding keys) could not go on from a checkpoint; take fp8_blockwise"),
     ):
         if found:
-            raise UserError(f"FSDP's offloading of parameters to host memory (cpu_offload): {what}, or leave it out")
+            raise UserError(f"FSDP's offloading of parameters to host memory (cpu_offload): {what}, or turn it off")
 
 
 def sum_in_fp32(accelerator_state: Any, model: nn.Module) -> bool:

@@ -165,14 +165,14 @@ def test_where_shards_would_be_offloaded(monkeypatch: pytest.MonkeyPatch):
 
 
 OFFLOADED = r"^FSDP's offloading of parameters to host memory \(cpu_offload\): "
-KEEPS = "a recipe that keeps something .* could not go on from a checkpoint; take fp8_blockwise, or leave it out$"
+KEEPS = "a recipe that keeps something .* could not go on from a checkpoint; take fp8_blockwise, or turn it off$"
 NOT_OFFLOADED = [
     ("fp8_delayed", OptimizerConfig(), KEEPS),
     ({"rules": [{"modules": ".*down_proj", "recipe": "mxfp4_aws"}]}, OptimizerConfig(), KEEPS),
     ({"schedule": [{"until": "50%", "recipe": "bf16"}, {"recipe": "nvfp4"}]}, OptimizerConfig(), KEEPS),
     ({"evaluation": "mxfp4_quartet"}, OptimizerConfig(), KEEPS),
     ({"guard": {"ladder": ["mxfp4", "fp8_delayed", "bf16"]}}, OptimizerConfig(), KEEPS),
-    ("fp8_blockwise", OptimizerConfig(moments="8bit"), "optimizer.weights and optimizer.moments have to be fp32, or leave it out$"),
+    ("fp8_blockwise", OptimizerConfig(moments="8bit"), "optimizer.weights and optimizer.moments have to be fp32, or turn it off$"),
     ({"recipe": "fp8_blockwise", "guard": True}, OptimizerConfig(), None),
 ]
 
@@ -210,7 +210,7 @@ def test_a_loss_scale_is_not_offloaded(monkeypatch: pytest.MonkeyPatch):
     accelerator, model = Accelerator(cpu=True), small_model()
     accelerator.state.fsdp_plugin = _plugin(None, cpu_offload=True)
     monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
-    with pytest.raises(UserError, match=OFFLOADED + "fp16's loss scale collapses; take bf16, or leave it out$"):
+    with pytest.raises(UserError, match=OFFLOADED + "fp16's loss scale collapses; take bf16, or turn it off$"):
         prepare(accelerator, model, torch.optim.AdamW(model.parameters()), precision="fp16")
 
 
