@@ -11,7 +11,6 @@
 Its state is plain JSON data and goes into the checkpoint; buffers of the layers (amax histories, rounding counters) are in the model's.
 """
 
-import json
 import logging
 import math
 from collections.abc import Iterable
@@ -34,8 +33,9 @@ from lowprec.recipe.state import is_state
 from lowprec.schema import whole_number
 from lowprec.weights import recipes_of
 from trainers.amp import check_floor
+from trainers.events import Events
 from trainers.guard import Breach, Guard, Observation, layers_meant, worst
-from trainers.rundir import EVENTS, keep_lines_until
+from trainers.rundir import EVENTS
 from trainers.schedule import Schedule, make_schedule
 from trainers.snapshot import Snapshots
 from trainers.watch import Watch
@@ -70,8 +70,7 @@ class PrecisionController:
         self.skipped_steps = self.recoveries = 0
         self.replay_before: int | None = None
         """Set when the guard wants the run to go on from the last checkpoint before this step (`guard.data: replay`)."""
-        self.events: list[dict[str, Any]] = []
-        """What happened, oldest first: phase changes, breaches, what was raised."""
+        self._events = Events()
         self.probed: dict[str, LayerProbe] = {}
         self._unlogged = False
         self._sqnr: dict[str, float] | None = None
@@ -81,16 +80,17 @@ class PrecisionController:
         self._probe: Probe | None = None
         self._scaler: Any = None
         self._scale: float | None = None
-        self._directory: Path | None = None
-        self._stale_after: int | None = None
-        """After which step the directory has events of a course that the run has left."""
-        self._tells = True
         self._checkpoints: set[int] = set()
         """The snapshots that are a checkpoint's as well, by their step."""
         self._last_step: int | None = None
         self._warned = False
         self._restored: tuple[int, int] | None = None
         """When the guard last went back, and to which step."""
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """What happened, oldest first: phase changes, breaches, what was raised."""
+        return self._events.records
 
     @property
     def has_state(self) -> bool:
@@ -133,9 +133,8 @@ class PrecisionController:
         self._schedule = make_schedule(self.config, total_steps, tokens_per_step)
         compile_deterministically()
         self._model, self._optimizer, self._scaler = model, optimizer, scaler
-        self._directory, self._tells = (directory if main else None), main
-        # Not before a step is done: an Accelerate loop starts at 0 before it loads its checkpoint.
-        self._stale_after = step if self.replay_before is None else None
+        # Stale events go after a step, no earlier: an Accelerate loop starts at 0 before it loads its checkpoint.
+        self._events.begin(directory if main else None, logs=main, stale_after=step if self.replay_before is None else None)
         self.replay_before = None
         self._set_phase(self._schedule.phase(step))
         if self._guard is not None:
@@ -166,7 +165,7 @@ class PrecisionController:
         if phase != self.phase:
             self._set_phase(phase)
             assert self.plan is not None
-            self._tell(step, "phase", f"phase {phase + 1} of {len(self.phases)}: {self.plan.summary()}")
+            self._events.tell(step, "phase", f"phase {phase + 1} of {len(self.phases)}: {self.plan.summary()}")
         over = self._last_step is not None and step >= self._last_step
         if self._probe is not None and step % self.config.probe_every == 0 and not over:
             self._probe.begin()
@@ -181,7 +180,7 @@ class PrecisionController:
         Raises:
             TrainingStopped: the guard has recovered as often as it may, or the loss scale is below its floor.
         """
-        self._forget_stale_events()
+        self._events.forget_stale()
         self.skipped_steps += skipped
         share_histories(self._model)
         if self._probe is not None and self._probe.armed:
@@ -223,7 +222,8 @@ class PrecisionController:
     def forget(self) -> None:
         """Before `start`: another run of the same model begins, which knows nothing of the one before."""
         self.raised, self.skipped_steps, self.recoveries, self._restored, self.replay_before = {}, 0, 0, None, None
-        self._sqnr, self.probed, self.events = None, {}, []
+        self._sqnr, self.probed = None, {}
+        self._events.records = []
         self._guard = None if self.config.guard is None else Guard(self.config.guard)
 
     def state_dict(self) -> dict[str, Any]:
@@ -286,7 +286,7 @@ class PrecisionController:
         # A norm's gradient is not finite because of a layer's behind it, whatever their order in the model.
         meant = layers_meant(recipes)
         blamed = sorted(breach.layers, key=lambda name: not meant(name))
-        self._tell(step, "breach", f"{breach.kind}: {breach.reason}", layers=blamed[:8])
+        self._events.tell(step, "breach", f"{breach.kind}: {breach.reason}", layers=blamed[:8])
         if self.recoveries >= config.max_recoveries:
             raise TrainingStopped(
                 f"guard: {breach.reason}, after {self.recoveries} recoveries; {EVENTS} names the layers; "
@@ -297,17 +297,17 @@ class PrecisionController:
         self.raised |= changes
         if config.data == "replay":
             self.replay_before = step
-            self._tell(step, "stopped", "the run goes on from the last checkpoint before this step")
+            self._events.tell(step, "stopped", "the run goes on from the last checkpoint before this step")
         else:
             back = self._snapshots.restore(self._model, self._optimizer, self._scaler, before=self._last_good(step, breach))
             self._restored = (step, back)
-            self._tell(step, "restored", f"weights and optimizer of step {back}; the data goes on")
+            self._events.tell(step, "restored", f"weights and optimizer of step {back}; the data goes on")
         if changes:
             self._set_phase(self.phase)
             names = [f"{name}: {recipes[name].name} -> {recipe.name}" for name, recipe in changes.items()]
-            self._tell(step, "raised", f"precision of {len(changes)} of {len(recipes)} layers", layers=names)
+            self._events.tell(step, "raised", f"precision of {len(changes)} of {len(recipes)} layers", layers=names)
         else:
-            self._tell(step, "raised", "no layer: all are as high as the ladder goes")
+            self._events.tell(step, "raised", "no layer: all are as high as the ladder goes")
 
     def _worst_sqnr(self, sampled: dict[str, LayerProbe]) -> dict[str, float]:
         """Of each layer's worst operand on the worst rank [dB]: ranks see other data, and must decide alike. What is no number counts as
@@ -347,17 +347,3 @@ class PrecisionController:
             if step - when <= self._guard.config.snapshot_every:
                 good = [at for at in good if at < back]
         return max(good) if good else min(steps)
-
-    def _forget_stale_events(self) -> None:
-        if self._directory is not None and self._stale_after is not None:
-            keep_lines_until(self._directory / EVENTS, self._stale_after)
-        self._stale_after = None
-
-    def _tell(self, step: int, event: str, reason: str, **more: Any) -> None:
-        record = {"step": step, "event": event, "reason": reason, **more}
-        self.events.append(record)
-        if self._tells:
-            logger.info("step %d: %s: %s%s", step, event, reason, "".join(f"\n    {name}" for name in more.get("layers", ())))
-        if self._directory is not None:
-            with open(self._directory / EVENTS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
