@@ -146,7 +146,7 @@ class _Run:
             result = inner(*args, **kwargs)
             if self._counts and optimizer.gradient_state.sync_gradients:
                 self.step += 1
-                controller.after_step(self.step, skipped=optimizer.step_was_skipped)
+                controller.after_step(self.step)
                 controller.before_step(self.step)
             return result
 

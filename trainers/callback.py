@@ -263,8 +263,8 @@ class LowPrecisionCallback(TrainerCallback):
         if self.controller.phase != phase:
             self._tell(args, state)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> Any:
-        self.controller.after_step(state.global_step, skipped=bool(getattr(optimizer, "step_was_skipped", False)))
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        self.controller.after_step(state.global_step)
         self._tell(args, state)
         self._keep(state)
         if self.controller.replay_before is not None:

@@ -80,6 +80,7 @@ class PrecisionController:
         self._probe: Probe | None = None
         self._scaler: Any = None
         self._scale: float | None = None
+        """The loss scale that the next step's gradients will have, if it is known."""
         self._checkpoints: set[int] = set()
         """The snapshots that are a checkpoint's as well, by their step."""
         self._last_step: int | None = None
@@ -132,7 +133,7 @@ class PrecisionController:
         """
         self._schedule = make_schedule(self.config, total_steps, tokens_per_step)
         compile_deterministically()
-        self._model, self._optimizer, self._scaler = model, optimizer, scaler
+        self._model, self._optimizer, self._scaler, self._scale = model, optimizer, scaler, None
         # Stale events go after a step, no earlier: an Accelerate loop starts at 0 before it loads its checkpoint.
         self._events.begin(directory if main else None, logs=main, stale_after=step if self.replay_before is None else None)
         self.replay_before = None
@@ -169,26 +170,25 @@ class PrecisionController:
         over = self._last_step is not None and step >= self._last_step
         if self._probe is not None and step % self.config.probe_every == 0 and not over:
             self._probe.begin()
-        # A growing scale grows after the step; its gradients had this one.
-        self._scale = self._scaler.get_scale() if self._guard is not None and self._scaler_in_use() else None
+        if self._scale is None and self._scaler_in_use():
+            self._scale = self._scaler.get_scale()
 
-    def after_step(self, step: int, *, skipped: bool = False) -> None:
+    def after_step(self, step: int) -> None:
         """`step` steps are finished, the last one just now.
 
-        Args:
-            skipped: loss scaling skipped the optimizer's step.
         Raises:
             TrainingStopped: the guard has recovered as often as it may, or the loss scale is below its floor.
         """
         self._events.forget_stale()
+        scale, self._scale = self._scale, None if self._scale is None else self._scaler.get_scale()
+        # Accelerate's `step_was_skipped` is false of fused optimizers: torch calls their `step`, which looks for overflows itself.
+        skipped = scale is not None and self._scale is not None and self._scale < scale
         self.skipped_steps += skipped
         share_histories(self._model)
+        sampled = None
         if self._probe is not None and self._probe.armed:
-            self.probed = self._probe.end()
-            self._unlogged, sampled = True, self.probed
-        else:
-            sampled = None
-        breach = self._observe(step, skipped, sampled) if self._guard is not None else None
+            self.probed, self._unlogged = (sampled := self._probe.end()), True
+        breach = self._observe(step, scale, skipped, sampled) if self._guard is not None else None
         if breach is not None:
             self._recover(step, breach)
         elif skipped and self._scaler is not None:
@@ -267,10 +267,10 @@ class PrecisionController:
     def _scaler_in_use(self) -> bool:
         return self._scaler is not None and self._scaler.is_enabled()
 
-    def _observe(self, step: int, skipped: bool, sampled: dict[str, LayerProbe] | None) -> Breach | None:
+    def _observe(self, step: int, scale: float | None, skipped: bool, sampled: dict[str, LayerProbe] | None) -> Breach | None:
         assert self._guard is not None
         assert self._watch is not None
-        loss, norm, layers = self._watch.read(self._scale)
+        loss, norm, layers = self._watch.read(scale)
         if loss is None and not self._warned:
             self._warned = True
             logger.warning("guard: the model returns no loss (it is computed outside of it), so only the gradients are watched")
@@ -300,7 +300,7 @@ class PrecisionController:
             self._events.tell(step, "stopped", "the run goes on from the last checkpoint before this step")
         else:
             back = self._snapshots.restore(self._model, self._optimizer, self._scaler, before=self._last_good(step, breach))
-            self._restored = (step, back)
+            self._restored, self._scale = (step, back), None
             self._events.tell(step, "restored", f"weights and optimizer of step {back}; the data goes on")
         if changes:
             self._set_phase(self.phase)

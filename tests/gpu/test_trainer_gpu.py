@@ -1,6 +1,7 @@
 """The trainer layer over native FP8 layers: probes, and the callback with a PEFT model and in TRL's SFTTrainer."""
 
 import copy
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,32 @@ def test_supervised_fine_tuning(autocast: str, tmp_path: Path):
     convert(loaded, PRECISION)
     dtype = torch.bfloat16 if autocast == "bf16" else torch.float16
     assert torch.equal(logits(loaded.to("cuda"), dtype), logits(trainer.model, dtype))
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch"])
+def test_overflows_are_skipped_steps_and_no_breach(optim: str, tmp_path: Path):
+    """Of the Trainer's usual optimizer, which is fused: torch lets it look for overflows itself, and Accelerate hears of none."""
+    rows: Any = [{"input_ids": row, "labels": row} for row in ROWS]
+    settings: dict[str, Any] = {
+        "max_steps": 20,
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 8,
+        "logging_steps": 1,
+        "optim": optim,
+    }
+    settings |= {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "fp16": True}
+    args = TrainingArguments(output_dir=str(tmp_path), **settings)
+    use_one_gpu(args)
+    scaling = {"init_scale": 2.0**24, "growth_interval": 100}
+    precision = {"recipe": "fp16", "loss_scaling": scaling, "guard": {"skipped_steps": 20}}
+    trainer = Trainer(llama(), args, train_dataset=rows, callbacks=[LowPrecisionCallback(precision)])
+    trainer.train()
+    records = [record for record in trainer.state.log_history if "loss" in record]
+    fallen = [round(math.log2(scaling["init_scale"] / record["loss_scale"])) for record in records]
+    assert [record["skipped_steps"] for record in records] == fallen
+    assert fallen[-1] > 3
+    assert records[-1]["guard_recoveries"] == 0
+    assert records[-1]["loss"] < records[0]["loss"] - 0.5
 
 
 @pytest.fixture

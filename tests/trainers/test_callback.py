@@ -80,19 +80,21 @@ def test_the_loss_scale_of_the_wrapped_optimizer_is_set_and_logged(tmp_path: Pat
     class Optimizer:
         scaler = torch.amp.GradScaler("cpu")
         optimizer = trainer.optimizer
-        step_was_skipped = True
 
     state, logs = trainer.state, {"loss": 1.0}
     state.max_steps, state.log_history = 4, [{"loss": 1.0, "step": 1}]
     callback.on_train_begin(trainer.args, state, trainer.control, model=trainer.model, optimizer=Optimizer)
     Optimizer.scaler.scale(torch.ones(1))  # the scale is made when it is first used
-    callback.on_step_end(trainer.args, state, trainer.control, optimizer=Optimizer)
-    callback.on_log(trainer.args, state, trainer.control, logs=logs)
+    for scale, skipped in ((1024.0, 0), (512.0, 1), (1024.0, 1), (1024.0, 1), (256.0, 2)):
+        callback.on_step_begin(trainer.args, state, trainer.control, optimizer=Optimizer)
+        Optimizer.scaler.update(scale)
+        callback.on_step_end(trainer.args, state, trainer.control, optimizer=Optimizer)
+        callback.on_log(trainer.args, state, trainer.control, logs=logs)
+        assert logs["loss_scale"] == state.log_history[-1]["loss_scale"] == scale
+        assert logs["skipped_steps"] == skipped
     assert Optimizer.scaler.get_growth_interval() == 7
-    assert logs["loss_scale"] == state.log_history[-1]["loss_scale"] == 1024.0
-    assert logs["skipped_steps"] == 1
     Optimizer.scaler.update(0.5)
-    with pytest.raises(LossScaleError, match=r"the loss scale fell to 0\.5, below its floor 1, at optimizer step 0 \(2 steps skipped\)"):
+    with pytest.raises(LossScaleError, match=r"the loss scale fell to 0\.5, below its floor 1, at optimizer step 0 \(3 steps skipped\)"):
         callback.on_step_end(trainer.args, state, trainer.control, optimizer=Optimizer)
 
 
