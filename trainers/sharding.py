@@ -69,7 +69,7 @@ def check_offloaded(*, scaled: bool = False, low_bit: bool = False, keeps: bool 
     """UserError for what does not go with shards in host memory.
 
     Args:
-        scaled: a loss scale, which fell in every step there, on two GPUs, until losses were NaN.
+        scaled: a loss scale: it fell and losses became NaN, on two GPUs (docs/experiments.md, 2026-11-26).
         low_bit: an optimizer of `trainers.optimizers` other than torch's, whose step torch.compile can't compile there.
         keeps: buffers of a recipe's, which stay on the GPU: torch loads no state dict into a model on two devices.
     """
