@@ -1,4 +1,4 @@
-"""AdamW whose weights and moments are not fp32. torchao compiles its step; but for one test it runs as it is written."""
+"""AdamW whose weights and moments are not fp32. torchao compiles its step; but for two tests it runs as it is written."""
 
 import copy
 import io
@@ -235,7 +235,10 @@ def test_moments_that_were_cut_otherwise_are_refused(shape: tuple[int, int]):
         optimizer.load_state_dict(states[0])
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_scheduler_changes_the_learning_rate():
+    """Of what was compiled with another one."""
     config = OptimizerConfig(weights="bf16")
     model = _model(config)
     optimizer = build(config, model.parameters(), lr=1e-2)
