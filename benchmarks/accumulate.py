@@ -1,14 +1,17 @@
-"""What a narrow accumulator loses, and what promotion to fp32 gets back: the experiment behind arXiv 2412.19437, section 3.3.2.
+"""What a narrow accumulator loses, and what promotion to fp32 gets back: the experiment behind
+arXiv 2412.19437, section 3.3.2.
 
 python benchmarks/accumulate.py
 python benchmarks/accumulate.py --figure docs/images/accumulate.svg
 
-Two matrices of e4m3 values (scale 1) are multiplied by the reference backend and compared with the float64 product of the same values, so
-that nothing but the sums differs. Errors, over 64 x 64 results of one product unless the row says otherwise:
+Two matrices of e4m3 values (scale 1) are multiplied by the reference backend and compared with the
+float64 product of the same values, so that nothing but the sums differs. Errors, over 64 x 64
+results of one product unless the row says otherwise:
 
     max / rms     largest |error| over the root mean square of the results
     max rel       largest |error| / |result| among the results that are at least the root mean square in magnitude
-    max rel, all  the same among all results: with operands of mean zero it says how close to zero the smallest result came, little else
+    max rel, all  the same among all results: with operands of mean zero it says how close to zero
+    the smallest result came, little else
     mean rel      mean |error| over mean |result|
     bias          mean of error * sign(result) over mean |result|: negative if sums shrink
 
@@ -48,7 +51,9 @@ K, PUBLISHED = 4096, 2.0
 def operands(kind: str, length: int, seed: int, rows: int) -> tuple[Tensor, Tensor]:
     """Two matrices [rows, length] of e4m3 values, fp32."""
     generator = torch.Generator().manual_seed(seed)
-    a, b = (round_to_format(OPERANDS[kind](rows, length, generator=generator), E4M3) for _ in range(2))
+    a, b = (
+        round_to_format(OPERANDS[kind](rows, length, generator=generator), E4M3) for _ in range(2)
+    )
     return a, b
 
 
@@ -66,15 +71,22 @@ def errors(result: Tensor, exact: Tensor) -> list[float]:
     ]
 
 
-def measure(kind: str, length: int, sums: dict[str, Accumulation], rows: int = ROWS, seeds: int = 3) -> dict[str, list[float]]:
+def measure(
+    kind: str, length: int, sums: dict[str, Accumulation], rows: int = ROWS, seeds: int = 3
+) -> dict[str, list[float]]:
     """The columns in per cent, for each accumulator."""
     found: dict[str, list[list[float]]] = {name: [] for name in sums}
     for seed in range(seeds):
         a, b = operands(kind, length, seed, rows)
         exact = a.double() @ b.double().t()
         for name, accumulation in sums.items():
-            found[name].append(errors(ReferenceBackend().mm(a, b, torch.float32, accumulation), exact))
-    return {name: [100 * value for value in _over_seeds(torch.tensor(per_seed, dtype=torch.float64))] for name, per_seed in found.items()}
+            found[name].append(
+                errors(ReferenceBackend().mm(a, b, torch.float32, accumulation), exact)
+            )
+    return {
+        name: [100 * value for value in _over_seeds(torch.tensor(per_seed, dtype=torch.float64))]
+        for name, per_seed in found.items()
+    }
 
 
 def _over_seeds(rows: Tensor) -> list[float]:
@@ -105,8 +117,18 @@ def draw(results: dict[str, dict[int, dict[str, list[float]]]], picture: Path) -
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
     for panel, (kind, lengths) in zip(panels, results.items(), strict=True):
         for name, colour, marker in zip(SUMS, colours, markers, strict=True):
-            values = [lengths[length][name][0] or float("nan") for length in LENGTHS]  # a zero has no place on a log axis
-            panel.plot(LENGTHS, values, color=colour, marker=marker, label=name, linewidth=1.8, markersize=6)
+            values = [
+                lengths[length][name][0] or float("nan") for length in LENGTHS
+            ]  # a zero has no place on a log axis
+            panel.plot(
+                LENGTHS,
+                values,
+                color=colour,
+                marker=marker,
+                label=name,
+                linewidth=1.8,
+                markersize=6,
+            )
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
         panel.set_xticks(LENGTHS, [str(length) for length in LENGTHS])
@@ -114,27 +136,47 @@ def draw(results: dict[str, dict[int, dict[str, list[float]]]], picture: Path) -
         panel.set_title(f"operands {kind}", fontsize=12)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("largest error / rms of the results [%]")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, columnspacing=1.4)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=5,
+        frameon=False,
+        columnspacing=1.4,
+    )
     figure.savefig(picture, metadata={"Date": None} if picture.suffix == ".svg" else None, dpi=110)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--figure", type=Path, help="also draw the error against K, as SVG")
     figure = parser.parse_args().figure
-    results = {kind: {length: measure(kind, length, SUMS) for length in LENGTHS} for kind in OPERANDS}
+    results = {
+        kind: {length: measure(kind, length, SUMS) for length in LENGTHS} for kind in OPERANDS
+    }
     for kind, lengths in results.items():
         print(f"Operands {kind}, `{COLUMNS[0]}`, by K:\n")
-        print_table([str(length) for length in LENGTHS], {name: [lengths[length][name][0] for length in LENGTHS] for name in SUMS})
+        print_table(
+            [str(length) for length in LENGTHS],
+            {name: [lengths[length][name][0] for length in LENGTHS] for name in SUMS},
+        )
     for kind, lengths in results.items():
         print(f"Operands {kind}, K = {K}, by definition:\n")
         print_table(COLUMNS, lengths[K])
-    print(f"K = {K}, never promoted (published for Hopper: nearly {PUBLISHED:g}%), by the accumulator's width and the number of results:\n")
+    print(
+        f"K = {K}, never promoted (published for Hopper: nearly {PUBLISHED:g}%), by the "
+        "accumulator's width and the number of results:\n"
+    )
     for kind in OPERANDS:
-        rows = measure(kind, K, {f"{kind}, {bits} bits": Accumulation(bits=bits) for bits in range(12, 17)})
+        rows = measure(
+            kind, K, {f"{kind}, {bits} bits": Accumulation(bits=bits) for bits in range(12, 17)}
+        )
         for size, seeds in LARGER[kind]:
             name = f"{kind}, 14 bits, {size} x {size} results"
-            rows |= measure(kind, K, {name: SUMS["14 bits, never promoted"]}, rows=size, seeds=seeds)
+            rows |= measure(
+                kind, K, {name: SUMS["14 bits, never promoted"]}, rows=size, seeds=seeds
+            )
         print_table(COLUMNS, rows)
     if figure:
         draw(results, figure)

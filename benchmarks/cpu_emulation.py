@@ -1,7 +1,8 @@
-"""What emulation costs on a CPU: the passes of a quantiser over fp32 [4096, 512], and 16-bit products against fp32. Medians, ms.
+"""What emulation costs on a CPU: the passes of a quantiser over fp32 [4096, 512], and 16-bit
+products against fp32. Medians, ms.
 
 python benchmarks/cpu_emulation.py            # the allocator as it is
-python benchmarks/cpu_emulation.py --keep     # with trainers.host.keep_freed_memory, as a CPU run has it
+python benchmarks/cpu_emulation.py --keep     # with lowprec.training.run.machine.keep_freed_memory, as a CPU run has it
 """
 
 import statistics
@@ -14,7 +15,7 @@ import torch
 from lowprec.formats.element import E4M3
 from lowprec.formats.rounding import round_to_format
 from lowprec.quant.qtensor import from_storage
-from trainers.host import keep_freed_memory
+from lowprec.training.run.machine import keep_freed_memory
 
 
 def median_ms(function: Callable[[], object], runs: int = 30) -> float:
@@ -40,7 +41,9 @@ def main() -> None:
         "round to e4m3": lambda: round_to_format(x, E4M3),
         "amax per 1x128 tile, rows": lambda: rows.abs().amax((1, 3)),
         "amax along columns, as a strided last axis": lambda: columns.abs().amax((1, 3)),
-        "amax along columns, in memory order": lambda: columns.permute(2, 3, 0, 1).abs().amax((1, 3)),
+        "amax along columns, in memory order": lambda: (
+            columns.permute(2, 3, 0, 1).abs().amax((1, 3))
+        ),
         "e4m3 to fp32, torch": codes.float,
         "e4m3 to fp32, decode": lambda: from_storage(codes, E4M3, 512),
         "fp32 product, 4096 x 512 x 512": lambda: x @ w.t(),

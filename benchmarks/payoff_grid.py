@@ -1,10 +1,12 @@
-"""Whether FP8 pays where lowprec/payoff.py says so: forward + backward of layers of many shapes over bf16, on a Hopper GPU.
+"""Whether FP8 pays where lowprec/payoff.py says so: forward + backward of layers of many shapes
+over bf16, on a Hopper GPU.
 
 python benchmarks/payoff_grid.py [RECIPE ...]
 
-Twice for each shape. Eager: the host asks for each kernel, and small layers wait for it. Ahead: the device is kept busy while the host asks
-for all of them, so that the kernels follow each other, as in a compiled model. The weight's codes are made anew in each step. The last
-columns are the model's; `!` marks a layer that `auto` would convert and that is slower than bf16 by more than 3%.
+Twice for each shape. Eager: the host asks for each kernel, and small layers wait for it. Ahead: the
+device is kept busy while the host asks for all of them, so that the kernels follow each other, as
+in a compiled model. The weight's codes are made anew in each step. The last columns are the
+model's; `!` marks a layer that `auto` would convert and that is slower than bf16 by more than 3%.
 """
 
 import sys
@@ -16,14 +18,15 @@ import torch
 from torch import nn
 
 import lowprec
+from lowprec.conversion.cost_model import SMALLEST, payoff
 from lowprec.nn import LowPrecisionLinear, codes
-from lowprec.payoff import SMALLEST, payoff
 
 TOKENS = (2048, 4096, 8192, 16384)
 FEATURES = (1024, 2048, 4096)
 WORST = 0.97
 WARMUP, STEPS, ROUNDS = 40, 10, 5
-"""To warm up is also to see all addresses that the allocator hands out in turn: a launch is prepared once for each."""
+"""To warm up is also to see all addresses that the allocator hands out in turn: a launch is
+prepared once for each."""
 
 
 def seconds(step: Callable[[], None], *, ahead: bool) -> float:
@@ -49,7 +52,9 @@ def measure(M: int, N: int, K: int, recipe: str) -> tuple[float, float]:
     """Speed-up over bf16: eager, and with the host ahead."""
     x = torch.randn(M, K, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     g = torch.randn(M, N, device="cuda", dtype=torch.bfloat16)
-    plain, other = (nn.Linear(K, N, bias=False, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    plain, other = (
+        nn.Linear(K, N, bias=False, device="cuda", dtype=torch.bfloat16) for _ in range(2)
+    )
     layer = LowPrecisionLinear.from_linear(other, lowprec.recipes.get(recipe))
 
     def step(module: nn.Module) -> None:
@@ -58,7 +63,10 @@ def measure(M: int, N: int, K: int, recipe: str) -> tuple[float, float]:
         x.grad = None
         module.zero_grad()
 
-    speedups = [seconds(lambda: step(plain), ahead=ahead) / seconds(lambda: step(layer), ahead=ahead) for ahead in (False, True)]
+    speedups = [
+        seconds(lambda: step(plain), ahead=ahead) / seconds(lambda: step(layer), ahead=ahead)
+        for ahead in (False, True)
+    ]
     return speedups[0], speedups[1]
 
 
@@ -72,9 +80,14 @@ def main() -> None:
         for M, N, K in product(TOKENS, FEATURES, FEATURES):
             found = measure(M, N, K, recipe)
             modelled = [payoff(N, K, kind, M, compiled).speedup for compiled in (False, True)]
-            bad = [model >= SMALLEST and real < WORST for model, real in zip(modelled, found, strict=True)]
+            bad = [
+                model >= SMALLEST and real < WORST
+                for model, real in zip(modelled, found, strict=True)
+            ]
             wrong += sum(bad)
-            marks = " ".join(f"{model:.2f}{'!' if b else ' '}" for model, b in zip(modelled, bad, strict=True))
+            marks = " ".join(
+                f"{model:.2f}{'!' if b else ' '}" for model, b in zip(modelled, bad, strict=True)
+            )
             print(f"{M}x{N}x{K}  {found[0]:.2f} {found[1]:.2f}  {marks}", flush=True)
         print(f"{wrong} that would be converted are slower than bf16 by more than 3%")
 

@@ -1,13 +1,17 @@
-"""What a plain block-scaled layer gives on a Hopper GPU, beside bf16 and ours: the bar that kernels of one's own have to clear.
+"""What a plain block-scaled layer gives on a Hopper GPU, beside bf16 and ours: the bar that kernels
+of one's own have to clear.
 
 python benchmarks/plain_layer.py MxNxK [--one-after-the-other [SECONDS]]
 
-The plain layer is what one writes in an hour: a Triton kernel that quantises tiles of 128 x 128 along rows and columns from one read,
-and `torch.nn.functional.scaled_mm` for the three products; the weight's codes are kept, as in a second micro-batch. Forward + backward:
+The plain layer is what one writes in an hour: a Triton kernel that quantises tiles of 128 x 128
+along rows and columns from one read, and `torch.nn.functional.scaled_mm` for the three products;
+the weight's codes are kept, as in a second micro-batch. Forward + backward:
 
-* in turns: each layer runs for 150 ms, half of it again before without being timed, seven times round; the median. A card in a long run;
-* --one-after-the-other: `do_bench` with 25 ms to warm up and 100 ms to measure, bf16 first and again at the end, after SECONDS of rest
-  (default 5). Layers that take 10 ms and more are measured while the card still heats up, so the figure depends on what ran before.
+* in turns: each layer runs for 150 ms, half of it again before without being timed, seven times
+  round; the median. A card in a long run;
+* --one-after-the-other: `do_bench` with 25 ms to warm up and 100 ms to measure, bf16 first and
+  again at the end, after SECONDS of rest (default 5). Layers that take 10 ms and more are measured
+  while the card still heats up, so the figure depends on what ran before.
 """
 
 import argparse
@@ -40,16 +44,24 @@ def _quantize(x, rows, row_scales, cols, col_scales, M, K, TILE: tl.constexpr):
     tl.store(rows + at, (value / scale[:, None]).to(tl.float8e4nv))
     tl.store(row_scales + tl.program_id(1) * M + m, scale)
     scale = tl.maximum(tl.max(tl.abs(value), 0), 1e-12) / 448.0
-    tl.store(cols + k[:, None].to(tl.int64) * M + m[None, :], tl.trans((value / scale[None, :]).to(tl.float8e4nv)))
+    tl.store(
+        cols + k[:, None].to(tl.int64) * M + m[None, :],
+        tl.trans((value / scale[None, :]).to(tl.float8e4nv)),
+    )
     tl.store(col_scales + tl.program_id(0) * K + k, scale)
 
 
 def quantize(x_MK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes of x and of x^T, each with 1x128 scales as cuBLASLt reads them. M and K are multiples of 128."""
+    """Codes of x and of x^T, each with 1x128 scales as cuBLASLt reads them. M and K are multiples
+    of 128."""
     M, K = x_MK.shape
     rows, cols = (x_MK.new_empty(shape, dtype=torch.float8_e4m3fn) for shape in ((M, K), (K, M)))
-    row_scales, col_scales = (x_MK.new_empty(shape, dtype=torch.float32) for shape in ((K // 128, M), (M // 128, K)))
-    _quantize[(M // 128, K // 128)](x_MK, rows, row_scales, cols, col_scales, M, K, 128, num_warps=4)
+    row_scales, col_scales = (
+        x_MK.new_empty(shape, dtype=torch.float32) for shape in ((K // 128, M), (M // 128, K))
+    )
+    _quantize[(M // 128, K // 128)](
+        x_MK, rows, row_scales, cols, col_scales, M, K, 128, num_warps=4
+    )
     return rows, row_scales.t(), cols, col_scales.t()
 
 
@@ -81,7 +93,11 @@ class _Linear(torch.autograd.Function):
         x, scale_x, w, scale_w = ctx.saved_tensors
         rows, scale, cols, scale_cols = quantize(grad)
         dgrad = F.scaled_mm(rows, w.t(), scale, ROWS, scale_w, BLOCKS, output_dtype=grad.dtype)
-        return dgrad, F.scaled_mm(cols, x.t(), scale_cols, ROWS, scale_x, ROWS, output_dtype=grad.dtype), None
+        return (
+            dgrad,
+            F.scaled_mm(cols, x.t(), scale_cols, ROWS, scale_x, ROWS, output_dtype=grad.dtype),
+            None,
+        )
 
 
 class PlainLinear(nn.Module):
@@ -115,9 +131,13 @@ def in_turns(step: Callable[[nn.Module], object], layers: dict[str, nn.Module]) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("shape")
-    parser.add_argument("--one-after-the-other", type=float, nargs="?", const=5.0, metavar="SECONDS")
+    parser.add_argument(
+        "--one-after-the-other", type=float, nargs="?", const=5.0, metavar="SECONDS"
+    )
     args = parser.parse_args()
     M, N, K = map(int, args.shape.split("x"))
     x = torch.randn(M, K, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -130,7 +150,9 @@ def main() -> None:
         layers[name] = LowPrecisionLinear.from_linear(other, lowprec.recipes.get(name))
 
     def step(layer: nn.Module) -> list[Tensor]:
-        y = layer(x.view_as(x))  # a new tensor each time: layers called with one tensor share its codes
+        y = layer(
+            x.view_as(x)
+        )  # a new tensor each time: layers called with one tensor share its codes
         y.backward(grad)
         weight: Any = layer.weight
         found = [y, x.grad, weight.grad]
@@ -139,8 +161,14 @@ def main() -> None:
 
     exact = [t.float() for t in step(linear)]
     for name, layer in layers.items():
-        errors = [((t.float() - e).norm() / e.norm()).item() for t, e in zip(step(layer), exact, strict=True)]
-        print(f"{name}: relative errors of y, dx, dw against bf16 " + ", ".join(f"{error:.4f}" for error in errors))
+        errors = [
+            ((t.float() - e).norm() / e.norm()).item()
+            for t, e in zip(step(layer), exact, strict=True)
+        ]
+        print(
+            f"{name}: relative errors of y, dx, dw against bf16 "
+            + ", ".join(f"{error:.4f}" for error in errors)
+        )
     del exact
     for layer in layers.values():
         step(layer)
@@ -150,8 +178,15 @@ def main() -> None:
     else:
         time.sleep(args.one_after_the_other)
         once = {**layers, "bf16 again": linear}
-        times = {n: do_bench(lambda layer=layer: step(layer), warmup=25, rep=100, return_mode="median") for n, layer in once.items()}
-    print(torch.cuda.get_device_name(), args.shape, "  ".join(f"{n} {t:.3f} ms {times['bf16'] / t:.3f}" for n, t in times.items()))
+        times = {
+            n: do_bench(lambda layer=layer: step(layer), warmup=25, rep=100, return_mode="median")
+            for n, layer in once.items()
+        }
+    print(
+        torch.cuda.get_device_name(),
+        args.shape,
+        "  ".join(f"{n} {t:.3f} ms {times['bf16'] / t:.3f}" for n, t in times.items()),
+    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,11 @@ TOKENS, OUTPUTS, INPUTS = 256, 384, 512
 
 def measure(recipe: str, distribution: str, seed: int) -> torch.Tensor:
     draw = DISTRIBUTIONS[distribution]
-    x, w, g = draw(TOKENS, INPUTS, seed), draw(OUTPUTS, INPUTS, seed + 1), draw(TOKENS, OUTPUTS, seed + 2)
+    x, w, g = (
+        draw(TOKENS, INPUTS, seed),
+        draw(OUTPUTS, INPUTS, seed + 1),
+        draw(TOKENS, OUTPUTS, seed + 2),
+    )
     linear = torch.nn.Linear(INPUTS, OUTPUTS, bias=False)
     linear.weight.data = w
     LowPrecisionLinear.from_linear(linear, lowprec.recipes.get(recipe))
@@ -23,15 +27,28 @@ def measure(recipe: str, distribution: str, seed: int) -> torch.Tensor:
     dx, dw = torch.autograd.grad(y, (x, linear.weight), g)
     exact = (x.double() @ w.double().t(), g.double() @ w.double(), g.double().t() @ x.double())
     pairs = zip(exact, (y, dx, dw), strict=True)
-    return torch.tensor([sqnr_db(reference.detach(), value.detach().double()) for reference, value in pairs])
+    return torch.tensor(
+        [sqnr_db(reference.detach(), value.detach().double()) for reference, value in pairs]
+    )
 
 
 def main() -> None:
-    print("| recipe | " + " | ".join(f"{name} {gemm}" for name in DISTRIBUTIONS for gemm in ("fprop", "dgrad", "wgrad")) + " |")
+    print(
+        "| recipe | "
+        + " | ".join(
+            f"{name} {gemm}" for name in DISTRIBUTIONS for gemm in ("fprop", "dgrad", "wgrad")
+        )
+        + " |"
+    )
     print("| --- " * 7 + "|")
     for recipe in lowprec.recipes.names():
-        cells = [torch.stack([measure(recipe, name, 10 * seed) for seed in range(5)]).amin(0).tolist() for name in DISTRIBUTIONS]
-        print(f"| {recipe} | " + " | ".join(f"{value:.1f}" for row in cells for value in row) + " |")
+        cells = [
+            torch.stack([measure(recipe, name, 10 * seed) for seed in range(5)]).amin(0).tolist()
+            for name in DISTRIBUTIONS
+        ]
+        print(
+            f"| {recipe} | " + " | ".join(f"{value:.1f}" for row in cells for value in row) + " |"
+        )
 
 
 if __name__ == "__main__":

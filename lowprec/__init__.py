@@ -19,12 +19,13 @@ _EXPORTS = {
     "OperandSpec": ("lowprec.quant", "OperandSpec"),
     "recipes": ("lowprec.recipe.library", ""),
     "Recipe": ("lowprec.recipe", "Recipe"),
-    "convert": ("lowprec.conversion", "convert"),
-    "revert": ("lowprec.conversion", "revert"),
-    "Plan": ("lowprec.plan", "Plan"),
-    "PrecisionConfig": ("lowprec.config", "PrecisionConfig"),
+    "convert": ("lowprec.conversion.convert", "convert"),
+    "revert": ("lowprec.conversion.convert", "revert"),
+    "Plan": ("lowprec.conversion.plan", "Plan"),
+    "PrecisionConfig": ("lowprec.training.control.precision", "PrecisionConfig"),
     "UserError": ("lowprec.errors", "UserError"),
     "attention": ("lowprec.attention", ""),
+    "LowPrecisionCallback": ("lowprec.training.callback", "LowPrecisionCallback"),
 }
 
 __all__ = [*_EXPORTS, "__version__"]

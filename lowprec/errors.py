@@ -1,4 +1,5 @@
-"""The exceptions of wrong input and of a training that can't go on, and the words that their messages use."""
+"""The exceptions of wrong input and of a training that can't go on, and the words that their
+messages use."""
 
 import difflib
 from collections.abc import Iterable

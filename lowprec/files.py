@@ -1,14 +1,18 @@
 """Files that are written whole or not at all."""
 
+import json
 import os
 import tempfile
 from pathlib import Path
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to `path` through a temporary file beside it, so that no reader ever sees a part."""
+    """Write `text` to `path` through a temporary file beside it, so that no reader ever sees a
+    part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+    ) as file:
         try:
             file.write(text)
             file.flush()
@@ -24,3 +28,19 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def keep_lines_until(path: Path, step: int) -> None:
+    """Drop the lines of a JSON-lines file after `step`, which a run that goes on from there will
+    write again."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # the line that a kill cut short
+            continue
+        if isinstance(record, dict) and record.get("step", step) <= step:
+            kept.append(line + "\n")
+    write_atomically(path, "".join(kept))

@@ -41,7 +41,7 @@ def test_command(page: str, command: str, tmp_path: Path):
     arguments = [str(ROOT / argument) if (ROOT / argument).is_file() else argument for argument in arguments]
     if program == "lowprec":
         shortened = SHORT if arguments[0] == "train" else []
-        arguments = ["-m", "trainers.cli", *arguments, *shortened]
+        arguments = ["-m", "lowprec", *arguments, *shortened]
     else:
         assert program == "python"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -1,4 +1,5 @@
-"""Draw formats.svg, what each element format holds, and scales.svg, one block under every rule for its scale.
+"""Draw formats.svg, what each element format holds, and scales.svg, one block under every rule for
+its scale.
 
 python docs/images/render_formats.py docs/images         # a second folder gets them as PNG too
 
@@ -21,15 +22,23 @@ import lowprec
 from lowprec.formats import encoding
 from lowprec.formats.element import E2M1, E2M3, E3M2, E4M3, E5M2, E5M6, INT4, INT8, ElementFormat
 
-matplotlib.rcParams.update({"svg.hashsalt": "lowprec", "svg.fonttype": "path", "path.simplify": False, "font.size": 12})
+matplotlib.rcParams.update(
+    {"svg.hashsalt": "lowprec", "svg.fonttype": "path", "path.simplify": False, "font.size": 12}
+)
 
-NORMAL, SUBNORMAL, BEYOND, SAMPLE = "#0072b2", "#e69f00", "#d55e00", "#000000"  # Okabe and Ito's palette
+NORMAL, SUBNORMAL, BEYOND, SAMPLE = (
+    "#0072b2",
+    "#e69f00",
+    "#d55e00",
+    "#000000",
+)  # Okabe and Ito's palette
 FORMATS = (E2M1, E2M3, E3M2, E4M3, E5M2, E5M6, INT4, INT8)
 THINNED = 8
 """Of the twelve-bit format, one value in so many is drawn."""
 
 BLOCK = (0.22, 0.5, -0.8, 1.3, 1.8, -2.4, 3.1, -4.4, 5.2, -6.6)
-"""The block of scales.svg. Its amax is 1.65 * 4: above t = 1.5, where rceil goes up, and below 1.75, where even does."""
+"""The block of scales.svg. Its amax is 1.65 * 4: above t = 1.5, where rceil goes up, and below
+1.75, where even does."""
 AMAX_OF_MATRIX = 48.0
 """The largest magnitude elsewhere in its matrix, which sets NVFP4's upper level."""
 SCALES = ("e8m0:floor", "e8m0:ceil", "e8m0:even", "e8m0:rceil", "e4m3", "e4m3 4/6")
@@ -56,12 +65,17 @@ def draw_formats(axes: Axes) -> None:
         for chosen, colour in ((values[~subnormal], NORMAL), (values[subnormal], SUBNORMAL)):
             ticks(axes, chosen.log2(), row - 0.3, row + 0.3, color=colour, linewidth=0.9)
         axes.text(math.log2(fmt.max) + 0.35, row, f"{fmt.max:g}", va="center", fontsize=11)
-    axes.set_yticks(range(len(FORMATS)), [f"{fmt.name}\n1 in {THINNED}" if fmt.bits > 8 else fmt.name for fmt in FORMATS])
+    axes.set_yticks(
+        range(len(FORMATS)),
+        [f"{fmt.name}\n1 in {THINNED}" if fmt.bits > 8 else fmt.name for fmt in FORMATS],
+    )
     axes.invert_yaxis()
     axes.set_xlim(-21.5, 19)
     powers = range(-20, 17, 4)
     axes.set_xticks(powers, [f"$2^{{{power}}}$" for power in powers])
-    axes.set_xlabel("positive values (zero and the negative ones are held as well); the number is the largest")
+    axes.set_xlabel(
+        "positive values (zero and the negative ones are held as well); the number is the largest"
+    )
     axes.plot([], [], color=NORMAL, linewidth=4, label="normal numbers, integers")
     axes.plot([], [], color=SUBNORMAL, linewidth=4, label="subnormal numbers")
     axes.legend(loc="lower left", frameon=False, fontsize=11)
@@ -81,7 +95,13 @@ def draw_scales(axes: Axes) -> None:
         x, y = block[0], q.dequantize()[0]
         for value, rounded in zip(x.tolist(), y.tolist(), strict=True):
             beyond = abs(value) > E2M1.max * scale
-            axes.plot([value, rounded], [row - 0.22, row], color=BEYOND if beyond else "0.6", linewidth=2.0 if beyond else 1.2, zorder=1)
+            axes.plot(
+                [value, rounded],
+                [row - 0.22, row],
+                color=BEYOND if beyond else "0.6",
+                linewidth=2.0 if beyond else 1.2,
+                zorder=1,
+            )
         axes.plot(x, [row - 0.22] * len(BLOCK), "o", color=SAMPLE, markersize=4.5)
         noise = (y - x).square().mean()
         note = f"scale {scale:.4g}\nlargest {E2M1.max * scale:.4g}\nSQNR {10 * (x.square().mean() / noise).log10():.1f} dB"
@@ -90,7 +110,10 @@ def draw_scales(axes: Axes) -> None:
     axes.set_ylim(len(SCALES) - 0.45, -0.5)
     axes.set_xlim(-13, 18.6)
     axes.set_xticks(range(-12, 13, 4))
-    axes.set_xlabel(f"a block of {len(BLOCK)} values, amax = {amax:g} (dots), and where e2m1 puts them (blue grid)")
+    axes.set_xlabel(
+        f"a block of {len(BLOCK)} values, amax = {amax:g} (dots), and where e2m1 puts them (blue "
+        "grid)"
+    )
     axes.plot([], [], color=BEYOND, linewidth=2.0, label="beyond the largest value of the grid")
     axes.legend(loc="upper left", frameon=False, fontsize=11, bbox_to_anchor=(0, 1.08))
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from lowprec.plan import GemmPlan, LayerPlan, PartPlan, Plan
-from trainers.show import summary_table
+from lowprec.cli.tables import summary_table
+from lowprec.conversion.plan import GemmPlan, LayerPlan, PartPlan, Plan
 
 
 def load_plan(path: Path) -> Plan:
@@ -22,14 +22,20 @@ def load_plan(path: Path) -> Plan:
         fields = {key: value for key, value in layer.items() if key not in ("converted", "native")}
         gemms = tuple(GemmPlan(**gemm) for gemm in layer["gemms"])
         layers.append(LayerPlan(**{**fields, "shape": tuple(layer["shape"]), "gemms": gemms}))
-    return Plan(device=data["device"], layers=tuple(layers), parts=tuple(PartPlan(**part) for part in data["parts"]))
+    return Plan(
+        device=data["device"],
+        layers=tuple(layers),
+        parts=tuple(PartPlan(**part) for part in data["parts"]),
+    )
 
 
 def main(run: Path, picture: Path) -> None:
     console = Console(record=True, width=130, file=io.StringIO())
     console.print(Text("$ lowprec train configs/llama-tiny-cpu.yaml", style="bold"))
     console.print(Text(str(load_plan(run / "plan.json"))))
-    console.print(Text(summary_table(json.loads((run / "summary.json").read_text(encoding="utf-8")))))
+    console.print(
+        Text(summary_table(json.loads((run / "summary.json").read_text(encoding="utf-8"))))
+    )
     console.save_svg(str(picture), title="lowprec")
 
 

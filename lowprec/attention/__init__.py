@@ -6,8 +6,8 @@
     out = attention(q, k, v, mask)                             # plain tensors
     attach(model, "causal & sliding_window(1024) & document")  # a Hugging Face model
 
-`lowprec.attention.mask` holds the algebra, `.dispatch` the choice of the kernel, `.hf` the integration with transformers (which
-is imported only when `register` or `attach` is called).
+`lowprec.attention.mask` holds the algebra, `.dispatch` the choice of the kernel, `.hf` the
+integration with transformers (which is imported only when `register` or `attach` is called).
 """
 
 from lowprec.attention.dispatch import Choice, attention, choose

@@ -4,13 +4,16 @@ The method. Three kernels compute the same function:
 
     sdpa   scaled_dot_product_attention(is_causal=True): the fused flash kernels of PyTorch, which know one mask, the causal one
     flex   FlexAttention: the mask is compiled into the kernel and tiles in which nothing is visible are skipped
-    dense  scaled_dot_product_attention with the boolean matrix [B, 1, Q, K]: any mask, any device, but Q*K work and memory
+    dense  scaled_dot_product_attention with the boolean matrix [B, 1, Q, K]: any mask, any device,
+    but Q*K work and memory
 
-Plain causal goes to SDPA, which has a fused kernel for it. Every other mask goes to FlexAttention on CUDA,
-where its cost is proportional to the tiles that are visible. FlexAttention has no backward on a CPU, so a CPU takes the dense
-matrix, for training and for inference alike so that both see the same numbers. `choose` returns the reason with the choice.
+Plain causal goes to SDPA, which has a fused kernel for it. Every other mask goes to FlexAttention
+on CUDA, where its cost is proportional to the tiles that are visible. FlexAttention has no backward
+on a CPU, so a CPU takes the dense matrix, for training and for inference alike so that both see the
+same numbers. `choose` returns the reason with the choice.
 
-Shapes: B batch, H query heads, Q and K lengths, D head dimension; keys and values may have fewer heads (grouped-query attention).
+Shapes: B batch, H query heads, Q and K lengths, D head dimension; keys and values may have fewer
+heads (grouped-query attention).
 """
 
 from collections.abc import Callable
@@ -43,33 +46,49 @@ class Choice:
         return f"{self.kernel}: {self.reason}"
 
 
-def choose(mask: Mask | str, device_type: str, *, requires_grad: bool = True, head_dim: int = 64) -> Choice:
-    """The kernel for `mask` on a device of type `device_type` ("cuda", "cpu", ...), with the reason. Pure: runs nothing."""
+def choose(
+    mask: Mask | str, device_type: str, *, requires_grad: bool = True, head_dim: int = 64
+) -> Choice:
+    """The kernel for `mask` on a device of type `device_type` ("cuda", "cpu", ...), with the
+    reason. Pure: runs nothing."""
     mask = parse(mask)
     if isinstance(mask, Causal):
         return Choice(kernel="sdpa", reason="plain causal: SDPA has a fused kernel for it")
     if device_type == "cpu":
-        why = "FlexAttention has no CPU backward" if requires_grad else "the same kernel as in training"
+        why = (
+            "FlexAttention has no CPU backward"
+            if requires_grad
+            else "the same kernel as in training"
+        )
         return Choice(kernel="dense", reason=f"'{mask}' on a CPU: boolean mask through SDPA, {why}")
     if device_type != "cuda":
-        return Choice(kernel="dense", reason=f"'{mask}' on {device_type}: FlexAttention is used on CUDA only")
+        return Choice(
+            kernel="dense", reason=f"'{mask}' on {device_type}: FlexAttention is used on CUDA only"
+        )
     if head_dim < FLEX_MIN_HEAD_DIM:
         reason = f"'{mask}': FlexAttention needs a head dimension of at least {FLEX_MIN_HEAD_DIM}, this one is {head_dim}"
         return Choice(kernel="dense", reason=reason)
-    return Choice(kernel="flex", reason=f"'{mask}' on CUDA: FlexAttention skips the tiles that the mask hides")
+    return Choice(
+        kernel="flex", reason=f"'{mask}' on CUDA: FlexAttention skips the tiles that the mask hides"
+    )
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask | str, *, scale: float | None = None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | str, *, scale: float | None = None
+) -> Tensor:
     """softmax(q k^T * scale, over the keys that `mask` shows) v, by the kernel that `choose` names.
 
-    q: [B, H, Q, D]; k, v: [B, G, K, D] with H a multiple of G; one floating dtype and device. scale: 1/sqrt(D) by default.
-    Returns [B, H, Q, D] in the dtype of q; a query that sees no key gets zeros. Query i and key i are the same position.
-    Raises UserError if the shapes do not fit or the mask has a `document` without ids.
+    q: [B, H, Q, D]; k, v: [B, G, K, D] with H a multiple of G; one floating dtype and device.
+    scale: 1/sqrt(D) by default. Returns [B, H, Q, D] in the dtype of q; a query that sees no key
+    gets zeros. Query i and key i are the same position. Raises UserError if the shapes do not fit
+    or the mask has a `document` without ids.
     """
     mask = parse(mask)
     _check(q, k, v)
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    kernel = choose(mask, q.device.type, requires_grad=grad, head_dim=min(q.shape[-1], v.shape[-1])).kernel
+    kernel = choose(
+        mask, q.device.type, requires_grad=grad, head_dim=min(q.shape[-1], v.shape[-1])
+    ).kernel
     batch, q_len, kv_len = q.shape[0], q.shape[2], k.shape[2]
     gqa = q.shape[1] != k.shape[1]
     if kernel == "flex":
@@ -80,10 +99,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask | str, *, scale: float
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=gqa)
 
 
-def run_flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, *, scale: float | None = None) -> Tensor:
+def run_flex(
+    q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, *, scale: float | None = None
+) -> Tensor:
     """FlexAttention with `block_mask`; shapes as in `attention`.
 
-    Inside an outer torch.compile (a compiled decoder block) the plain function is called, since a compiled function may not nest.
+    Inside an outer torch.compile (a compiled decoder block) the plain function is called, since a
+    compiled function may not nest.
     """
     groups = q.shape[1] // k.shape[1]
     if groups & (groups - 1):
@@ -91,24 +113,37 @@ def run_flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, *, scale: f
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         groups = 1
     flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
-    # PyTorch would take its decoding kernel for fewer than 128 queries, which has no configuration for some shapes (and no backward).
+    # PyTorch would take its decoding kernel for fewer than 128 queries, which has no configuration
+    # for some shapes (and no backward).
     options: Any = {"FORCE_USE_FLEX_ATTENTION": True} if q.is_cuda else None
-    return flex(q, k, v, block_mask=block_mask, scale=scale, enable_gqa=groups > 1, kernel_options=options)
+    return flex(
+        q, k, v, block_mask=block_mask, scale=scale, enable_gqa=groups > 1, kernel_options=options
+    )
 
 
 @cache
 def _compiled_flex() -> Callable[..., Tensor]:
-    # fullgraph: without it, hitting the recompilation limit would fall back, in silence, to an unfused kernel.
+    # fullgraph: without it, hitting the recompilation limit would fall back, in silence, to an
+    # unfused kernel.
     return torch.compile(flex_attention, fullgraph=True)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if not q.ndim == k.ndim == v.ndim == 4:
-        raise UserError(f"attention: expected q, k, v of shape [batch, heads, length, head_dim], got {shapes}")
-    if not (q.shape[0] == k.shape[0] == v.shape[0] and k.shape[1:3] == v.shape[1:3] and q.shape[3] == k.shape[3]):
+        raise UserError(
+            f"attention: expected q, k, v of shape [batch, heads, length, head_dim], got {shapes}"
+        )
+    if not (
+        q.shape[0] == k.shape[0] == v.shape[0]
+        and k.shape[1:3] == v.shape[1:3]
+        and q.shape[3] == k.shape[3]
+    ):
         raise UserError(f"attention: q, k and v do not fit together: {shapes}")
     if q.shape[1] % k.shape[1]:
         raise UserError(f"attention: the query heads are not a multiple of the key heads: {shapes}")
     if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
-        raise UserError(f"attention: q, k and v differ in dtype or device: {q.dtype}, {k.dtype}, {v.dtype} on {q.device}")
+        raise UserError(
+            f"attention: q, k and v differ in dtype or device: {q.dtype}, {k.dtype}, {v.dtype} on "
+            f"{q.device}"
+        )

@@ -1,6 +1,8 @@
-"""Quantising and dequantising a matrix: every kind of operand, beside a copy of it and beside other libraries in the same run.
+"""Quantising and dequantising a matrix: every kind of operand, beside a copy of it and beside other
+libraries in the same run.
 
-On a GPU with kernels for them also making the codes alone, of a matrix and of its transpose from one read, as FP8 layers do.
+On a GPU with kernels for them also making the codes alone, of a matrix and of its transpose from
+one read, as FP8 layers do.
 """
 
 import importlib
@@ -42,7 +44,8 @@ CODES = {
     "fp8 tiles, x": ("e4m3[1x128 fp32]", None, 1),
     "silu(x) · y, fp8 tiles both ways": ("e4m3[1x128 fp32]", "e4m3[1x128 fp32]", 2),
 }
-"""Codes made by fused kernels: a name, the operands along the rows and of the transpose, and the number of matrices read."""
+"""Codes made by fused kernels: a name, the operands along the rows and of the transpose, and the
+number of matrices read."""
 
 RIVALS = ("torchao",)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -55,15 +58,18 @@ def run(
     compiled: bool = False,
     dtype: str = "fp32",
 ) -> dict[str, Any]:
-    """Measure all of `OPERANDS` on a random matrix, and where there are kernels for them all of `CODES`.
+    """Measure all of `OPERANDS` on a random matrix, and where there are kernels for them all of
+    `CODES`.
 
     Args:
         dtype: of the matrix and of what is dequantised: fp32 or bf16.
         against: rivals to run as well, of `RIVALS`; eager if ours is.
         compiled: put both through torch.compile.
     Returns:
-        {"device", "threads", "torch", "shape", "dtype", "copy": timing, "rows": [{"name", "operand", "ours": timing, "floor", "of_floor",
-        RIVAL: timing or None, "equal": whether a rival's result has the same bits}], "ceilings"}; a timing is {"median", "p20", "p80"} in
+        {"device", "threads", "torch", "shape", "dtype", "copy": timing, "rows": [{"name",
+        "operand", "ours": timing, "floor", "of_floor",
+        RIVAL: timing or None, "equal": whether a rival's result has the same bits}], "ceilings"}; a
+            timing is {"median", "p20", "p80"} in
         milliseconds. The floor: what is read and what is written, at the rate of a copy.
     Raises:
         UserError: an unknown or missing rival, an unknown dtype, or no such device.
@@ -80,7 +86,12 @@ def run(
         spec = OperandSpec.parse(text)
         ours = _ours(spec, place, compiled)
         time = measure(lambda f=ours: f(x), place)
-        row: dict[str, Any] = {"name": name, "operand": text, "ours": asdict(time), **floor.beside(time)}
+        row: dict[str, Any] = {
+            "name": name,
+            "operand": text,
+            "ours": asdict(time),
+            **floor.beside(time),
+        }
         for rival in against:
             theirs = _torchao(spec, compiled, x.dtype)
             row[rival] = None if theirs is None else asdict(measure(lambda f=theirs: f(x), place))
@@ -115,20 +126,36 @@ def _codes(x: Tensor, ceilings: Ceilings, no_rivals: dict[str, None]) -> list[di
         wanted = directions(*(None if text is None else OperandSpec.parse(text) for text in (a, b)))
         assert not isinstance(wanted, str)
         gate = y if inputs == 2 else None
-        time = measure(lambda wanted=wanted, gate=gate: quantize_both(x, wanted, times_silu_of=gate), x.device)
+        time = measure(
+            lambda wanted=wanted, gate=gate: quantize_both(x, wanted, times_silu_of=gate), x.device
+        )
         moved = inputs * x.nbytes + sum(q.nbytes for q in quantize_both(x, wanted) if q is not None)
         floor = Floor(quantisers=ceilings.copy(x.nbytes).floor(moved), ceilings=("copy",))
         operand = " ".join(dict.fromkeys(text for text in (a, b) if text))
-        rows.append({"name": name, "operand": operand, "ours": asdict(time), **floor.beside(time), **no_rivals})
+        rows.append(
+            {
+                "name": name,
+                "operand": operand,
+                "ours": asdict(time),
+                **floor.beside(time),
+                **no_rivals,
+            }
+        )
     return rows
 
 
-def _torchao(spec: OperandSpec, compiled: bool, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+def _torchao(
+    spec: OperandSpec, compiled: bool, dtype: torch.dtype
+) -> Callable[[Tensor], Tensor] | None:
     """torchao's way to the same operand; None if it has none."""
     formats = importlib.import_module("torchao.prototype.mx_formats.mx_tensor")
     scaling = spec.scaling
     assert scaling is not None
-    dtypes: dict[str, Any] = {"e2m1": torch.float4_e2m1fn_x2, "e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+    dtypes: dict[str, Any] = {
+        "e2m1": torch.float4_e2m1fn_x2,
+        "e4m3": torch.float8_e4m3fn,
+        "e5m2": torch.float8_e5m2,
+    }
     dtypes |= {"e2m3": formats.DTYPE_FP6_E2M3, "e3m2": formats.DTYPE_FP6_E3M2}
     if scaling.block == (1, 32) and scaling.scale_format == "e8m0":
 

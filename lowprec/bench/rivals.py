@@ -1,6 +1,8 @@
-"""Other libraries that can be measured in the same run: whether they are there, and their linear layers.
+"""Other libraries that can be measured in the same run: whether they are there, and their linear
+layers.
 
-A rival that was named and is not installed is the user's error. One that fails while it runs is not: its row tells the failure.
+A rival that was named and is not installed is the user's error. One that fails while it runs is
+not: its row tells the failure.
 """
 
 import copy
@@ -20,7 +22,10 @@ T = TypeVar("T")
 Layer = tuple[Callable[[Tensor], Tensor], Tensor]
 """A linear layer's forward, and the weight that gets the gradient."""
 
-_PACKAGES = {"torchao": ("torchao", "pip install torchao"), "te": ("transformer_engine", "pip install 'lowprec[te]'")}
+_PACKAGES = {
+    "torchao": ("torchao", "pip install torchao"),
+    "te": ("transformer_engine", "pip install 'lowprec[te]'"),
+}
 """A rival's name on the command line, its package, and how to install it."""
 
 _TORCHAO_BLOCK = "torchao.prototype.blockwise_fp8_training.linear"
@@ -37,7 +42,8 @@ def check(named: Sequence[str], known: Sequence[str]) -> None:
 
 
 def attempt(function: Callable[[], T]) -> tuple[T | None, str | None]:
-    """(What `function` returns, None), or (None, the first 200 characters of why it failed). A UserError passes through."""
+    """(What `function` returns, None), or (None, the first 200 characters of why it failed). A
+    UserError passes through."""
     failure = None
     try:
         return function(), None
@@ -58,13 +64,15 @@ def release_memory() -> None:
 
 
 def compiled(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """`module` through torch.compile, as if nothing had been compiled before: the number of variants of a forward is limited."""
+    """`module` through torch.compile, as if nothing had been compiled before: the number of
+    variants of a forward is limited."""
     torch._dynamo.reset()
     return torch.compile(module, dynamic=False)
 
 
 def torchao_layers() -> dict[str, Callable[[nn.Linear], Layer]]:
-    """torchao's linear layers for training in FP8: a name, and what makes the layer from a bf16 nn.Linear."""
+    """torchao's linear layers for training in FP8: a name, and what makes the layer from a bf16
+    nn.Linear."""
     return {
         "torchao block": _torchao_block,
         "torchao tensorwise, compiled": lambda linear: _torchao_float8(linear, "tensorwise"),
@@ -73,9 +81,9 @@ def torchao_layers() -> dict[str, Callable[[nn.Linear], Layer]]:
 
 
 def _torchao_block(linear: nn.Linear) -> Layer:
-    layer = importlib.import_module("torchao.prototype.blockwise_fp8_training.linear").Float8BlockwiseLinear.from_float(
-        copy.deepcopy(linear)
-    )
+    layer = importlib.import_module(
+        "torchao.prototype.blockwise_fp8_training.linear"
+    ).Float8BlockwiseLinear.from_float(copy.deepcopy(linear))
     return layer, layer.weight
 
 
@@ -85,7 +93,9 @@ def _torchao_float8(linear: nn.Linear, kind: str) -> Layer:
     return compiled(model), layer.weight
 
 
-def convert_by_torchao(model: Any, kind: str, wanted: Callable[[nn.Module, str], bool] = lambda module, name: True) -> Any:
+def convert_by_torchao(
+    model: Any, kind: str, wanted: Callable[[nn.Module, str], bool] = lambda module, name: True
+) -> Any:
     """`model` with its linear layers made torchao's, in place.
 
     Args:
@@ -95,7 +105,11 @@ def convert_by_torchao(model: Any, kind: str, wanted: Callable[[nn.Module, str],
     if kind == "blockwise":
         config = importlib.import_module(_TORCHAO_BLOCK).Float8BlockwiseLinearConfig()
         quantize_ = importlib.import_module("torchao.quantization").quantize_
-        quantize_(model, config, filter_fn=lambda module, name: isinstance(module, nn.Linear) and wanted(module, name))
+        quantize_(
+            model,
+            config,
+            filter_fn=lambda module, name: isinstance(module, nn.Linear) and wanted(module, name),
+        )
         return model
     float8 = importlib.import_module("torchao.float8")
     config = float8.Float8LinearConfig.from_recipe_name(kind)
@@ -103,12 +117,19 @@ def convert_by_torchao(model: Any, kind: str, wanted: Callable[[nn.Module, str],
 
 
 def te_layers() -> dict[str, Callable[[nn.Linear], Layer]]:
-    """Transformer Engine's linear layer under its FP8 recipes, each quantising the weight in every step and in the first one only."""
-    recipes = {"block": "Float8BlockScaling", "current": "Float8CurrentScaling", "delayed": "DelayedScaling"}
+    """Transformer Engine's linear layer under its FP8 recipes, each quantising the weight in every
+    step and in the first one only."""
+    recipes = {
+        "block": "Float8BlockScaling",
+        "current": "Float8CurrentScaling",
+        "delayed": "DelayedScaling",
+    }
     layers: dict[str, Callable[[nn.Linear], Layer]] = {}
     for name, recipe in recipes.items():
         layers[f"te {name}"] = lambda linear, recipe=recipe: _te(linear, recipe, keeps_weight=False)
-        layers[f"te {name}, weight cached"] = lambda linear, recipe=recipe: _te(linear, recipe, keeps_weight=True)
+        layers[f"te {name}, weight cached"] = lambda linear, recipe=recipe: _te(
+            linear, recipe, keeps_weight=True
+        )
     return layers
 
 
@@ -116,7 +137,13 @@ def _te(linear: nn.Linear, recipe_name: str, *, keeps_weight: bool) -> Layer:
     te = importlib.import_module("transformer_engine.pytorch")
     recipe = getattr(importlib.import_module("transformer_engine.common.recipe"), recipe_name)()
     weight = linear.weight
-    layer = te.Linear(linear.in_features, linear.out_features, bias=False, params_dtype=weight.dtype, device=weight.device)
+    layer = te.Linear(
+        linear.in_features,
+        linear.out_features,
+        bias=False,
+        params_dtype=weight.dtype,
+        device=weight.device,
+    )
     with torch.no_grad():
         layer.weight.copy_(weight)
     first = True

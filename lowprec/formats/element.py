@@ -7,12 +7,14 @@ A floating-point format with e exponent bits, m mantissa bits and bias b holds, 
 
 An integer format (`exponent_bits == 0`) holds the integers from `min` to `max`.
 
-The eight-bit and narrower formats saturate: what lies beyond `max` becomes `max`. `fp32`, `bf16` and `fp16` overflow to infinity as
-IEEE 754 says, because dynamic loss scaling finds its overflows that way.
+The eight-bit and narrower formats saturate: what lies beyond `max` becomes `max`. `fp32`, `bf16`
+and `fp16` overflow to infinity as IEEE 754 says, because dynamic loss scaling finds its overflows
+that way.
 
-Sources: OCP 8-bit Floating Point Specification 1.0 (e4m3, e5m2); OCP Microscaling Formats 1.0, section 5.3 (e3m2, e2m3, e2m1);
-arXiv 2412.19437, section 3.3.3 (e5m6, for cached inputs of the linear layer after attention; its largest value is not published: here it
-is that of a format whose highest exponent is kept for infinity and NaN, as in e5m2 and fp16).
+Sources: OCP 8-bit Floating Point Specification 1.0 (e4m3, e5m2); OCP Microscaling Formats 1.0,
+section 5.3 (e3m2, e2m3, e2m1); arXiv 2412.19437, section 3.3.3 (e5m6, for cached inputs of the
+linear layer after attention; its largest value is not published: here it is that of a format whose
+highest exponent is kept for infinity and NaN, as in e5m2 and fp16).
 """
 
 import math
@@ -37,7 +39,8 @@ class ElementFormat:
     saturates: bool = True
     """Whether values beyond the range become `min` or `max` (else infinity)."""
     storage: torch.dtype
-    """The torch dtype that holds the codes: the format's own if there is one, uint8 for codes that are packed."""
+    """The torch dtype that holds the codes: the format's own if there is one, uint8 for codes that
+    are packed."""
 
     @property
     def is_integer(self) -> bool:
@@ -49,7 +52,8 @@ class ElementFormat:
 
     @property
     def packed(self) -> bool:
-        """Whether several codes share bytes (see `packing`): their width is no whole number of bytes."""
+        """Whether several codes share bytes (see `packing`): their width is no whole number of
+        bytes."""
         return self.bits % 8 != 0
 
     @property
@@ -65,10 +69,19 @@ class ElementFormat:
         return self.name
 
 
-def _float(name: str, e: int, m: int, *, largest: float, storage: torch.dtype, saturates: bool = True) -> ElementFormat:
+def _float(
+    name: str, e: int, m: int, *, largest: float, storage: torch.dtype, saturates: bool = True
+) -> ElementFormat:
     bias = 2 ** (e - 1) - 1
     return ElementFormat(
-        name=name, exponent_bits=e, mantissa_bits=m, bias=bias, min=-largest, max=largest, saturates=saturates, storage=storage
+        name=name,
+        exponent_bits=e,
+        mantissa_bits=m,
+        bias=bias,
+        min=-largest,
+        max=largest,
+        saturates=saturates,
+        storage=storage,
     )
 
 
@@ -78,7 +91,15 @@ def _ieee(name: str, e: int, m: int, dtype: torch.dtype) -> ElementFormat:
 
 def _integer(name: str, bits: int, storage: torch.dtype) -> ElementFormat:
     low, high = -float(2 ** (bits - 1)), float(2 ** (bits - 1) - 1)
-    return ElementFormat(name=name, exponent_bits=0, mantissa_bits=bits - 1, bias=0, min=low, max=high, storage=storage)
+    return ElementFormat(
+        name=name,
+        exponent_bits=0,
+        mantissa_bits=bits - 1,
+        bias=0,
+        min=low,
+        max=high,
+        storage=storage,
+    )
 
 
 FP32 = _ieee("fp32", 8, 23, torch.float32)
@@ -93,4 +114,6 @@ E2M1 = _float("e2m1", 2, 1, largest=6.0, storage=torch.uint8)
 INT8 = _integer("int8", 8, torch.int8)
 INT4 = _integer("int4", 4, torch.uint8)
 
-FORMATS = {fmt.name: fmt for fmt in (FP32, BF16, FP16, E5M6, E4M3, E5M2, E3M2, E2M3, E2M1, INT8, INT4)}
+FORMATS = {
+    fmt.name: fmt for fmt in (FP32, BF16, FP16, E5M6, E4M3, E5M2, E3M2, E2M3, E2M1, INT8, INT4)
+}

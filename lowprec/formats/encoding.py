@@ -1,10 +1,12 @@
 """Codes: the bits that stand for an element's value, and back.
 
-A code of a float format is its sign, exponent and mantissa fields, from the highest bit down; of an integer format its two's complement.
+A code of a float format is its sign, exponent and mantissa fields, from the highest bit down; of an
+integer format its two's complement.
 
-The way leads through fp16, whose fields contain those of every narrower float: a value divided by 2^(15 - bias) has in fp16 the very
-exponent and mantissa bits that it has in the format, subnormal numbers included, only further left. Converting between fp32 and fp16 is one
-fast instruction everywhere, while a CPU converts eight-bit floats one by one, ten times slower.
+The way leads through fp16, whose fields contain those of every narrower float: a value divided by
+2^(15 - bias) has in fp16 the very exponent and mantissa bits that it has in the format, subnormal
+numbers included, only further left. Converting between fp32 and fp16 is one fast instruction
+everywhere, while a CPU converts eight-bit floats one by one, ten times slower.
 """
 
 import torch
@@ -20,7 +22,8 @@ def encode(values: Tensor, fmt: ElementFormat) -> Tensor:
     """Values of a format as codes.
 
     Args:
-        values: fp32, any shape; each a value of `fmt`, a format of at most 12 bits. NaN gets an arbitrary code.
+        values: fp32, any shape; each a value of `fmt`, a format of at most 12 bits. NaN gets an
+            arbitrary code.
     Returns:
         int16, same shape: the code in the low bits, zeros above.
     """
@@ -33,18 +36,22 @@ def encode(values: Tensor, fmt: ElementFormat) -> Tensor:
 
 
 def decode(codes: Tensor, fmt: ElementFormat) -> Tensor:
-    """The inverse of `encode`: integer codes (any integer dtype) to fp32 values. Bits above the code are ignored."""
+    """The inverse of `encode`: integer codes (any integer dtype) to fp32 values. Bits above the
+    code are ignored."""
     codes = codes.to(torch.int16)
     if fmt.is_integer:
         return ((codes << (16 - fmt.bits)) >> (16 - fmt.bits)).to(torch.float32)
     magnitude = (codes << (_FP16_MANTISSA_BITS - fmt.mantissa_bits)).bitwise_and_(0x7FFF)
-    half = magnitude.bitwise_and_((1 << (fmt.bits - 1 + _FP16_MANTISSA_BITS - fmt.mantissa_bits)) - 1)
+    half = magnitude.bitwise_and_(
+        (1 << (fmt.bits - 1 + _FP16_MANTISSA_BITS - fmt.mantissa_bits)) - 1
+    )
     half.bitwise_or_((codes << (16 - fmt.bits)).bitwise_and_(-0x8000))
     return half.view(torch.float16).to(torch.float32).mul_(2.0 ** (_FP16_BIAS - fmt.bias))
 
 
 def encode_scale(scale: Tensor) -> Tensor:
-    """Power-of-two scales (fp32, 2^-127 to 2^127, or NaN) as E8M0 bytes, uint8: the exponent + 127; 0xFF is NaN."""
+    """Power-of-two scales (fp32, 2^-127 to 2^127, or NaN) as E8M0 bytes, uint8: the exponent + 127;
+    0xFF is NaN."""
     return ((scale.view(torch.int32) >> 23) & 0xFF).to(torch.uint8)
 
 

@@ -1,12 +1,15 @@
-"""The random Hadamard transform: an orthogonal mixing of neighbouring elements along the contraction axis.
+"""The random Hadamard transform: an orthogonal mixing of neighbouring elements along the
+contraction axis.
 
     T = diag(s) H_n / sqrt(n)        H_1 = [1],  H_2n = [[H_n, H_n], [H_n, -H_n]] (Sylvester),  s: n signs
 
-applied to every group of n elements of a row. An outlier is spread over its group, so that the group's largest magnitude, which decides
-the scale, falls towards a gaussian's. T T^t = 1: a product whose two operands were both transformed along the contraction axis is
-unchanged, (a T)(b T)^t = a b^t. Sources: arXiv 2502.20586, section 3.2; 2509.25149, section 4.2.
+applied to every group of n elements of a row. An outlier is spread over its group, so that the
+group's largest magnitude, which decides the scale, falls towards a gaussian's. T T^t = 1: a product
+whose two operands were both transformed along the contraction axis is unchanged, (a T)(b T)^t = a
+b^t. Sources: arXiv 2502.20586, section 3.2; 2509.25149, section 4.2.
 
-The sums run as a butterfly, log2(n) levels of additions in a fixed order, not as a matrix product: the same bits on every device.
+The sums run as a butterfly, log2(n) levels of additions in a fixed order, not as a matrix product:
+the same bits on every device.
 """
 
 from dataclasses import dataclass
@@ -29,15 +32,22 @@ class Hadamard:
 
     def __post_init__(self) -> None:
         if self.size not in SIZES:
-            raise ValueError(f"a Hadamard transform has size {', '.join(map(str, SIZES))}; got {self.size}")
+            raise ValueError(
+                f"a Hadamard transform has size {', '.join(map(str, SIZES))}; got {self.size}"
+            )
         if len(self.signs) != self.size or any(sign not in (1, -1) for sign in self.signs):
-            raise ValueError(f"a Hadamard transform of size {self.size} takes {self.size} signs, each 1 or -1")
+            raise ValueError(
+                f"a Hadamard transform of size {self.size} takes {self.size} signs, each 1 or -1"
+            )
 
     @classmethod
     def seeded(cls, size: int, seed: int = 0) -> "Hadamard":
         """Random signs, the same for the same seed everywhere."""
         generator = torch.Generator().manual_seed(seed)
-        return cls(size=size, signs=tuple((2 * torch.randint(2, (size,), generator=generator) - 1).tolist()))
+        return cls(
+            size=size,
+            signs=tuple((2 * torch.randint(2, (size,), generator=generator) - 1).tolist()),
+        )
 
     @classmethod
     def plain(cls, size: int) -> "Hadamard":
@@ -48,14 +58,17 @@ class Hadamard:
         return f"H{self.size}"
 
     def apply(self, x_RK: Tensor) -> Tensor:
-        """x T: fp32 [R, K'], K' being K rounded up to a multiple of the size (x is padded with zeros, which the transform fills)."""
+        """x T: fp32 [R, K'], K' being K rounded up to a multiple of the size (x is padded with
+        zeros, which the transform fills)."""
         if x_RK.stride(0) < x_RK.stride(1):  # along the columns in memory
             return self._apply(x_RK.t().to(torch.float32), dim=0).t()
         return self._apply(x_RK.to(torch.float32), dim=1)
 
     def invert(self, x_RK: Tensor, length: int) -> Tensor:
         """x T^t, the first `length` columns of it: fp32 [R, length]."""
-        groups = _butterfly(x_RK.to(torch.float32).unflatten(1, (-1, self.size)), 2).mul_(self.size**-0.5)
+        groups = _butterfly(x_RK.to(torch.float32).unflatten(1, (-1, self.size)), 2).mul_(
+            self.size**-0.5
+        )
         return (groups * self._signs(x_RK.device)).flatten(1, 2)[:, :length]
 
     def _apply(self, x: Tensor, dim: int) -> Tensor:
@@ -64,7 +77,8 @@ class Hadamard:
         groups = x.unflatten(dim, (-1, self.size))
         signs = self._signs(x.device)
         groups = groups * (signs[:, None] if dim == 0 else signs)
-        # Scaled at the end: a product before the additions would be fused with them into one rounding on some devices.
+        # Scaled at the end: a product before the additions would be fused with them into one
+        # rounding on some devices.
         return _butterfly(groups, dim + 1).mul_(self.size**-0.5).flatten(dim, dim + 1)
 
     def _signs(self, device: torch.device) -> Tensor:

@@ -1,16 +1,19 @@
 """NVFP4's two levels of scales: one e4m3 scale for a block under one fp32 scale for the matrix.
 
-In Transformer Engine's order of operations, each in fp32 and correctly rounded (arXiv 2509.25149, appendix B):
+In Transformer Engine's order of operations, each in fp32 and correctly rounded (arXiv 2509.25149,
+appendix B):
 
     s_enc = min(bound / amax_t, FLT_MAX), 1 if amax_t = 0;  s_dec = 1 / s_enc       amax_t: of the matrix; bound = 6 * 448
     S     = e4m3(min(amax_b * (s_enc * (1 / 6)), 448))                              amax_b: of the block
     enc_b = min(1 / (S * s_dec), FLT_MAX)
     q     = e2m1(clamp(x * enc_b, -6, 6)),  x_hat = q * S * s_dec
 
-Four over six (arXiv 2512.02010) has bound = 6 * 256, which leaves room for S4 = e4m3(3/2 amax_b ...), under which the block's largest
-magnitude becomes 4 instead of 6; a block takes S4 if its squared error is strictly smaller.
+Four over six (arXiv 2512.02010) has bound = 6 * 256, which leaves room for S4 = e4m3(3/2 amax_b
+...), under which the block's largest magnitude becomes 4 instead of 6; a block takes S4 if its
+squared error is strictly smaller.
 
-Zero blocks have S = 0 and codes of zero (enc_b is FLT_MAX). A matrix that holds NaN or infinity gets a NaN s_dec and is NaN as a whole.
+Zero blocks have S = 0 and codes of zero (enc_b is FLT_MAX). A matrix that holds NaN or infinity
+gets a NaN s_dec and is NaN as a whole.
 """
 
 import torch
@@ -24,7 +27,9 @@ _FLT_MAX = torch.finfo(torch.float32).max
 _FOUR_OVER_SIX_LARGEST_SCALE = 256.0
 
 
-def tensor_scales(amax_t: Tensor, fmt: ElementFormat, scaling: BlockScaling) -> tuple[Tensor, Tensor]:
+def tensor_scales(
+    amax_t: Tensor, fmt: ElementFormat, scaling: BlockScaling
+) -> tuple[Tensor, Tensor]:
     """(s_enc, s_dec) from the matrix's amax, fp32 scalars."""
     largest_scale = _FOUR_OVER_SIX_LARGEST_SCALE if scaling.four_over_six else E4M3.max
     s_enc = _over(torch.full_like(amax_t, fmt.max * largest_scale), amax_t).clamp(max=_FLT_MAX)

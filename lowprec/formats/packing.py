@@ -1,8 +1,9 @@
 """Packing codes whose width is no whole number of bytes: 4, 6 or 12 bits.
 
-A row of codes is one string of bits, the lowest first: code j occupies bits [b j, b j + b), byte i holds bits [8 i, 8 i + 8). So two
-4-bit codes make a byte with the even column in its low half, as every FP4 hardware and checkpoint format has it; four 6-bit codes make
-three bytes, two 12-bit codes as well. A row is padded with zero codes to a whole group.
+A row of codes is one string of bits, the lowest first: code j occupies bits [b j, b j + b), byte i
+holds bits [8 i, 8 i + 8). So two 4-bit codes make a byte with the even column in its low half, as
+every FP4 hardware and checkpoint format has it; four 6-bit codes make three bytes, two 12-bit codes
+as well. A row is padded with zero codes to a whole group.
 """
 
 import math
@@ -26,12 +27,17 @@ def pack(codes_RK: Tensor, bits: int) -> Tensor:
     for j in range(1, group):
         words = words | (parts[j].to(wide) << (bits * j))
     if size > 1:
-        words = torch.stack([(words >> (8 * i)) & 0xFF for i in range(size)], dim + 1).to(torch.uint8).flatten(dim, dim + 1)
+        words = (
+            torch.stack([(words >> (8 * i)) & 0xFF for i in range(size)], dim + 1)
+            .to(torch.uint8)
+            .flatten(dim, dim + 1)
+        )
     return words.t() if dim == 0 else words
 
 
 def unpack(packed_RB: Tensor, bits: int, length: int) -> Tensor:
-    """uint8 [R, packed_length(length, bits)] -> int16 codes [R, length], in the memory order of `packed_RB`."""
+    """uint8 [R, packed_length(length, bits)] -> int16 codes [R, length], in the memory order of
+    `packed_RB`."""
     group, size = _group(bits)
     packed, dim = _in_memory_order(packed_RB)
     parts = packed.unflatten(dim, (-1, size)).unbind(dim + 1)
@@ -39,7 +45,9 @@ def unpack(packed_RB: Tensor, bits: int, length: int) -> Tensor:
     for i in range(1, size):
         words = words | (parts[i].to(torch.int32) << (8 * i))
     mask = (1 << bits) - 1
-    codes = torch.stack([((words >> (bits * j)) & mask).to(torch.int16) for j in range(group)], dim + 1).flatten(dim, dim + 1)
+    codes = torch.stack(
+        [((words >> (bits * j)) & mask).to(torch.int16) for j in range(group)], dim + 1
+    ).flatten(dim, dim + 1)
     return codes[:length].t() if dim == 0 else codes[:, :length]
 
 
@@ -50,7 +58,8 @@ def packed_length(length: int, bits: int) -> int:
 
 
 def _in_memory_order(x_RK: Tensor) -> tuple[Tensor, int]:
-    """x or its transpose, whichever is contiguous along the last axis, and the axis on which the codes of a row then lie."""
+    """x or its transpose, whichever is contiguous along the last axis, and the axis on which the
+    codes of a row then lie."""
     return (x_RK.t(), 0) if x_RK.stride(0) < x_RK.stride(1) else (x_RK, 1)
 
 

@@ -2,9 +2,11 @@
 
     u[r, c] = floor(mix(mix(r + key_low) xor mix(mix(c + key_high) + 0x632BE5AB)) / 2^8) / 2^24                         in [0, 1)
 
-So the draws are the same on every device, in eager and in compiled code, whatever the memory layout, and a fused kernel can make them
-where it needs them. `mix` is a bijection of 32-bit integers in which every input bit flips each output bit with a probability close to 1/2
-(two multiplications and three xor-shifts; the constants are from Wellons' search, "Prospecting for Hash Functions", 2018).
+So the draws are the same on every device, in eager and in compiled code, whatever the memory
+layout, and a fused kernel can make them where it needs them. `mix` is a bijection of 32-bit
+integers in which every input bit flips each output bit with a probability close to 1/2 (two
+multiplications and three xor-shifts; the constants are from Wellons' search, "Prospecting for Hash
+Functions", 2018).
 """
 
 import torch
@@ -13,7 +15,9 @@ from torch import Tensor
 
 def key_from_generator(generator: torch.Generator, device: torch.device) -> Tensor:
     """A key, int64 [2], drawn from `generator`, on `device`."""
-    return torch.randint(-(2**31), 2**31, (2,), generator=generator, device=generator.device).to(device)
+    return torch.randint(-(2**31), 2**31, (2,), generator=generator, device=generator.device).to(
+        device
+    )
 
 
 def derive_key(key: Tensor, number: int | Tensor) -> Tensor:

@@ -1,11 +1,13 @@
 """Rounding fp32 values to an element format.
 
-A value x with exponent E must become a multiple of its unit in the last place, u = 2^(max(E, E_min) - m). 2^E comes from x's bits (the
-exponent field with a zero mantissa is exactly 2^E), never from a logarithm; everything else is arithmetic, so that it is the same
-on every device and inside compiled code.
+A value x with exponent E must become a multiple of its unit in the last place, u = 2^(max(E, E_min)
+- m). 2^E comes from x's bits (the exponent field with a zero mantissa is exactly 2^E), never from a
+logarithm; everything else is arithmetic, so that it is the same on every device and inside compiled
+code.
 
     nearest       ties to even: adding C = 1.5 * 2^23 * u pushes x to where fp32 itself has the spacing u, so the addition rounds;
-                  subtracting C again is exact. C's own significand is even, so ties go to the even multiple.
+                  subtracting C again is exact. C's own significand is even, so ties go to the even
+                  multiple.
     toward_zero   floor(|x| / u) * u
     stochastic    away from zero with probability |x| / u - floor(|x| / u), else toward zero; the mean is x (arXiv 1502.02551, section 2.2).
                   Probabilities are multiples of 2^-24; a value of the format always stays.
@@ -27,12 +29,18 @@ _EXPONENT_FIELD = 0x7F800000
 
 
 def round_to_format(
-    x: Tensor, fmt: ElementFormat, rounding: Rounding = "nearest", *, noise: Tensor | None = None, inplace: bool = False
+    x: Tensor,
+    fmt: ElementFormat,
+    rounding: Rounding = "nearest",
+    *,
+    noise: Tensor | None = None,
+    inplace: bool = False,
 ) -> Tensor:
     """Each element as a value of `fmt`.
 
     Args:
-        x: fp32, any shape. NaN stays NaN. Infinity and whatever else lies beyond the range saturates or overflows as `fmt` says.
+        x: fp32, any shape. NaN stays NaN. Infinity and whatever else lies beyond the range
+            saturates or overflows as `fmt` says.
         noise: for stochastic rounding, fp32 of x's shape, uniform in [0, 1) (see `random.uniform`).
         inplace: overwrite `x` (which saves a temporary of its size).
     Returns:
@@ -44,11 +52,21 @@ def round_to_format(
         raise ValueError("stochastic rounding needs random numbers: a generator or a key")
     if fmt.saturates:
         x = x.clamp_(fmt.min, fmt.max) if inplace else x.clamp(fmt.min, fmt.max)
-        return _to_grid(x, fmt) if rounding == "nearest" else _to_neighbour(x, fmt, noise if rounding == "stochastic" else None)
-    return _cast(x, fmt) if rounding == "nearest" else _cast_to_neighbour(x, fmt, noise if rounding == "stochastic" else None)
+        return (
+            _to_grid(x, fmt)
+            if rounding == "nearest"
+            else _to_neighbour(x, fmt, noise if rounding == "stochastic" else None)
+        )
+    return (
+        _cast(x, fmt)
+        if rounding == "nearest"
+        else _cast_to_neighbour(x, fmt, noise if rounding == "stochastic" else None)
+    )
 
 
-def round_to_integers(x: Tensor, rounding: Rounding = "nearest", *, noise: Tensor | None = None) -> Tensor:
+def round_to_integers(
+    x: Tensor, rounding: Rounding = "nearest", *, noise: Tensor | None = None
+) -> Tensor:
     """Each element as an integer of any size, fp32 in and out; arguments as above."""
     if rounding == "nearest":
         return x.round()
@@ -59,13 +77,16 @@ def round_to_integers(x: Tensor, rounding: Rounding = "nearest", *, noise: Tenso
 
 
 def exceeds_range(x: Tensor, fmt: ElementFormat) -> Tensor:
-    """Where the unbounded grid of `fmt` rounds `x` to a value outside [min, max]: there the clamp cuts the straight-through gradient.
+    """Where the unbounded grid of `fmt` rounds `x` to a value outside [min, max]: there the clamp
+    cuts the straight-through gradient.
 
     fp32 in, bool out, same shape. Both ends of the range are inside.
     """
     if not fmt.saturates:
         return _cast(x, fmt).isinf()
-    rounded = _to_grid(x.clamp(2 * fmt.min, 2 * fmt.max), fmt)  # the clamp keeps C finite and changes no answer
+    rounded = _to_grid(
+        x.clamp(2 * fmt.min, 2 * fmt.max), fmt
+    )  # the clamp keeps C finite and changes no answer
     return (rounded < fmt.min) | (rounded > fmt.max)
 
 
@@ -73,7 +94,9 @@ def _to_grid(x: Tensor, fmt: ElementFormat) -> Tensor:
     if fmt.is_integer:
         return x.round()
     magic = _power(x, fmt).mul_(1.5 * 2.0 ** (23 - fmt.mantissa_bits))
-    return torch.add(x, magic).sub_(magic).copysign_(x)  # a negative number that rounds to zero is -0
+    return (
+        torch.add(x, magic).sub_(magic).copysign_(x)
+    )  # a negative number that rounds to zero is -0
 
 
 def _to_neighbour(x: Tensor, fmt: ElementFormat, noise: Tensor | None) -> Tensor:
@@ -107,25 +130,32 @@ def _cast(x: Tensor, fmt: ElementFormat) -> Tensor:
         return x
     if not torch.compiler.is_compiling():
         return x.to(fmt.storage).to(torch.float32)
-    # Inductor takes a conversion down and up again for a leftover of autocast and removes it (its `pointless_convert` pass), which
-    # would undo the rounding. Arithmetic it must keep.
+    # Inductor takes a conversion down and up again for a leftover of autocast and removes it (its
+    # `pointless_convert` pass), which would undo the rounding. Arithmetic it must keep.
     if fmt.storage == torch.bfloat16:
         return (x.to(torch.bfloat16).view(torch.int16).to(torch.int32) << 16).view(torch.float32)
     return _overflow(_to_grid(x.clamp(2 * fmt.min, 2 * fmt.max), fmt), fmt)
 
 
 def _cast_to_neighbour(x: Tensor, fmt: ElementFormat, noise: Tensor | None) -> Tensor:
-    """The same toward zero, or at random; a number beyond the largest is cut or becomes infinity."""
+    """The same toward zero, or at random; a number beyond the largest is cut or becomes
+    infinity."""
     if fmt.mantissa_bits == 23:
         return x
-    if fmt.exponent_bits == 8:  # bf16: the upper half of an fp32's bits; a carry out of the lower half is the next number
+    if (
+        fmt.exponent_bits == 8
+    ):  # bf16: the upper half of an fp32's bits; a carry out of the lower half is the next number
         dropped = 23 - fmt.mantissa_bits
         bits = x.view(torch.int32)
         raised = bits if noise is None else bits + (noise * 2**dropped).to(torch.int32)
         return torch.where(x.isfinite(), raised & -(1 << dropped), bits).view(torch.float32)
     rounded = _to_neighbour(x.clamp(2 * fmt.min, 2 * fmt.max), fmt, noise)
-    return torch.where(x.isinf(), x, rounded.clamp(fmt.min, fmt.max) if noise is None else _overflow(rounded, fmt))
+    return torch.where(
+        x.isinf(), x, rounded.clamp(fmt.min, fmt.max) if noise is None else _overflow(rounded, fmt)
+    )
 
 
 def _overflow(rounded: Tensor, fmt: ElementFormat) -> Tensor:
-    return torch.where(rounded.abs() > fmt.max, torch.full_like(rounded, torch.inf).copysign_(rounded), rounded)
+    return torch.where(
+        rounded.abs() > fmt.max, torch.full_like(rounded, torch.inf).copysign_(rounded), rounded
+    )

@@ -11,16 +11,18 @@ with, per rule (m in [1, 2), t = max / 2^emax):
     even    bump = m >= 2 - 2^-(mbits + 1)  amax is rounded to the element's precision first
     rceil   bump = m > t                    the smallest power of two under which amax / s <= max (arXiv 2506.08027)
     quest   E = floor(log2(c * std / max + 1e-8)) with c = 2.92247856, std the block's standard deviation about its mean: what minimises
-            the error of a gaussian's e2m1 codes; the largest values saturate (arXiv 2505.14669, section 4.2, and its code)
+            the error of a gaussian's e2m1 codes; the largest values saturate (arXiv 2505.14669,
+            section 4.2, and its code)
 
-An asymmetric integer scale covers the range [low, high] that the block spans together with zero: s = (high - low) / (max - min) and
-zero_point = min - round(low / s).
+An asymmetric integer scale covers the range [low, high] that the block spans together with zero: s
+= (high - low) / (max - min) and zero_point = min - round(low / s).
 
 What the specifications leave open, and the choice made here:
-* a block of zeros (or smaller than the smallest scale) gets the smallest scale: 2^-126 in fp32, so that 1 / s is finite, 2^-127 in e8m0
-  (`quest` adds 1e-8 before it takes the logarithm, so its smallest is 2^-27);
-* NaN or infinity in a block makes its scale NaN, so the whole block dequantises to NaN. Saturating an infinity instead would hide an
-  overflow from dynamic loss scaling.
+* a block of zeros (or smaller than the smallest scale) gets the smallest scale: 2^-126 in fp32, so
+  that 1 / s is finite, 2^-127 in e8m0 (`quest` adds 1e-8 before it takes the logarithm, so its
+  smallest is 2^-27);
+* NaN or infinity in a block makes its scale NaN, so the whole block dequantises to NaN. Saturating
+  an infinity instead would hide an overflow from dynamic loss scaling.
 """
 
 from dataclasses import dataclass
@@ -48,7 +50,8 @@ class BlockScaling:
     """How the elements of a matrix [R, K] share scales, K being the contraction axis."""
 
     block: tuple[int, int]
-    """Rows x columns under one scale; `ALL` (-1) is the whole axis. (1, 128) is a tile of a row, (-1, -1) the whole tensor."""
+    """Rows x columns under one scale; `ALL` (-1) is the whole axis. (1, 128) is a tile of a row,
+    (-1, -1) the whole tensor."""
     scale_format: ScaleFormat = "fp32"
     """`e4m3`: under one fp32 scale for the whole matrix (NVFP4)."""
     rule: Rule = "rceil"
@@ -56,30 +59,53 @@ class BlockScaling:
     symmetric: bool = True
     """False: an integer zero point per block as well."""
     prescale: float = 1.0
-    """Codes are made of prescale * x, and dequantising divides by it again: 3/4 keeps what floor would cut inside the range, so that
-    stochastic rounding stays unbiased (arXiv 2502.20586, section 3.1)."""
+    """Codes are made of prescale * x, and dequantising divides by it again: 3/4 keeps what floor
+    would cut inside the range, so that stochastic rounding stays unbiased (arXiv 2502.20586,
+    section 3.1)."""
     history: int = 0
-    """0: current scaling. n: delayed scaling, by the largest of the last n amaxes (arXiv 2209.05433, section 3)."""
+    """0: current scaling. n: delayed scaling, by the largest of the last n amaxes (arXiv
+    2209.05433, section 3)."""
     four_over_six: bool = False
-    """Try the block's largest magnitude at 4 as well as at 6 and keep what has the smaller error (arXiv 2512.02010)."""
+    """Try the block's largest magnitude at 4 as well as at 6 and keep what has the smaller error
+    (arXiv 2512.02010)."""
 
     def __post_init__(self) -> None:
         if any(extent != ALL and extent < 1 for extent in self.block):
-            raise ValueError(f"block extents are positive, or -1 for the whole axis; got {self.block}")
+            raise ValueError(
+                f"block extents are positive, or -1 for the whole axis; got {self.block}"
+            )
         if not self.symmetric and self.scale_format != "fp32":
             raise ValueError("a zero point goes with an fp32 scale")
         if self.prescale != 1.0 and not (self.scale_format == "e8m0" and 0 < self.prescale < 1):
-            raise ValueError(f"a prescale lies between 0 and 1 and goes with an e8m0 scale; got {self.prescale}")
-        if self.history and not (self.history > 0 and self.block == (ALL, ALL) and self.scale_format == "fp32" and self.symmetric):
-            raise ValueError("delayed scaling keeps the amax of a whole tensor under a symmetric fp32 scale")
+            raise ValueError(
+                f"a prescale lies between 0 and 1 and goes with an e8m0 scale; got {self.prescale}"
+            )
+        if self.history and not (
+            self.history > 0
+            and self.block == (ALL, ALL)
+            and self.scale_format == "fp32"
+            and self.symmetric
+        ):
+            raise ValueError(
+                "delayed scaling keeps the amax of a whole tensor under a symmetric fp32 scale"
+            )
         if self.four_over_six and self.scale_format != "e4m3":
             raise ValueError("four over six chooses between two e4m3 scales")
 
     def __str__(self) -> str:
-        block = {(ALL, ALL): "tensor", (1, ALL): "row"}.get(self.block, "x".join("all" if n == ALL else str(n) for n in self.block))
-        words = [block, f"{self.scale_format}:{self.rule}" if self.scale_format == "e8m0" else self.scale_format]
+        block = {(ALL, ALL): "tensor", (1, ALL): "row"}.get(
+            self.block, "x".join("all" if n == ALL else str(n) for n in self.block)
+        )
+        words = [
+            block,
+            f"{self.scale_format}:{self.rule}"
+            if self.scale_format == "e8m0"
+            else self.scale_format,
+        ]
         words += ["asymmetric"] * (not self.symmetric) + ["4/6"] * self.four_over_six
-        words += [f"prescale:{self.prescale!r}"] * (self.prescale != 1.0) + [f"delayed:{self.history}"] * (self.history > 0)
+        words += [f"prescale:{self.prescale!r}"] * (self.prescale != 1.0) + [
+            f"delayed:{self.history}"
+        ] * (self.history > 0)
         return " ".join(words)
 
 
@@ -93,13 +119,15 @@ def scale_from_amax(amax: Tensor, fmt: ElementFormat, scaling: BlockScaling) -> 
     """
     if scaling.scale_format == "e8m0":
         return power_of_two_scale(amax, fmt, scaling.rule)
-    # An integer format's range is one step longer below zero; the scale spans the whole of it (amax / 7.5 for int4).
+    # An integer format's range is one step longer below zero; the scale spans the whole of it (amax
+    # / 7.5 for int4).
     largest = (fmt.max - fmt.min) / 2
     return _finite_or_nan(_divide(amax, largest).clamp(min=SMALLEST_FP32_SCALE))
 
 
 def asymmetric_scale(low: Tensor, high: Tensor, fmt: ElementFormat) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of blocks that span [low, high], fp32 in and out; the zero point is integral, in [fmt.min, fmt.max]."""
+    """Scale and zero point of blocks that span [low, high], fp32 in and out; the zero point is
+    integral, in [fmt.min, fmt.max]."""
     low, high = low.clamp(max=0), high.clamp(min=0)
     span = high / 2 - low / 2  # halved, which is exact, the span of finite numbers is finite
     scale = _finite_or_nan(_divide(span, (fmt.max - fmt.min) / 2).clamp(min=SMALLEST_FP32_SCALE))
@@ -119,11 +147,17 @@ def power_of_two_scale(amax: Tensor, fmt: ElementFormat, rule: str) -> Tensor:
     # A subnormal amax reads as 2^-127: below every scale anyway.
     biased = ((bits + carry) >> 23).sub_(fmt_emax).clamp_(0, 2 * _E8M0_BIAS)
     # 2^E by its bits; the smallest one, 2^-127, is subnormal.
-    return (biased << 23).clamp_(min=1 << 22).view(torch.float32).masked_fill_(~amax.isfinite(), torch.nan)
+    return (
+        (biased << 23)
+        .clamp_(min=1 << 22)
+        .view(torch.float32)
+        .masked_fill_(~amax.isfinite(), torch.nan)
+    )
 
 
 def e8m0_carry(fmt: ElementFormat, rule: str) -> int:
-    """What, added to the bits of an fp32 amax, carries into the exponent just where the mantissa calls for the rule's bump."""
+    """What, added to the bits of an fp32 amax, carries into the exponent just where the mantissa
+    calls for the rule's bump."""
     if rule == "floor":
         return 0
     if rule == "even":
@@ -140,8 +174,9 @@ def reciprocal(scale: Tensor) -> Tensor:
 def _divide(x: Tensor, divisor: float) -> Tensor:
     """x / divisor, fp32 in and out, correctly rounded on every device.
 
-    fp32 division is not: by a plain number CUDA multiplies with its reciprocal, and compiled kernels approximate. A quotient of fp32
-    numbers that is rounded to fp64 and then to fp32 is correctly rounded (53 >= 2 * 24 + 2 bits), and scales are few.
+    fp32 division is not: by a plain number CUDA multiplies with its reciprocal, and compiled
+    kernels approximate. A quotient of fp32 numbers that is rounded to fp64 and then to fp32 is
+    correctly rounded (53 >= 2 * 24 + 2 bits), and scales are few.
     """
     return (x.double() / torch.full_like(x, divisor, dtype=torch.float64)).float()
 

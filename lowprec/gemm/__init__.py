@@ -1,4 +1,5 @@
-"""Matrix products of quantised operands, a_MK . b_NK^T -> c_MN, by the fastest backend that supports them."""
+"""Matrix products of quantised operands, a_MK . b_NK^T -> c_MN, by the fastest backend that
+supports them."""
 
 from lowprec.errors import UserError, nearest
 from lowprec.gemm.base import FP32_SUMS, UNSIZED, Accumulation, GemmBackend, Operand, Size, Support
@@ -10,11 +11,28 @@ from lowprec.gemm.torch_mm import TorchBackend
 from lowprec.gemm.triton_mm import TritonBackend
 from lowprec.quant import OperandSpec
 
-_ALL = (TorchBackend(), ScaledMMBackend(), HopperBackend(), TritonBackend(), ExactInBf16Backend(), ReferenceBackend())
+_ALL = (
+    TorchBackend(),
+    ScaledMMBackend(),
+    HopperBackend(),
+    TritonBackend(),
+    ExactInBf16Backend(),
+    ReferenceBackend(),
+)
 BACKENDS: dict[str, GemmBackend] = {backend.name: backend for backend in _ALL}
-"""Fastest first, but for what a backend's `rank` says: `auto` takes the first that supports a product."""
+"""Fastest first, but for what a backend's `rank` says: `auto` takes the first that supports a
+product."""
 
-__all__ = ["BACKENDS", "FP32_SUMS", "Accumulation", "GemmBackend", "Operand", "Size", "Support", "select"]
+__all__ = [
+    "BACKENDS",
+    "FP32_SUMS",
+    "Accumulation",
+    "GemmBackend",
+    "Operand",
+    "Size",
+    "Support",
+    "select",
+]
 
 
 def select(
@@ -25,30 +43,44 @@ def select(
     sums: Accumulation = FP32_SUMS,
     size: Size = UNSIZED,
 ) -> tuple[GemmBackend, Support]:
-    """The backend that multiplies operands `a` and `b` on a device and sums as told, and what it says of them.
+    """The backend that multiplies operands `a` and `b` on a device and sums as told, and what it
+    says of them.
 
-    `size` decides between backends of about the same speed. The reason of an emulated product also tells why no faster backend took it.
+    `size` decides between backends of about the same speed. The reason of an emulated product also
+    tells why no faster backend took it.
 
     Raises:
         UserError: no such backend, or the one asked for does not support the product.
     """
     if backend != "auto":
         if backend not in BACKENDS:
-            raise UserError(f"precision.backend: unknown backend '{backend}'{nearest(backend, ['auto', *BACKENDS])}")
+            raise UserError(
+                "precision.backend: unknown backend "
+                f"'{backend}'{nearest(backend, ['auto', *BACKENDS])}"
+            )
         support = BACKENDS[backend].supports(a, b, device_type, sums)
         if not support.ok:
-            raise UserError(f"precision.backend: '{backend}' can't multiply {a} by {b} on {device_type}: {support.reason}")
+            raise UserError(
+                f"precision.backend: '{backend}' can't multiply {a} by {b} on {device_type}: "
+                f"{support.reason}"
+            )
         return BACKENDS[backend], support
     refusals: dict[str, list[str]] = {}
-    for candidate in sorted(BACKENDS.values(), key=lambda candidate: (candidate.name == "reference", candidate.rank(a, b, size))):
+    for candidate in sorted(
+        BACKENDS.values(),
+        key=lambda candidate: (candidate.name == "reference", candidate.rank(a, b, size)),
+    ):
         support = candidate.supports(a, b, device_type, sums)
         if support.ok:
-            return candidate, Support(ok=True, native=support.native, reason="; ".join([support.reason, *_told(refusals)]))
+            return candidate, Support(
+                ok=True, native=support.native, reason="; ".join([support.reason, *_told(refusals)])
+            )
         refusals.setdefault(support.reason, []).append(candidate.name)
     raise AssertionError("the reference backend supports everything")
 
 
 def _told(refusals: dict[str, list[str]]) -> list[str]:
-    """'hopper: needs a Hopper GPU, not cpu': of backends that take such operands, if there are any; of all otherwise."""
+    """'hopper: needs a Hopper GPU, not cpu': of backends that take such operands, if there are any;
+    of all otherwise."""
     near = {reason: names for reason, names in refusals.items() if not reason.startswith("takes")}
     return [f"{', '.join(names)}: {reason}" for reason, names in (near or refusals).items()]

@@ -1,7 +1,7 @@
 """What a GEMM backend is.
 
-Every product is "NT" with the contraction axis K last on both sides: a_MK . b_NK^T -> c_MN. So no backend needs an axis argument; a
-transposed product is the product of transposed operands.
+Every product is "NT" with the contraction axis K last on both sides: a_MK . b_NK^T -> c_MN. So no
+backend needs an axis argument; a transposed product is the product of transposed operands.
 """
 
 from abc import ABC, abstractmethod
@@ -22,19 +22,25 @@ class Accumulation:
     """How the K products of an output element are summed."""
 
     bits: int | None = None
-    """Significant bits that the accumulator keeps between steps of the matrix unit (14 on Hopper in FP8); None: fp32's 24."""
+    """Significant bits that the accumulator keeps between steps of the matrix unit (14 on Hopper in
+    FP8); None: fp32's 24."""
     promote_every: int | None = None
-    """Contracted elements after which the accumulator is added to an fp32 sum and starts again; None: at the end."""
+    """Contracted elements after which the accumulator is added to an fp32 sum and starts again;
+    None: at the end."""
 
     def __post_init__(self) -> None:
         if self.bits is not None and not 2 <= self.bits <= 24:
             raise ValueError(f"accumulator_bits lies between 2 and 24, got {self.bits}")
         if self.promote_every is not None and self.promote_every < 1:
-            raise ValueError(f"promote_every is a positive number of elements, got {self.promote_every}")
+            raise ValueError(
+                f"promote_every is a positive number of elements, got {self.promote_every}"
+            )
 
     def __str__(self) -> str:
         width = "fp32 sums" if self.bits is None else f"{self.bits}-bit sums"
-        return width if self.promote_every is None else f"{width}, promoted every {self.promote_every}"
+        return (
+            width if self.promote_every is None else f"{width}, promoted every {self.promote_every}"
+        )
 
 
 FP32_SUMS = Accumulation()
@@ -46,7 +52,8 @@ class Support:
 
     ok: bool
     native: bool = False
-    """The hardware multiplies the operands in the formats they are in; otherwise their values are emulated in a wider one."""
+    """The hardware multiplies the operands in the formats they are in; otherwise their values are
+    emulated in a wider one."""
     reason: str
 
 
@@ -77,9 +84,18 @@ class GemmBackend(ABC):
         return 0
 
     @abstractmethod
-    def supports(self, a: OperandSpec | None, b: OperandSpec | None, device_type: str, sums: Accumulation = FP32_SUMS) -> Support:
-        """Whether a product of operands so represented and so summed runs here, on a device of this type ("cpu", "cuda"), or why not."""
+    def supports(
+        self,
+        a: OperandSpec | None,
+        b: OperandSpec | None,
+        device_type: str,
+        sums: Accumulation = FP32_SUMS,
+    ) -> Support:
+        """Whether a product of operands so represented and so summed runs here, on a device of this
+        type ("cpu", "cuda"), or why not."""
 
     @abstractmethod
-    def mm(self, a_MK: Operand, b_NK: Operand, out_dtype: torch.dtype, sums: Accumulation = FP32_SUMS) -> Tensor:
+    def mm(
+        self, a_MK: Operand, b_NK: Operand, out_dtype: torch.dtype, sums: Accumulation = FP32_SUMS
+    ) -> Tensor:
         """a . b^T -> [M, N] of `out_dtype`."""

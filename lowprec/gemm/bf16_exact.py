@@ -1,8 +1,10 @@
-"""The `bf16_exact` backend: emulation on an accelerator by its bf16 matrix units, without an error of its own.
+"""The `bf16_exact` backend: emulation on an accelerator by its bf16 matrix units, without an error
+of its own.
 
-The values of MX formats, codes of at most four significant bits times a power of two, are bf16 numbers, and so the products of two of them
-are exact in fp32, in which they are summed. So it gives what the reference does but for the order of the sums, on the matrix units.
-(A value below 2^-133, where bf16 ends, is lost; it takes an e8m0 scale near the smallest.)
+The values of MX formats, codes of at most four significant bits times a power of two, are bf16
+numbers, and so the products of two of them are exact in fp32, in which they are summed. So it gives
+what the reference does but for the order of the sums, on the matrix units. (A value below 2^-133,
+where bf16 ends, is lost; it takes an e8m0 scale near the smallest.)
 """
 
 import torch
@@ -17,17 +19,32 @@ class ExactInBf16Backend(GemmBackend):
     decoded = True
     plain_dtype = torch.bfloat16
 
-    def supports(self, a: OperandSpec | None, b: OperandSpec | None, device_type: str, sums: Accumulation = FP32_SUMS) -> Support:
+    def supports(
+        self,
+        a: OperandSpec | None,
+        b: OperandSpec | None,
+        device_type: str,
+        sums: Accumulation = FP32_SUMS,
+    ) -> Support:
         if not (_is_exact(a) and _is_exact(b)):
             return Support(ok=False, reason="takes operands whose values are bf16 numbers")
         if sums.bits is not None:
             return Support(ok=False, reason="sums in fp32")
         if device_type != "cuda":
             return Support(ok=False, reason="bf16 products are slow on a CPU")
-        return Support(ok=True, native=False, reason="emulated exactly: the values are bf16 numbers, multiplied as such")
+        return Support(
+            ok=True,
+            native=False,
+            reason="emulated exactly: the values are bf16 numbers, multiplied as such",
+        )
 
-    def mm(self, a_MK: Operand, b_NK: Operand, out_dtype: torch.dtype, sums: Accumulation = FP32_SUMS) -> Tensor:
-        a, b = (t.dequantize(torch.bfloat16) if isinstance(t, QTensor) else t.to(torch.bfloat16) for t in (a_MK, b_NK))
+    def mm(
+        self, a_MK: Operand, b_NK: Operand, out_dtype: torch.dtype, sums: Accumulation = FP32_SUMS
+    ) -> Tensor:
+        a, b = (
+            t.dequantize(torch.bfloat16) if isinstance(t, QTensor) else t.to(torch.bfloat16)
+            for t in (a_MK, b_NK)
+        )
         if out_dtype == torch.bfloat16:
             return torch.mm(a, b.t())
         if a.is_cuda:
@@ -39,4 +56,8 @@ def _is_exact(spec: OperandSpec | None) -> bool:
     scaling = None if spec is None else spec.scaling
     if spec is None or scaling is None or spec.element.is_integer:
         return False
-    return spec.element.mantissa_bits <= 7 and scaling.scale_format == "e8m0" and scaling.prescale == 1.0
+    return (
+        spec.element.mantissa_bits <= 7
+        and scaling.scale_format == "e8m0"
+        and scaling.prescale == 1.0
+    )

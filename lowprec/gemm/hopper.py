@@ -1,4 +1,5 @@
-"""The `hopper` backend: block-scaled FP8 by our own kernel (`hopper_kernel`), promoted to fp32 every 128 elements."""
+"""The `hopper` backend: block-scaled FP8 by our own kernel (`hopper_kernel`), promoted to fp32
+every 128 elements."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -23,7 +24,8 @@ def kind(spec: OperandSpec | None) -> str:
 
 
 def why_not_sums(sums: Accumulation) -> str | None:
-    """Why Hopper's block-scaled products can't sum as told: each 128 elements are summed in 14 bits, and those sums in fp32."""
+    """Why Hopper's block-scaled products can't sum as told: each 128 elements are summed in 14
+    bits, and those sums in fp32."""
     if sums.promote_every not in (None, TILE):
         return f"promotes every {TILE} elements, not every {sums.promote_every}"
     if sums.bits is not None and (sums.bits, sums.promote_every) != (_ACCUMULATOR_BITS, TILE):
@@ -35,20 +37,42 @@ class HopperBackend(GemmBackend):
     name = "hopper"
 
     def rank(self, a: OperandSpec | None, b: OperandSpec | None, size: Size) -> int:
-        """Before cuBLASLt (0) where both sides have a scale per row: 7 to 20% faster. With 128x128 blocks, on large layers, it is 2 to 12%
-        faster where the result is wide and up to 16% slower where it is not; on others as fast, and quicker to start, because cuBLASLt
-        looks for an algorithm in every call."""
-        return -1 if kind(b) == "1x128" or (kind(b) == "128x128" and (size.wide or size.weights < _LARGE)) else 1
+        """Before cuBLASLt (0) where both sides have a scale per row: 7 to 20% faster. With 128x128
+        blocks, on large layers, it is 2 to 12% faster where the result is wide and up to 16% slower
+        where it is not; on others as fast, and quicker to start, because cuBLASLt looks for an
+        algorithm in every call."""
+        return (
+            -1
+            if kind(b) == "1x128" or (kind(b) == "128x128" and (size.wide or size.weights < _LARGE))
+            else 1
+        )
 
-    def supports(self, a: OperandSpec | None, b: OperandSpec | None, device_type: str, sums: Accumulation = FP32_SUMS) -> Support:
+    def supports(
+        self,
+        a: OperandSpec | None,
+        b: OperandSpec | None,
+        device_type: str,
+        sums: Accumulation = FP32_SUMS,
+    ) -> Support:
         if kind(a) != "1x128" or kind(b) not in ("1x128", "128x128"):
-            return Support(ok=False, reason="takes fp8 with scales of 1x128 on the left, of 1x128 or 128x128 on the right")
+            return Support(
+                ok=False,
+                reason="takes fp8 with scales of 1x128 on the left, of 1x128 or 128x128 on the right",
+            )
         if reason := why_not_sums(sums) or why_not_hopper(device_type) or _why_no_gluon():
             return Support(ok=False, reason=reason)
-        return Support(ok=True, native=True, reason=f"fp8 on the matrix units, promoted to fp32 every {TILE}")
+        return Support(
+            ok=True, native=True, reason=f"fp8 on the matrix units, promoted to fp32 every {TILE}"
+        )
 
     def mm(
-        self, a_MK: Operand, b_NK: Operand, out_dtype: torch.dtype, sums: Accumulation = FP32_SUMS, *, bias: Tensor | None = None
+        self,
+        a_MK: Operand,
+        b_NK: Operand,
+        out_dtype: torch.dtype,
+        sums: Accumulation = FP32_SUMS,
+        *,
+        bias: Tensor | None = None,
     ) -> Tensor:
         assert isinstance(a_MK, QTensor)
         assert isinstance(b_NK, QTensor)
@@ -66,7 +90,11 @@ def why_not_hopper(device_type: str) -> str | None:
     if not torch.cuda.is_available():
         return "needs a Hopper GPU, and this machine has none"
     major, minor = torch.cuda.get_device_capability()
-    return None if major == 9 else f"needs a Hopper GPU (compute capability 9.0), this one has {major}.{minor}"
+    return (
+        None
+        if major == 9
+        else f"needs a Hopper GPU (compute capability 9.0), this one has {major}.{minor}"
+    )
 
 
 @cache
@@ -79,7 +107,8 @@ def _why_no_gluon() -> str | None:
 
 
 def tile_scales(scale_MK: Tensor) -> Tensor:
-    """1x128 scales [M, K / 128] as kernels read them: fp32 in memory [K / 128, M], rows starting on 16 bytes."""
+    """1x128 scales [M, K / 128] as kernels read them: fp32 in memory [K / 128, M], rows starting on
+    16 bytes."""
     scale = _fp32(scale_MK).t()
     if scale.stride(1) == 1 and scale.stride(0) % 4 == 0 and scale.data_ptr() % 16 == 0:
         return scale
@@ -110,9 +139,16 @@ def padded_codes(codes: Tensor) -> Tensor:
 
 
 def _scaled_gemm(
-    a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, column_scales: bool, bias: Tensor | None, out_dtype: torch.dtype
+    a: Tensor,
+    scale_a: Tensor,
+    b: Tensor,
+    scale_b: Tensor,
+    column_scales: bool,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
 ) -> Tensor:
-    """Codes [M, K] and [N, K] with scales as QTensors hold them; `column_scales`: those of b are 1x128 too."""
+    """Codes [M, K] and [N, K] with scales as QTensors hold them; `column_scales`: those of b are
+    1x128 too."""
     (M, K), N = a.shape, b.shape[0]
     if M == 0 or N == 0 or K == 0:
         zeros = a.new_zeros((M, N), dtype=out_dtype)
@@ -123,9 +159,21 @@ def _scaled_gemm(
     c = torch.empty((M, padded_N), dtype=dtype, device=a.device)
     if padded_N != N:
         c = c[:, :N]
-    scale_a, scale_b = tile_scales(scale_a), tile_scales(scale_b) if column_scales else block_scales(scale_b)
+    scale_a, scale_b = (
+        tile_scales(scale_a),
+        tile_scales(scale_b) if column_scales else block_scales(scale_b),
+    )
     launch = _launch_function()
-    launch(padded_codes(a), scale_a, padded_codes(b), scale_b, column_scales, bias, c, choose_tile(M, N, a.device.index or 0))
+    launch(
+        padded_codes(a),
+        scale_a,
+        padded_codes(b),
+        scale_b,
+        column_scales,
+        bias,
+        c,
+        choose_tile(M, N, a.device.index or 0),
+    )
     if padded_N != N:
         c = c.contiguous()
     return c if dtype == out_dtype else c.to(out_dtype)
@@ -140,13 +188,27 @@ def _launch_function() -> Any:
 
 @torch.library.custom_op("lowprec::scaled_gemm", mutates_args=())
 def _scaled_gemm_op(
-    a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, column_scales: bool, bias: Tensor | None, out_dtype: torch.dtype
+    a: Tensor,
+    scale_a: Tensor,
+    b: Tensor,
+    scale_b: Tensor,
+    column_scales: bool,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
 ) -> Tensor:
     return _scaled_gemm(a, scale_a, b, scale_b, column_scales, bias, out_dtype)
 
 
 @_scaled_gemm_op.register_fake
-def _(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, column_scales: bool, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+def _(
+    a: Tensor,
+    scale_a: Tensor,
+    b: Tensor,
+    scale_b: Tensor,
+    column_scales: bool,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
 
 
@@ -167,5 +229,7 @@ _SMALL_COSTS = 1.08
 def choose_tile(M: int, N: int, device: int) -> Tile:
     """The tile whose rounds over the processors take less time."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    rounds = {tile: -(-(-(-M // tile.rows) * -(-N // 128)) // processors) for tile in (LARGE, SMALL)}
+    rounds = {
+        tile: -(-(-(-M // tile.rows) * -(-N // 128)) // processors) for tile in (LARGE, SMALL)
+    }
     return LARGE if 2 * rounds[LARGE] <= _SMALL_COSTS * rounds[SMALL] else SMALL

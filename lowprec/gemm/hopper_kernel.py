@@ -1,24 +1,36 @@
-"""A persistent, warp-specialised FP8 GEMM for Hopper in Gluon, with block scales and promotion to fp32 every 128 elements.
+"""A persistent, warp-specialised FP8 GEMM for Hopper in Gluon, with block scales and promotion to
+fp32 every 128 elements.
 
     c_MN = sum over k of s_a[m, k] * s_b[n, k] * (sum over 128 elements of a_MK * b_NK)
 
-One warp keeps the tensor loads in flight; two warp groups of four warps multiply. Each owns 64 * WAVES rows of the tile and takes them 64
-at a time: while one group adds its 128-element partial sums, times their scales, to its fp32 accumulators, the other's matrix instructions
-run (DeepSeek-V3, arXiv 2412.19437, section 3.3.2). What decides the speed, as measured (docs/experiments.md):
+One warp keeps the tensor loads in flight; two warp groups of four warps multiply. Each owns 64 *
+WAVES rows of the tile and takes them 64 at a time: while one group adds its 128-element partial
+sums, times their scales, to its fp32 accumulators, the other's matrix instructions run
+(DeepSeek-V3, arXiv 2412.19437, section 3.3.2). What decides the speed, as measured
+(docs/experiments.md):
 
-* shared memory is read for every matrix instruction, so a tile of 256 x 128 (WAVES = 2), whose b is used twice as often, beats 128 x 128;
-* its accumulators take 128 registers, partial sums 64, the column scales 32. That fits 240 registers only if a group's second product does
-  not start before the first one's partial sums are added. `_pin` sees to that: left alone, the compilers interleave the two and spill.
+* shared memory is read for every matrix instruction, so a tile of 256 x 128 (WAVES = 2), whose b is
+  used twice as often, beats 128 x 128;
+* its accumulators take 128 registers, partial sums 64, the column scales 32. That fits 240
+  registers only if a group's second product does not start before the first one's partial sums are
+  added. `_pin` sees to that: left alone, the compilers interleave the two and spill.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 
 @gluon.jit
 def _place(tile, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Tiles in stripes of 8 rows of tiles, column by column, so that what runs at one time shares its operands in the L2 cache."""
+    """Tiles in stripes of 8 rows of tiles, column by column, so that what runs at one time shares
+    its operands in the L2 cache."""
     tiles_m = gl.cdiv(M, BLOCK_M)
     tiles_n = gl.cdiv(N, BLOCK_N)
     first = tile // (8 * tiles_n) * 8
@@ -30,7 +42,9 @@ def _place(tile, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
 @gluon.jit
 def _pin(x):
     """x, computed before whatever is asked for next."""
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=False, pack=1)
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit
@@ -38,20 +52,32 @@ def _load(a_desc, b_desc, sa_desc, sb_desc, a_bufs, b_bufs, sa_bufs, sb_bufs, re
           STAGES: gl.constexpr):  # fmt: skip
     BLOCK_M: gl.constexpr = a_desc.block_type.shape[0]
     BLOCK_N: gl.constexpr = b_desc.block_type.shape[0]
-    BYTES: gl.constexpr = 128 * (BLOCK_M + BLOCK_N) + 4 * BLOCK_M + (4 * BLOCK_N if COLUMN_SCALES else 0)
+    BYTES: gl.constexpr = (
+        128 * (BLOCK_M + BLOCK_N) + 4 * BLOCK_M + (4 * BLOCK_N if COLUMN_SCALES else 0)
+    )
     step = 0
-    for tile in range(gl.program_id(0), gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N), gl.num_programs(0)):
+    for tile in range(
+        gl.program_id(0), gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N), gl.num_programs(0)
+    ):
         tile_m, tile_n = _place(tile, M, N, BLOCK_M, BLOCK_N)
         for k in range(steps_k):
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
             bar = ready.index(stage)
             mbarrier.expect(bar, BYTES)
-            tma.async_copy_global_to_shared(a_desc, [tile_m * BLOCK_M, k * 128], bar, a_bufs.index(stage))
-            tma.async_copy_global_to_shared(b_desc, [tile_n * BLOCK_N, k * 128], bar, b_bufs.index(stage))
-            tma.async_copy_global_to_shared(sa_desc, [k, tile_m * BLOCK_M], bar, sa_bufs.index(stage))
+            tma.async_copy_global_to_shared(
+                a_desc, [tile_m * BLOCK_M, k * 128], bar, a_bufs.index(stage)
+            )
+            tma.async_copy_global_to_shared(
+                b_desc, [tile_n * BLOCK_N, k * 128], bar, b_bufs.index(stage)
+            )
+            tma.async_copy_global_to_shared(
+                sa_desc, [k, tile_m * BLOCK_M], bar, sa_bufs.index(stage)
+            )
             if COLUMN_SCALES:
-                tma.async_copy_global_to_shared(sb_desc, [k, tile_n * BLOCK_N], bar, sb_bufs.index(stage))
+                tma.async_copy_global_to_shared(
+                    sb_desc, [k, tile_n * BLOCK_N], bar, sb_bufs.index(stage)
+                )
             step += 1
 
 
@@ -60,11 +86,15 @@ def _multiply(a_desc, b_desc, c_desc, sb_ptr, sb_stride, bias_ptr, a_bufs, b_buf
               COLUMN_SCALES: gl.constexpr, BIAS: gl.constexpr, STAGES: gl.constexpr, WAVES: gl.constexpr, GROUP: gl.constexpr):  # fmt: skip
     BLOCK_M: gl.constexpr = a_desc.block_type.shape[0]
     BLOCK_N: gl.constexpr = b_desc.block_type.shape[0]
-    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 32])
+    mma: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 32]
+    )
     FIRST: gl.constexpr = GROUP * 64 * WAVES
     part = gl.zeros((64, BLOCK_N), gl.float32, mma)
     step = 0
-    for tile in range(gl.program_id(0), gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N), gl.num_programs(0)):
+    for tile in range(
+        gl.program_id(0), gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N), gl.num_programs(0)
+    ):
         tile_m, tile_n = _place(tile, M, N, BLOCK_M, BLOCK_N)
         acc0 = gl.zeros((64, BLOCK_N), gl.float32, mma)
         acc1 = gl.zeros((64, BLOCK_N), gl.float32, mma)
@@ -90,7 +120,9 @@ def _multiply(a_desc, b_desc, c_desc, sb_ptr, sb_stride, bias_ptr, a_bufs, b_buf
             else:
                 acc0 = _pin(acc0 + part * (sa0 * sb))
             if WAVES == 2:
-                part = warpgroup_mma(a.slice(FIRST + 64, 64, dim=0), b, part, use_acc=False, is_async=True)
+                part = warpgroup_mma(
+                    a.slice(FIRST + 64, 64, dim=0), b, part, use_acc=False, is_async=True
+                )
                 sa1 = sa.slice(FIRST + 64, 64, dim=0).load(mma)
                 part = warpgroup_mma_wait(0, deps=(part,))
                 mbarrier.arrive(empty.index(stage), count=1)
@@ -106,7 +138,9 @@ def _multiply(a_desc, b_desc, c_desc, sb_ptr, sb_stride, bias_ptr, a_bufs, b_buf
             acc1 += bias
         _write(c_desc, c_bufs.index(GROUP), acc0, tile_m * BLOCK_M + FIRST, tile_n * BLOCK_N)
         if WAVES == 2:
-            _write(c_desc, c_bufs.index(GROUP), acc1, tile_m * BLOCK_M + FIRST + 64, tile_n * BLOCK_N)
+            _write(
+                c_desc, c_bufs.index(GROUP), acc1, tile_m * BLOCK_M + FIRST + 64, tile_n * BLOCK_N
+            )
     tma.store_wait(0)
 
 
@@ -121,19 +155,29 @@ def _write(c_desc, buffer, acc, m, n):
 @gluon.jit(do_not_specialize=["sb_stride", "M", "N", "K"])
 def scaled_gemm(a_desc, b_desc, c_desc, sa_desc, sb_desc, sb_ptr, sb_stride, bias_ptr, M, N, K, COLUMN_SCALES: gl.constexpr,
                 BIAS: gl.constexpr, STAGES: gl.constexpr, WAVES: gl.constexpr):  # fmt: skip
-    """a [M, K], b [N, K] of fp8 -> c [M, N]. Scales of a: fp32 [K / 128, M]; of b: the same (COLUMN_SCALES), or [N / 128, K / 128]."""
-    a_bufs = gl.allocate_shared_memory(a_desc.dtype, [STAGES] + a_desc.block_type.shape, a_desc.layout)
-    b_bufs = gl.allocate_shared_memory(b_desc.dtype, [STAGES] + b_desc.block_type.shape, b_desc.layout)
+    """a [M, K], b [N, K] of fp8 -> c [M, N]. Scales of a: fp32 [K / 128, M]; of b: the same
+    (COLUMN_SCALES), or [N / 128, K / 128]."""
+    a_bufs = gl.allocate_shared_memory(
+        a_desc.dtype, [STAGES] + a_desc.block_type.shape, a_desc.layout
+    )
+    b_bufs = gl.allocate_shared_memory(
+        b_desc.dtype, [STAGES] + b_desc.block_type.shape, b_desc.layout
+    )
     c_bufs = gl.allocate_shared_memory(c_desc.dtype, [2] + c_desc.block_type.shape, c_desc.layout)
-    sa_bufs = gl.allocate_shared_memory(gl.float32, [STAGES] + sa_desc.block_type.shape, sa_desc.layout)
-    sb_bufs = gl.allocate_shared_memory(gl.float32, [STAGES] + sb_desc.block_type.shape, sb_desc.layout)
+    sa_bufs = gl.allocate_shared_memory(
+        gl.float32, [STAGES] + sa_desc.block_type.shape, sa_desc.layout
+    )
+    sb_bufs = gl.allocate_shared_memory(
+        gl.float32, [STAGES] + sb_desc.block_type.shape, sb_desc.layout
+    )
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
-    # gl.to_tensor: Triton turns integer arguments equal to 1 into constants, which a partition can't take
+    # gl.to_tensor: Triton turns integer arguments equal to 1 into constants, which a partition
+    # can't take
     M = gl.to_tensor(M)
     N = gl.to_tensor(N)
     steps_k = gl.to_tensor(gl.cdiv(K, 128))

@@ -11,8 +11,18 @@ from lowprec.quant.launch import Launcher, Map, processors
 _launcher = Launcher(scaled_gemm, num_warps=4)
 
 
-def launch(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, column_scales: bool, bias: Tensor | None, c: Tensor, tile: Any) -> None:
-    """c = (a, scale_a) . (b, scale_b)^T + bias; all rows start on 16 bytes. See the kernel for the scales' layouts."""
+def launch(
+    a: Tensor,
+    scale_a: Tensor,
+    b: Tensor,
+    scale_b: Tensor,
+    column_scales: bool,
+    bias: Tensor | None,
+    c: Tensor,
+    tile: Any,
+) -> None:
+    """c = (a, scale_a) . (b, scale_b)^T + bias; all rows start on 16 bytes. See the kernel for the
+    scales' layouts."""
     M, K = a.shape
     N = b.shape[0]
     stages = 3 if tile.waves == 2 else 4 if c.dtype == torch.float32 else 5
@@ -22,11 +32,41 @@ def launch(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, column_scales
 
     def arguments() -> tuple[Any, ...]:
         # Scales of 128 x 128 blocks are read one by one; their map is not used then.
-        maps = Map(scale_a, (1, tile.rows), swizzled=False), Map(scale_b if column_scales else scale_a, (1, 128), swizzled=False)
-        return Map(a, (tile.rows, 128)), Map(b, (128, 128)), Map(c, (64, 128)), *maps, scale_b, stride, pointer, M, N, K, *constants
+        maps = (
+            Map(scale_a, (1, tile.rows), swizzled=False),
+            Map(scale_b if column_scales else scale_a, (1, 128), swizzled=False),
+        )
+        return (
+            Map(a, (tile.rows, 128)),
+            Map(b, (128, 128)),
+            Map(c, (64, 128)),
+            *maps,
+            scale_b,
+            stride,
+            pointer,
+            M,
+            N,
+            K,
+            *constants,
+        )
 
-    addresses = (a.data_ptr(), scale_a.data_ptr(), b.data_ptr(), scale_b.data_ptr(), c.data_ptr(), pointer.data_ptr())
+    addresses = (
+        a.data_ptr(),
+        scale_a.data_ptr(),
+        b.data_ptr(),
+        scale_b.data_ptr(),
+        c.data_ptr(),
+        pointer.data_ptr(),
+    )
     place = (*addresses, M, N, K, a.stride(0), b.stride(0), c.stride(0), scale_a.stride(0), stride)
-    key = (a.dtype, b.dtype, c.dtype, pointer.dtype, addresses[3] % 16 == 0, addresses[5] % 16 == 0, constants)
+    key = (
+        a.dtype,
+        b.dtype,
+        c.dtype,
+        pointer.dtype,
+        addresses[3] % 16 == 0,
+        addresses[5] % 16 == 0,
+        constants,
+    )
     tiles = -(-M // tile.rows) * -(-N // 128)
     _launcher(a.device.index, key, place, min(tiles, processors(a.device.index)), arguments)

@@ -1,9 +1,12 @@
-"""The reference backend: dequantise, multiply in fp32. The oracle of every other backend, on any device.
+"""The reference backend: dequantise, multiply in fp32. The oracle of every other backend, on any
+device.
 
-It can also sum as a narrower accumulator does. One step of the matrix unit takes 32 products and the accumulator, aligns them all to the
-largest exponent among them, keeps B significant bits of each there, cuts the rest towards zero, and adds exactly. So small terms lose most
-of their bits beside a large accumulator, and what is lost grows with its value: DeepSeek-V3 adds the accumulator to an fp32 sum every 128
-elements and starts again (arXiv 2412.19437, sections 3.3.2 and 3.5). With B = 14 this is what an H100 does (docs/numerics.md).
+It can also sum as a narrower accumulator does. One step of the matrix unit takes 32 products and
+the accumulator, aligns them all to the largest exponent among them, keeps B significant bits of
+each there, cuts the rest towards zero, and adds exactly. So small terms lose most of their bits
+beside a large accumulator, and what is lost grows with its value: DeepSeek-V3 adds the accumulator
+to an fp32 sum every 128 elements and starts again (arXiv 2412.19437, sections 3.3.2 and 3.5). With
+B = 14 this is what an H100 does (docs/numerics.md).
 """
 
 import torch
@@ -13,7 +16,8 @@ from lowprec.gemm.base import FP32_SUMS, Accumulation, GemmBackend, Operand, Sup
 from lowprec.quant import OperandSpec, QTensor
 
 MMA_K = 32
-"""Elements that one step contracts: those of Hopper's FP8 instruction (PTX ISA, wgmma.mma_async with .e4m3 operands: k = 32)."""
+"""Elements that one step contracts: those of Hopper's FP8 instruction (PTX ISA, wgmma.mma_async
+with .e4m3 operands: k = 32)."""
 
 _PIECE = 1 << 20
 """Products that are held at once."""
@@ -23,11 +27,19 @@ class ReferenceBackend(GemmBackend):
     name = "reference"
     decoded = True
 
-    def supports(self, a: OperandSpec | None, b: OperandSpec | None, device_type: str, sums: Accumulation = FP32_SUMS) -> Support:
+    def supports(
+        self,
+        a: OperandSpec | None,
+        b: OperandSpec | None,
+        device_type: str,
+        sums: Accumulation = FP32_SUMS,
+    ) -> Support:
         width = "fp32" if sums.bits is None else f"fp32, summed in {sums.bits} bits"
         return Support(ok=True, native=False, reason=f"dequantised and multiplied in {width}")
 
-    def mm(self, a_MK: Operand, b_NK: Operand, out_dtype: torch.dtype, sums: Accumulation = FP32_SUMS) -> Tensor:
+    def mm(
+        self, a_MK: Operand, b_NK: Operand, out_dtype: torch.dtype, sums: Accumulation = FP32_SUMS
+    ) -> Tensor:
         a, b = _fp32(a_MK), _fp32(b_NK)
         if sums.bits is None:  # promotion would change nothing: the accumulator is the fp32 sum
             return (a @ b.t()).to(out_dtype)
@@ -41,15 +53,20 @@ def _narrow_sums(a_MK: Tensor, b_NK: Tensor, bits: int, promote_every: int) -> T
         for a, b in zip(a_rows.split(promote_every, 1), b_NK.split(promote_every, 1), strict=True):
             sums = torch.zeros_like(c)
             for a_step, b_step in zip(a.split(MMA_K, 1), b.split(MMA_K, 1), strict=True):
-                sums = _aligned_sum(torch.cat((sums[:, :, None], a_step[:, None, :] * b_step), 2), bits)
+                sums = _aligned_sum(
+                    torch.cat((sums[:, :, None], a_step[:, None, :] * b_step), 2), bits
+                )
             c += sums
     return c_MN
 
 
 def _aligned_sum(terms: Tensor, bits: int) -> Tensor:
-    """The sum over the last axis of terms aligned to the largest one's exponent and cut to `bits` significant bits there."""
+    """The sum over the last axis of terms aligned to the largest one's exponent and cut to `bits`
+    significant bits there."""
     largest = terms.abs().amax(2, keepdim=True)
-    power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(2.0**-100, 2.0**120)  # 2^exponent
+    power = (
+        (largest.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(2.0**-100, 2.0**120)
+    )  # 2^exponent
     unit = power * 2.0 ** (1 - bits)
     # Whole multiples of the unit, each below 2^24: their sum is exact.
     return (terms * (1.0 / unit)).trunc_().sum(2).mul_(unit[:, :, 0])

@@ -1,7 +1,9 @@
-"""The `scaled_mm` backend: cuBLASLt's FP8 products through torch, with scales per tensor, per row, or of blocks on Hopper.
+"""The `scaled_mm` backend: cuBLASLt's FP8 products through torch, with scales per tensor, per row,
+or of blocks on Hopper.
 
-Layouts (docs/numerics.md): operands row-major, dimensions multiples of 16. 1x128 scales lie in memory as [K / 128, M], 128x128 ones as
-[N / 128, L] with L = K / 128 rounded up to 4: unpadded ones gave wrong results before PyTorch's pull request 166752.
+Layouts (docs/numerics.md): operands row-major, dimensions multiples of 16. 1x128 scales lie in
+memory as [K / 128, M], 128x128 ones as [N / 128, L] with L = K / 128 rounded up to 4: unpadded ones
+gave wrong results before PyTorch's pull request 166752.
 """
 
 import torch
@@ -17,31 +19,54 @@ from lowprec.quant import OperandSpec, QTensor
 class ScaledMMBackend(GemmBackend):
     name = "scaled_mm"
 
-    def supports(self, a: OperandSpec | None, b: OperandSpec | None, device_type: str, sums: Accumulation = FP32_SUMS) -> Support:
+    def supports(
+        self,
+        a: OperandSpec | None,
+        b: OperandSpec | None,
+        device_type: str,
+        sums: Accumulation = FP32_SUMS,
+    ) -> Support:
         kinds = (kind(a), kind(b))
         blocks = kinds in (("1x128", "1x128"), ("1x128", "128x128"))
         if not blocks and kinds not in (("tensor", "tensor"), ("row", "row")):
-            return Support(ok=False, reason="takes fp8 with scales per tensor, per row, of 1x128, or of 1x128 by 128x128")
+            return Support(
+                ok=False,
+                reason="takes fp8 with scales per tensor, per row, of 1x128, or of 1x128 by 128x128",
+            )
         if a is not None and b is not None and a.element == E5M2 and b.element == E5M2:
             return Support(ok=False, reason="takes e5m2 on one side only")
-        if reason := (why_not_sums(sums) if blocks else _why_not_whole_sums(sums)) or _why_not_here(device_type, blocks):
+        if reason := (why_not_sums(sums) if blocks else _why_not_whole_sums(sums)) or _why_not_here(
+            device_type, blocks
+        ):
             return Support(ok=False, reason=reason)
         return Support(ok=True, native=True, reason="fp8 on the matrix units by cuBLASLt")
 
-    def mm(self, a_MK: Operand, b_NK: Operand, out_dtype: torch.dtype, sums: Accumulation = FP32_SUMS) -> Tensor:
+    def mm(
+        self, a_MK: Operand, b_NK: Operand, out_dtype: torch.dtype, sums: Accumulation = FP32_SUMS
+    ) -> Tensor:
         assert isinstance(a_MK, QTensor)
         assert isinstance(b_NK, QTensor)
         scale_a, scale_b = a_MK.scale_data, b_NK.scale_data
         assert scale_a is not None
         assert scale_b is not None
         fast = sums.bits is not None and sums.promote_every is None
-        # An operator of ours, because torch.compile traces neither torch's for blocks nor the padding
+        # An operator of ours, because torch.compile traces neither torch's for blocks nor the
+        # padding
         call = torch.ops.lowprec.cublaslt if torch.compiler.is_compiling() else _multiply
         return call(a_MK.data, scale_a, b_NK.data, scale_b, b_NK.spec.kind, fast, out_dtype)
 
 
-def _multiply(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, b_kind: str, fast: bool, out_dtype: torch.dtype) -> Tensor:
-    """Codes [M, K] and [N, K] with scales as QTensors hold them; `b_kind` is b's, and `fast` leaves sums in the matrix unit's 14 bits."""
+def _multiply(
+    a: Tensor,
+    scale_a: Tensor,
+    b: Tensor,
+    scale_b: Tensor,
+    b_kind: str,
+    fast: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Codes [M, K] and [N, K] with scales as QTensors hold them; `b_kind` is b's, and `fast` leaves
+    sums in the matrix unit's 14 bits."""
     (M, K), N = a.shape, b.shape[0]
     if M == 0 or N == 0 or K == 0:
         return a.new_zeros((M, N), dtype=out_dtype)
@@ -61,19 +86,37 @@ def _multiply(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, b_kind: st
         else:
             kind_b, scale_b = kinds.BlockWise128x128, _padded_blocks(block_scales(scale_b))
         dtype = out_dtype if out_dtype in (torch.bfloat16, torch.float32) else torch.float32
-        c = F.scaled_mm(a, b.t(), scale_a.t(), kinds.BlockWise1x128, scale_b.t(), kind_b, output_dtype=dtype)
+        c = F.scaled_mm(
+            a, b.t(), scale_a.t(), kinds.BlockWise1x128, scale_b.t(), kind_b, output_dtype=dtype
+        )
     if c.shape != (M, N):
         c = c[:M, :N].contiguous()
     return c if c.dtype == out_dtype else c.to(out_dtype)
 
 
 @torch.library.custom_op("lowprec::cublaslt", mutates_args=())
-def _multiply_op(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, b_kind: str, fast: bool, out_dtype: torch.dtype) -> Tensor:
+def _multiply_op(
+    a: Tensor,
+    scale_a: Tensor,
+    b: Tensor,
+    scale_b: Tensor,
+    b_kind: str,
+    fast: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
     return _multiply(a, scale_a, b, scale_b, b_kind, fast, out_dtype)
 
 
 @_multiply_op.register_fake
-def _(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, b_kind: str, fast: bool, out_dtype: torch.dtype) -> Tensor:
+def _(
+    a: Tensor,
+    scale_a: Tensor,
+    b: Tensor,
+    scale_b: Tensor,
+    b_kind: str,
+    fast: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
 
 
@@ -92,7 +135,9 @@ def _why_not_here(device_type: str, blocks: bool) -> str | None:
     if blocks and capability[0] != 9:
         return f"cuBLASLt's block scales need a Hopper GPU, this one has compute capability {capability[0]}.{capability[1]}"
     if capability < (8, 9):
-        return f"needs a GPU with FP8, this one has compute capability {capability[0]}.{capability[1]}"
+        return (
+            f"needs a GPU with FP8, this one has compute capability {capability[0]}.{capability[1]}"
+        )
     return None if not blocks or hasattr(F, "scaled_mm") else "needs torch.nn.functional.scaled_mm"
 
 

@@ -10,7 +10,8 @@ def block_scaled_gemm(
     B_BLOCK: tl.constexpr, BIAS: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PROMOTE: tl.constexpr,
 ):  # fmt: skip
-    """c = sum over blocks of s_a * s_b * (a . b^T over PROMOTE elements) + bias (+ c). B_BLOCK: rows of b under one scale, 1 or 128."""
+    """c = sum over blocks of s_a * s_b * (a . b^T over PROMOTE elements) + bias (+ c). B_BLOCK:
+    rows of b under one scale, 1 or 128."""
     tiles_n = tl.cdiv(N, BLOCK_N)
     m = (tl.program_id(0) // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -19,11 +20,21 @@ def block_scaled_gemm(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, K, PROMOTE):
         inside = start + k < K
-        a = tl.load(a_ptr + m[:, None].to(tl.int64) * a_stride + (start + k)[None, :], mask=rows_m[:, None] & inside[None, :], other=0.0)
-        b = tl.load(b_ptr + n[None, :].to(tl.int64) * b_stride + (start + k)[:, None], mask=rows_n[None, :] & inside[:, None], other=0.0)
+        a = tl.load(
+            a_ptr + m[:, None].to(tl.int64) * a_stride + (start + k)[None, :],
+            mask=rows_m[:, None] & inside[None, :],
+            other=0.0,
+        )
+        b = tl.load(
+            b_ptr + n[None, :].to(tl.int64) * b_stride + (start + k)[:, None],
+            mask=rows_n[None, :] & inside[:, None],
+            other=0.0,
+        )
         block = start // 128
         sa = tl.load(sa_ptr + m.to(tl.int64) * sa_m + block * sa_k, mask=rows_m, other=0.0)
-        sb = tl.load(sb_ptr + (n // B_BLOCK).to(tl.int64) * sb_n + block * sb_k, mask=rows_n, other=0.0)
+        sb = tl.load(
+            sb_ptr + (n // B_BLOCK).to(tl.int64) * sb_n + block * sb_k, mask=rows_n, other=0.0
+        )
         acc += tl.dot(a, b) * sa[:, None] * sb[None, :]
     if BIAS:
         acc += tl.load(bias_ptr + n, mask=rows_n, other=0.0).to(tl.float32)[None, :]

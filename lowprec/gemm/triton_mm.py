@@ -1,7 +1,9 @@
-"""The `triton` backend: block-scaled FP8 in plain Triton, for any GPU with FP8, at any promotion interval.
+"""The `triton` backend: block-scaled FP8 in plain Triton, for any GPU with FP8, at any promotion
+interval.
 
-It is slower than the `hopper` backend and cuBLASLt, whose loads and products overlap. It is for what they don't do: Ada and later GPUs,
-partial sums shorter than 128 elements, and results added to what is there.
+It is slower than the `hopper` backend and cuBLASLt, whose loads and products overlap. It is for
+what they don't do: Ada and later GPUs, partial sums shorter than 128 elements, and results added to
+what is there.
 """
 
 from functools import cache
@@ -20,31 +22,51 @@ _INTERVALS = (32, 64, 128)
 class TritonBackend(GemmBackend):
     name = "triton"
 
-    def supports(self, a: OperandSpec | None, b: OperandSpec | None, device_type: str, sums: Accumulation = FP32_SUMS) -> Support:
+    def supports(
+        self,
+        a: OperandSpec | None,
+        b: OperandSpec | None,
+        device_type: str,
+        sums: Accumulation = FP32_SUMS,
+    ) -> Support:
         if kind(a) != "1x128" or kind(b) not in ("1x128", "128x128"):
-            return Support(ok=False, reason="takes fp8 with scales of 1x128 on the left, of 1x128 or 128x128 on the right")
+            return Support(
+                ok=False,
+                reason="takes fp8 with scales of 1x128 on the left, of 1x128 or 128x128 on the right",
+            )
         assert a is not None
         assert b is not None
         if a.element != b.element:
             return Support(ok=False, reason="takes one fp8 format on both sides")
         if sums.promote_every not in (None, *_INTERVALS):
-            return Support(ok=False, reason=f"promotes every 32, 64 or 128 elements, not every {sums.promote_every}")
+            return Support(
+                ok=False,
+                reason=f"promotes every 32, 64 or 128 elements, not every {sums.promote_every}",
+            )
         if sums.bits is not None:
-            return Support(ok=False, reason=f"sums as the matrix unit does, not in {sums.bits} bits")
+            return Support(
+                ok=False, reason=f"sums as the matrix unit does, not in {sums.bits} bits"
+            )
         if reason := _why_not(device_type):
             return Support(ok=False, reason=reason)
         return Support(ok=True, native=True, reason="fp8 on the matrix units by a Triton kernel")
 
-    def mm(self, a_MK: Operand, b_NK: Operand, out_dtype: torch.dtype, sums: Accumulation = FP32_SUMS) -> Tensor:
+    def mm(
+        self, a_MK: Operand, b_NK: Operand, out_dtype: torch.dtype, sums: Accumulation = FP32_SUMS
+    ) -> Tensor:
         assert isinstance(a_MK, QTensor)
         assert isinstance(b_NK, QTensor)
         scale_a, scale_b = a_MK.scale, b_NK.scale
         assert scale_a is not None
         assert scale_b is not None
-        call = torch.ops.lowprec.block_scaled_mm if torch.compiler.is_compiling() else block_scaled_mm
+        call = (
+            torch.ops.lowprec.block_scaled_mm if torch.compiler.is_compiling() else block_scaled_mm
+        )
         by_rows = b_NK.spec.kind == "1x128"
         interval = sums.promote_every or TILE
-        return call(a_MK.data, scale_a, b_NK.data, scale_b, 1 if by_rows else TILE, interval, out_dtype)
+        return call(
+            a_MK.data, scale_a, b_NK.data, scale_b, 1 if by_rows else TILE, interval, out_dtype
+        )
 
 
 @cache
@@ -80,7 +102,8 @@ def block_scaled_mm(
         a, b: fp8 [M, K] and [N, K], contiguous rows.
         scale_a: fp32 [M, K / 128], any strides. scale_b: fp32 [N / b_block, K / 128].
         b_block: rows of b under one scale, 1 or 128.
-        promote_every: contracted elements after which partial sums join the fp32 sum: 32, 64 or 128.
+        promote_every: contracted elements after which partial sums join the fp32 sum: 32, 64 or
+            128.
     """
     from lowprec.gemm.triton_kernel import block_scaled_gemm
 
@@ -99,11 +122,25 @@ def block_scaled_mm(
 
 @torch.library.custom_op("lowprec::block_scaled_mm", mutates_args=())
 def _block_scaled_mm_op(
-    a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, b_block: int, promote_every: int, out_dtype: torch.dtype
+    a: Tensor,
+    scale_a: Tensor,
+    b: Tensor,
+    scale_b: Tensor,
+    b_block: int,
+    promote_every: int,
+    out_dtype: torch.dtype,
 ) -> Tensor:
     return block_scaled_mm(a, scale_a, b, scale_b, b_block, promote_every, out_dtype)
 
 
 @_block_scaled_mm_op.register_fake
-def _(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, b_block: int, promote_every: int, out_dtype: torch.dtype) -> Tensor:
+def _(
+    a: Tensor,
+    scale_a: Tensor,
+    b: Tensor,
+    scale_b: Tensor,
+    b_block: int,
+    promote_every: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)

@@ -1,7 +1,8 @@
-"""The operands of a linear layer's three GEMMs, and the backends that multiply them: what a recipe makes of x, w and g.
+"""The operands of a linear layer's three GEMMs, and the backends that multiply them: what a recipe
+makes of x, w and g.
 
-An operand and its transpose, x for fprop and wgrad, g for dgrad and wgrad, w for fprop and dgrad, are quantised from one read where a fused
-kernel can (`quant/triton_quantize.py`).
+An operand and its transpose, x for fprop and wgrad, g for dgrad and wgrad, w for fprop and dgrad,
+are quantised from one read where a fused kernel can (`quant/triton_quantize.py`).
 """
 
 from collections.abc import Iterator, Mapping, MutableMapping
@@ -19,41 +20,72 @@ from lowprec.quant.triton_whole import is_whole, quantize_whole
 from lowprec.recipe import GEMMS, FromFprop, Recipe
 from lowprec.recipe.state import OPERANDS
 
-_PAIRS = {"x": (("fprop", "a"), ("wgrad", "b")), "w": (("fprop", "b"), ("dgrad", "b")), "g": (("dgrad", "a"), ("wgrad", "a"))}
+_PAIRS = {
+    "x": (("fprop", "a"), ("wgrad", "b")),
+    "w": (("fprop", "b"), ("dgrad", "b")),
+    "g": (("dgrad", "a"), ("wgrad", "a")),
+}
 """What is quantised as it is and transposed: (gemm, side) of both."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearGemms:
-    """A recipe with the backend of each of its GEMMs on one type of device. There is one object for all layers that have the same."""
+    """A recipe with the backend of each of its GEMMs on one type of device. There is one object for
+    all layers that have the same."""
 
     recipe: Recipe
     fprop: GemmBackend
     dgrad: GemmBackend
     wgrad: GemmBackend
     pairs: dict[str, Directions | None] = field(default_factory=dict)
-    """Of x, w and g: how a fused kernel quantises the matrix and its transpose from one read, where both are made from high precision as
-    they are, and for backends that take codes. None otherwise."""
+    """Of x, w and g: how a fused kernel quantises the matrix and its transpose from one read, where
+    both are made from high precision as they are, and for backends that take codes. None
+    otherwise."""
     whole: frozenset[str] = frozenset()
-    """Those of x, w and g that a fused kernel quantises with one scale per tensor or per row, both directions at once."""
+    """Those of x, w and g that a fused kernel quantises with one scale per tensor or per row, both
+    directions at once."""
     key: str = field(default="", compare=False)
     """Where it is in `GEMMS_OF`."""
 
     @classmethod
-    def on(cls, device_type: str, recipe: Recipe, backend: str = "auto", shape: tuple[int, int] = (0, 0)) -> "LinearGemms":
+    def on(
+        cls,
+        device_type: str,
+        recipe: Recipe,
+        backend: str = "auto",
+        shape: tuple[int, int] = (0, 0),
+    ) -> "LinearGemms":
         """`shape`: outputs and inputs of the layer, if known."""
         fprop, dgrad, wgrad = (
-            select(*recipe.operands(gemm), device_type, backend, recipe.gemm(gemm).sums, gemm_size(gemm, *shape))[0] for gemm in GEMMS
+            select(
+                *recipe.operands(gemm),
+                device_type,
+                backend,
+                recipe.gemm(gemm).sums,
+                gemm_size(gemm, *shape),
+            )[0]
+            for gemm in GEMMS
         )
         gemms = cls(recipe=recipe, fprop=fprop, dgrad=dgrad, wgrad=wgrad)
-        plain = {name: specs for name, operands in _PAIRS.items() if (specs := _plain(gemms, *operands)) is not None}
+        plain = {
+            name: specs
+            for name, operands in _PAIRS.items()
+            if (specs := _plain(gemms, *operands)) is not None
+        }
         found = {name: directions(*specs) for name, specs in plain.items()}
-        pairs = {name: None if isinstance(pair := found.get(name), str) else pair for name in _PAIRS}
+        pairs = {
+            name: None if isinstance(pair := found.get(name), str) else pair for name in _PAIRS
+        }
         whole = frozenset(name for name, specs in plain.items() if all(map(is_whole, specs)))
         return _one_of(replace(gemms, pairs=pairs, whole=whole))
 
     def __reduce__(self) -> Any:
-        return _restored, (self.recipe, [getattr(self, gemm).name for gemm in GEMMS], self.pairs, self.whole)
+        return _restored, (
+            self.recipe,
+            [getattr(self, gemm).name for gemm in GEMMS],
+            self.pairs,
+            self.whole,
+        )
 
     def mm(self, gemm: str, a: Operand, b: Operand, out_dtype: torch.dtype) -> Tensor:
         backend: GemmBackend = getattr(self, gemm)
@@ -72,9 +104,10 @@ K = TypeVar("K")
 class KnownGemms(MutableMapping[K, LinearGemms]):
     """The LinearGemms that a layer has, for each type of device, say.
 
-    Compiled code takes them by their keys, `GEMMS_OF[known.keys_of[...]]`. Were it to read them off the layer, torch.compile would make
-    variables of all numbers in them that differ between two layers or phases (blocks of 32 or 128, a format's largest value): slower code,
-    and for floats an error in PyTorch 2.13.
+    Compiled code takes them by their keys, `GEMMS_OF[known.keys_of[...]]`. Were it to read them off
+    the layer, torch.compile would make variables of all numbers in them that differ between two
+    layers or phases (blocks of 32 or 128, a format's largest value): slower code, and for floats an
+    error in PyTorch 2.13.
     """
 
     def __init__(self, gemms: Mapping[K, LinearGemms] | None = None) -> None:
@@ -110,15 +143,20 @@ def _one_of(gemms: LinearGemms) -> LinearGemms:
     return GEMMS_OF[key]
 
 
-def _restored(recipe: Recipe, backends: list[str], pairs: Any, whole: frozenset[str]) -> LinearGemms:
+def _restored(
+    recipe: Recipe, backends: list[str], pairs: Any, whole: frozenset[str]
+) -> LinearGemms:
     fprop, dgrad, wgrad = (BACKENDS[name] for name in backends)
-    return _one_of(LinearGemms(recipe=recipe, fprop=fprop, dgrad=dgrad, wgrad=wgrad, pairs=pairs, whole=whole))
+    return _one_of(
+        LinearGemms(recipe=recipe, fprop=fprop, dgrad=dgrad, wgrad=wgrad, pairs=pairs, whole=whole)
+    )
 
 
 def able_backend(recipe: Recipe, backend: str, device_type: str) -> str:
     """`backend`, or "auto" where that can't multiply all that `recipe` asks for.
 
-    Whoever asks for a backend means the configured recipe; one that a layer is raised to, or evaluates in, may have other operands.
+    Whoever asks for a backend means the configured recipe; one that a layer is raised to, or
+    evaluates in, may have other operands.
     """
     if backend not in BACKENDS:
         return "auto"
@@ -131,8 +169,11 @@ def gemm_size(gemm: str, N: int, K: int) -> Size:
     return Size(weights=N * K, wide={"fprop": N > K, "dgrad": K > N}.get(gemm, False))
 
 
-def _plain(gemms: LinearGemms, *operands: tuple[str, str]) -> tuple[OperandSpec, OperandSpec] | None:
-    """The specs of a matrix and its transpose if both are quantised from high precision as they are, for backends that take codes."""
+def _plain(
+    gemms: LinearGemms, *operands: tuple[str, str]
+) -> tuple[OperandSpec, OperandSpec] | None:
+    """The specs of a matrix and its transpose if both are quantised from high precision as they
+    are, for backends that take codes."""
     specs = []
     for gemm, side in operands:
         spec = gemms.recipe.gemm(gemm)
@@ -162,24 +203,43 @@ def both_operands(
     saturation: bool = False,
     codes: bool = False,
 ) -> "tuple[Any, Any]":
-    """`t` and `t`^T as the operands that `_PAIRS` names, those that are wanted; from one read where a kernel can.
+    """`t` and `t`^T as the operands that `_PAIRS` names, those that are wanted; from one read where
+    a kernel can.
 
     With a gate: silu(gate) * t and its transpose.
     """
     pair = gemms.pairs[name]
     if pair is not None and not saturation and takes(t) and (gate is None or gate.dtype == t.dtype):
-        return quantize_both(t, pair if all(wanted) else pair.only(*wanted), times_silu_of=gate) if any(wanted) else NOTHING
+        return (
+            quantize_both(t, pair if all(wanted) else pair.only(*wanted), times_silu_of=gate)
+            if any(wanted)
+            else NOTHING
+        )
     if gate is not None:
         t = nn.functional.silu(gate) * t
     (gemm, side), (gemm_t, side_t) = _PAIRS[name]
     recipe, operand, transposed = gemms.recipe, None, None
     if name in gemms.whole and not saturation and not codes and takes(t):
         sources = getattr(recipe.gemm(gemm), side), getattr(recipe.gemm(gemm_t), side_t)
-        histories = state[1][OPERANDS.index((gemm, side))], state[1][OPERANDS.index((gemm_t, side_t))]
-        first, second = (source if want else None for source, want in zip(sources, wanted, strict=True))
+        histories = (
+            state[1][OPERANDS.index((gemm, side))],
+            state[1][OPERANDS.index((gemm_t, side_t))],
+        )
+        first, second = (
+            source if want else None for source, want in zip(sources, wanted, strict=True)
+        )
         return quantize_whole(t, first, second, histories) if any(wanted) else NOTHING
     if wanted[0]:
-        operand = make_operand(t, getattr(recipe.gemm(gemm), side), gemm, side, gemms, state, saturation=saturation, codes=codes)
+        operand = make_operand(
+            t,
+            getattr(recipe.gemm(gemm), side),
+            gemm,
+            side,
+            gemms,
+            state,
+            saturation=saturation,
+            codes=codes,
+        )
     if wanted[1]:
         source = getattr(recipe.gemm(gemm_t), side_t)
         transposed = make_operand(t.t(), source, gemm_t, side_t, gemms, state, stored=name == "x")
@@ -200,8 +260,9 @@ def make_operand(
 ) -> Operand:
     """`t` as the operand `side` of `gemm`: transformed, and quantised as its source says.
 
-    For a backend that would decode it at once it is the values themselves, or, if its codes or saturation are asked for, a QTensor that
-    holds them decoded; `stored` for later, it is a QTensor in the fewest bytes.
+    For a backend that would decode it at once it is the values themselves, or, if its codes or
+    saturation are asked for, a QTensor that holds them decoded; `stored` for later, it is a QTensor
+    in the fewest bytes.
     """
     hadamard = gemms.recipe.gemm(gemm).hadamard
     if hadamard is not None:
@@ -210,10 +271,15 @@ def make_operand(
         return t
     key, histories = state
     number = OPERANDS.index((gemm, side))
-    key, history = derive_key(key, number) if key is not None and source.stochastic else None, histories[number]
+    key, history = (
+        derive_key(key, number) if key is not None and source.stochastic else None,
+        histories[number],
+    )
     decoded = gemms.decodes(gemm) and not stored
     if decoded and not (saturation or codes):
-        return fake_quantize(t, source, key=key, history=history, dtype=getattr(gemms, gemm).plain_dtype)
+        return fake_quantize(
+            t, source, key=key, history=history, dtype=getattr(gemms, gemm).plain_dtype
+        )
     return quantize(t, source, key=key, history=history, decoded=decoded, saturation=saturation)
 
 
@@ -238,8 +304,17 @@ def operand_tensors(operand: Operand | None) -> tuple[Tensor | None, ...]:
     return (operand,)
 
 
-def operand_from_tensors(tensors: list[Tensor], spec: OperandSpec | None, shape: torch.Size | None) -> Operand | None:
+def operand_from_tensors(
+    tensors: list[Tensor], spec: OperandSpec | None, shape: torch.Size | None
+) -> Operand | None:
     if spec is None or shape is None:
         return tensors[0]
     data, scale, zero_point, tensor_scale = tensors
-    return QTensor(data=data, scale_data=scale, zero_point=zero_point, tensor_scale=tensor_scale, spec=spec, shape=shape)
+    return QTensor(
+        data=data,
+        scale_data=scale,
+        zero_point=zero_point,
+        tensor_scale=tensor_scale,
+        spec=spec,
+        shape=shape,
+    )

@@ -1,11 +1,14 @@
-"""SwiGLU fused with the quantising of its result: silu(gate) * up is read by down_proj's kernels without ever being written.
+"""SwiGLU fused with the quantising of its result: silu(gate) * up is read by down_proj's kernels
+without ever being written.
 
     y = down(silu(gate(x)) * up(x))
 
-Written and read again it costs 4 bytes an element more than the 6 that it takes, and its memory. The backward is a kernel of its own.
+Written and read again it costs 4 bytes an element more than the 6 that it takes, and its memory.
+The backward is a kernel of its own.
 
-A model's MLP is recognised by its source: a class whose forward is exactly that formula on its gate_proj, up_proj, down_proj and act_fn,
-as Llama's, Mistral's and Qwen's are. The module stays the same object; its class becomes a subclass with the fused forward.
+A model's MLP is recognised by its source: a class whose forward is exactly that formula on its
+gate_proj, up_proj, down_proj and act_fn, as Llama's, Mistral's and Qwen's are. The module stays the
+same object; its class becomes a subclass with the fused forward.
 """
 
 import inspect
@@ -22,7 +25,11 @@ _ACTIVATIONS = ("SiLU", "SiLUActivation")
 
 def swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """(dgate, dup) of h = silu(gate) * up, in fp32, rounded once. All of one shape and dtype."""
-    if dh.is_cuda and not torch.compiler.is_compiling() and all(t.is_contiguous() for t in (dh, gate, up)):
+    if (
+        dh.is_cuda
+        and not torch.compiler.is_compiling()
+        and all(t.is_contiguous() for t in (dh, gate, up))
+    ):
         from lowprec.nn import swiglu_kernel
 
         return swiglu_kernel.backward(dh, gate, up)
@@ -34,7 +41,8 @@ def swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tenso
 
 
 class _Fused:
-    """The fused forward; the plain one if down_proj has become something else since, wrapped by an adapter say, or hooks want its input."""
+    """The fused forward; the plain one if down_proj has become something else since, wrapped by an
+    adapter say, or hooks want its input."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         if getattr(type(self.down_proj), "takes_gate", False) and not is_hooked(self.down_proj):
@@ -63,9 +71,14 @@ def _fused_class(kind: type) -> type:
 
 
 def is_swiglu(module: nn.Module) -> bool:
-    """Whether a module computes down_proj(act_fn(gate_proj(x)) * up_proj(x)) with SiLU, and nothing else."""
+    """Whether a module computes down_proj(act_fn(gate_proj(x)) * up_proj(x)) with SiLU, and nothing
+    else."""
     activation = type(getattr(module, "act_fn", None)).__name__
-    return activation in _ACTIVATIONS and "forward" not in module.__dict__ and _has_formula(type(module))
+    return (
+        activation in _ACTIVATIONS
+        and "forward" not in module.__dict__
+        and _has_formula(type(module))
+    )
 
 
 @cache
@@ -80,7 +93,8 @@ def _has_formula(kind: type) -> bool:
 
 
 def fuse(module: nn.Module) -> None:
-    """Give a module for which `is_swiglu` holds, and whose down_proj is a LowPrecisionLinear, the fused forward, in place."""
+    """Give a module for which `is_swiglu` holds, and whose down_proj is a LowPrecisionLinear, the
+    fused forward, in place."""
     module.__class__ = _fused_class(type(module))
 
 

@@ -15,7 +15,11 @@ def _backward(dh_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, n, BLOCK: tl.constex
     up = tl.load(up_ptr + at, mask=inside).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
-    tl.store(dgate_ptr + at, (dh * up * (sigmoid + silu * (1 - sigmoid))).to(dgate_ptr.dtype.element_ty), mask=inside)
+    tl.store(
+        dgate_ptr + at,
+        (dh * up * (sigmoid + silu * (1 - sigmoid))).to(dgate_ptr.dtype.element_ty),
+        mask=inside,
+    )
     tl.store(dup_ptr + at, (dh * silu).to(dup_ptr.dtype.element_ty), mask=inside)
 
 

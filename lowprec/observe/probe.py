@@ -5,16 +5,19 @@
         model(**batch).loss.backward()
     probe.layers                    # {name: LayerProbe}
 
-x and w are measured as fprop quantises them, g, the gradient of the layer's output, as dgrad does: transformed where the recipe transforms
-them, and by the scales that the layer takes. Nothing else changes: what is measured are copies, draws of stochastic rounding have a key of
-their own, amax histories are read from a clone, so a probed step computes the same bits. Outside of sampled steps nothing is hooked.
+x and w are measured as fprop quantises them, g, the gradient of the layer's output, as dgrad does:
+transformed where the recipe transforms them, and by the scales that the layer takes. Nothing else
+changes: what is measured are copies, draws of stochastic rounding have a key of their own, amax
+histories are read from a clone, so a probed step computes the same bits. Outside of sampled steps
+nothing is hooked.
 
-Compiled blocks do not run hooks that came after their compilation. A sampled step therefore runs eagerly (`torch.compiler.set_stance`),
-without compiling anything anew; it costs an eager step, and its sums may be rounded differently from a compiled one's.
+Compiled blocks do not run hooks that came after their compilation. A sampled step therefore runs
+eagerly (`torch.compiler.set_stance`), without compiling anything anew; it costs an eager step, and
+its sums may be rounded differently from a compiled one's.
 
-Of a layer that runs several times in a step (gradient accumulation, activation checkpointing, which repeats the forward) the first time
-counts. Of the experts of a mixture it is the one with the most tokens. Layers of Transformer Engine's are not measured: their codes are
-made out of sight.
+Of a layer that runs several times in a step (gradient accumulation, activation checkpointing, which
+repeats the forward) the first time counts. Of the experts of a mixture it is the one with the most
+tokens. Layers of Transformer Engine's are not measured: their codes are made out of sight.
 """
 
 import math
@@ -36,7 +39,8 @@ from lowprec.recipe.state import history_name
 SAMPLE = 1 << 20
 """Elements of an operand to measure at most, in whole rows."""
 ROWS = 128
-"""Rows are taken in multiples of this, so that blocks stay whole; at least as many, however long they are."""
+"""Rows are taken in multiples of this, so that blocks stay whole; at least as many, however long
+they are."""
 
 _OPERANDS = {"x": ("fprop", "a"), "w": ("fprop", "b"), "g": ("dgrad", "a")}
 
@@ -45,10 +49,11 @@ _OPERANDS = {"x": ("fprop", "a"), "w": ("fprop", "b"), "g": ("dgrad", "a")}
 class LayerProbe:
     """Of one layer's operands x [M, K], w [N, K] and g [M, N], in one step.
 
-    `sqnr` is the signal-to-quantisation-noise ratio 20 log10(|t| / |t - q(t)|) [dB]: infinite where nothing is lost, as of an operand that
-    the recipe leaves as it arrives, and of a gradient that never came; NaN where the operand or its quantised form is not finite.
-    `underflow` is the share of values that are not zero but quantise to it, `saturated` that of values cut to the format's largest, or
-    turned into infinity by a format that overflows (fp16).
+    `sqnr` is the signal-to-quantisation-noise ratio 20 log10(|t| / |t - q(t)|) [dB]: infinite where
+    nothing is lost, as of an operand that the recipe leaves as it arrives, and of a gradient that
+    never came; NaN where the operand or its quantised form is not finite. `underflow` is the share
+    of values that are not zero but quantise to it, `saturated` that of values cut to the format's
+    largest, or turned into infinity by a format that overflows (fp16).
     """
 
     sqnr_x: float = math.inf
@@ -66,13 +71,15 @@ class Probe:
     """See the module.
 
     Args:
-        model: converted, wrapped (DDP, FSDP2) or not; which of its layers are converted is asked anew at each `begin`.
+        model: converted, wrapped (DDP, FSDP2) or not; which of its layers are converted is asked
+            anew at each `begin`.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.layers: dict[str, LayerProbe] = {}
-        """What the last sampled step showed: layers that ran in training mode, in the model's order."""
+        """What the last sampled step showed: layers that ran in training mode, in the model's
+        order."""
         self._handles: list[RemovableHandle] = []
         self._stance: Any = None
         self._found: dict[str, dict[str, Tensor]] = {}
@@ -84,7 +91,8 @@ class Probe:
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
-        """`begin`, and `end` in the end; after an error the hooks are removed and `layers` stays as it was."""
+        """`begin`, and `end` in the end; after an error the hooks are removed and `layers` stays as
+        it was."""
         self.begin()
         try:
             yield
@@ -98,7 +106,8 @@ class Probe:
         self._found = {}
 
     def begin(self) -> None:
-        """Hook into the layers: the step that follows is measured. If a step was begun already, it is begun anew."""
+        """Hook into the layers: the step that follows is measured. If a step was begun already, it
+        is begun anew."""
         self._disarm()
         self._found = {}
         for name, module in self.model.named_modules():
@@ -119,12 +128,18 @@ class Probe:
         self._handles.append(module.register_forward_hook(after))
 
     def end(self) -> dict[str, LayerProbe]:
-        """Remove the hooks and read the results, the one synchronisation with the device. Returns `layers`."""
+        """Remove the hooks and read the results, the one synchronisation with the device. Returns
+        `layers`."""
         self._disarm()
         found = {name: operands for name, operands in self._found.items() if operands}
         rows = [row for operands in found.values() for row in operands.values()]
-        values = iter(torch.stack([row.to(rows[0].device) for row in rows]).tolist() if rows else ())
-        self.layers = {name: _layer_probe({operand: next(values) for operand in operands}) for name, operands in found.items()}
+        values = iter(
+            torch.stack([row.to(rows[0].device) for row in rows]).tolist() if rows else ()
+        )
+        self.layers = {
+            name: _layer_probe({operand: next(values) for operand in operands})
+            for name, operands in found.items()
+        }
         self._found = {}
         return self.layers
 
@@ -137,7 +152,8 @@ class Probe:
             self._stance = None
 
     def _watch_gradient(self, found: dict[str, Tensor]) -> Any:
-        """A forward hook. The first output that has a gradient is not always the first one: reentrant checkpointing makes that without."""
+        """A forward hook. The first output that has a gradient is not always the first one:
+        reentrant checkpointing makes that without."""
         watched = False
 
         def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
@@ -189,7 +205,9 @@ def _keep(found: dict[str, Tensor], operand: str, t: Tensor, module: Any) -> Non
     gemm, side = _OPERANDS[operand]
     spec = module.recipe.gemm(gemm)
     source = getattr(spec, side)
-    if type(t).__name__ == "DTensor":  # a layer that is a unit of FSDP2 by itself is not gathered yet: its own shard
+    if (
+        type(t).__name__ == "DTensor"
+    ):  # a layer that is a unit of FSDP2 by itself is not gathered yet: its own shard
         t = t.to_local()  # pyright: ignore[reportAttributeAccessIssue]
     t = t.detach().reshape(-1, t.shape[-1])
     if not isinstance(source, OperandSpec) or not t.numel():
@@ -216,7 +234,8 @@ def _figures(t_RK: Tensor, spec: OperandSpec, history: Tensor | None) -> Tensor:
 
 
 def _sample(t_RK: Tensor, spec: OperandSpec) -> tuple[Tensor, int]:
-    """The leading rows to measure and their number. Where a scale spans all rows, two more rows have the extremes of each column."""
+    """The leading rows to measure and their number. Where a scale spans all rows, two more rows
+    have the extremes of each column."""
     rows = max(ROWS, SAMPLE // t_RK.shape[1] // ROWS * ROWS)
     if rows >= t_RK.shape[0]:
         return t_RK, t_RK.shape[0]
@@ -229,7 +248,11 @@ def _sample(t_RK: Tensor, spec: OperandSpec) -> tuple[Tensor, int]:
 def _layer_probe(operands: dict[str, list[float]]) -> LayerProbe:
     fields = {}
     for operand, (signal, noise, underflow, saturated) in operands.items():
-        fields |= {f"sqnr_{operand}": _decibels(signal, noise), f"underflow_{operand}": underflow, f"saturated_{operand}": saturated}
+        fields |= {
+            f"sqnr_{operand}": _decibels(signal, noise),
+            f"underflow_{operand}": underflow,
+            f"saturated_{operand}": saturated,
+        }
     return LayerProbe(**fields)
 
 

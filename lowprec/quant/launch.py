@@ -1,11 +1,12 @@
 """Launching Gluon kernels whose operands are tensor maps, at little cost for the host.
 
-Triton inspects every argument at every launch and makes every tensor map anew: 300 us for a kernel with five of them, longer than many of
-the kernels run. Here both are done once:
+Triton inspects every argument at every launch and makes every tensor map anew: 300 us for a kernel
+with five of them, longer than many of the kernels run. Here both are done once:
 
-* for a variant, which is what the caller says it is: `key` must tell apart everything that Triton compiles for (types, constants,
-  alignment); integers are not specialised (`do_not_specialize`);
-* for a place: the same addresses, shapes and strides have the same maps, and the allocator hands out the same addresses step after step.
+* for a variant, which is what the caller says it is: `key` must tell apart everything that Triton
+  compiles for (types, constants, alignment); integers are not specialised (`do_not_specialize`);
+* for a place: the same addresses, shapes and strides have the same maps, and the allocator hands
+  out the same addresses step after step.
 
 Importing this fails where Triton has no Gluon.
 """
@@ -43,7 +44,9 @@ class Map:
 
     def descriptor(self) -> TensorDescriptor:
         layout = _layout(self.block, self.base.dtype, self.swizzled)
-        return TensorDescriptor(self.base, list(self.shape), list(self.strides), list(self.block), layout)
+        return TensorDescriptor(
+            self.base, list(self.shape), list(self.strides), list(self.block), layout
+        )
 
 
 @cache
@@ -62,14 +65,20 @@ class Launcher:
         self.prepared: dict[Any, Callable[[int], None]] = {}
 
     def __call__(
-        self, device: int, key: tuple[Any, ...], place: tuple[int, ...], programs: int, arguments: Callable[[], tuple[Any, ...]]
+        self,
+        device: int,
+        key: tuple[Any, ...],
+        place: tuple[int, ...],
+        programs: int,
+        arguments: Callable[[], tuple[Any, ...]],
     ) -> None:
         """Launch `programs` programs on the current stream of a device.
 
         Args:
             key: the variant.
             place: every address, extent and stride that the arguments depend on.
-            arguments: makes all of the kernel's arguments in their order: Maps, tensors, integers and constants.
+            arguments: makes all of the kernel's arguments in their order: Maps, tensors, integers
+                and constants.
         """
         if device != torch._C._cuda_getDevice():
             with torch.cuda.device(device):
@@ -80,7 +89,8 @@ class Launcher:
             prepared(torch._C._cuda_getCurrentRawStream(device))
             return
         if not getattr(_thread, "has_context", False):
-            # Maps are made by the driver, in the context of this thread; the autograd engine's threads have none at first.
+            # Maps are made by the driver, in the context of this thread; the autograd engine's
+            # threads have none at first.
             torch.cuda.mem_get_info()
             _thread.has_context = True
         args = arguments()
@@ -101,18 +111,27 @@ _PLACES = 1 << 14
 
 
 def _direct(compiled: Any, programs: int, args: tuple[Any, ...]) -> Callable[[int], None] | None:
-    """Launches a compiled kernel with these arguments on a stream, past Triton's own preparation. It holds addresses, not tensors.
+    """Launches a compiled kernel with these arguments on a stream, past Triton's own preparation.
+    It holds addresses, not tensors.
 
-    None where this Triton's launcher is not one that is known here; then every launch is prepared by Triton.
+    None where this Triton's launcher is not one that is known here; then every launch is prepared
+    by Triton.
     """
     run = compiled.run
     inner = getattr(run, "launch", None)
     names = getattr(getattr(inner, "__code__", None), "co_freevars", ())
-    if "launcher" not in names or "tensordesc_meta" not in names or getattr(run, "global_scratch_size", 1) or run.profile_scratch_size:
+    if (
+        "launcher" not in names
+        or "tensordesc_meta" not in names
+        or getattr(run, "global_scratch_size", 1)
+        or run.profile_scratch_size
+    ):
         return None
     assert inner is not None
     assert inner.__closure__ is not None
-    cells: dict[str, Any] = dict(zip(names, (cell.cell_contents for cell in inner.__closure__), strict=True))
+    cells: dict[str, Any] = dict(
+        zip(names, (cell.cell_contents for cell in inner.__closure__), strict=True)
+    )
     raw, metas = cells["launcher"], iter(cells["tensordesc_meta"])
     expand = inner.__globals__["make_tensordesc_arg"]
     final: list[Any] = []
@@ -123,8 +142,20 @@ def _direct(compiled: Any, programs: int, args: tuple[Any, ...]) -> Callable[[in
             final.append(arg.data_ptr() if isinstance(arg, Tensor) else arg)
     function, metadata = compiled.function, compiled.packed_metadata
     flags = run.launch_cooperative_grid, run.launch_pdl
-    if hasattr(run, "kernel_signature"):  # Triton 3.7: arguments go as one tuple, after their description
-        tail = (metadata, None, None, None, None, None, run.arg_annotations, run.kernel_signature, final)
+    if hasattr(
+        run, "kernel_signature"
+    ):  # Triton 3.7: arguments go as one tuple, after their description
+        tail = (
+            metadata,
+            None,
+            None,
+            None,
+            None,
+            None,
+            run.arg_annotations,
+            run.kernel_signature,
+            final,
+        )
     else:  # Triton 3.6
         tail = (None, None, metadata, None, None, None, *final)
     return lambda stream: raw(programs, 1, 1, stream, function, *flags, *tail)

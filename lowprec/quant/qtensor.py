@@ -1,4 +1,5 @@
-"""QTensor: a matrix as codes and block scales. A plain dataclass: what it holds is what one sees."""
+"""QTensor: a matrix as codes and block scales. A plain dataclass: what it holds is what one
+sees."""
 
 from dataclasses import dataclass, replace
 
@@ -14,20 +15,26 @@ from lowprec.quant.spec import OperandSpec
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class QTensor:
-    """x ~ (values - zero_point) * scale * tensor_scale, blockwise, over a matrix [R, K] in blocks of r x c.
+    """x ~ (values - zero_point) * scale * tensor_scale, blockwise, over a matrix [R, K] in blocks
+    of r x c.
 
-    It is held either stored, in the fewest bytes, or decoded, in fp32, for a consumer that would decode it at once.
+    It is held either stored, in the fewest bytes, or decoded, in fp32, for a consumer that would
+    decode it at once.
 
     Invariants:
-        * `data` is stored as codes in `spec.element.storage`: [R, K], or uint8 [R, bytes] of packed rows if codes share bytes (`packing`);
-          decoded as fp32 [R, K], every element a value of `spec.element`;
-        * `scale_data` [ceil(R / r), ceil(K / c)] is stored as E8M0 bytes (uint8), e4m3 or fp32, as the scale format says; decoded as fp32.
-          A scale is positive, or zero for a block of zeros under an e4m3 scale; NaN marks a block that held NaN or infinity. None if the
-          spec has no scaling;
-        * `zero_point` has the shape of `scale_data` and integral values in the element's range, int8 or fp32; None if the scaling is
-          symmetric;
-        * `tensor_scale` is an fp32 scalar that multiplies every block's scale (NVFP4's, or 1 / prescale); None if there is none;
-        * `saturated` is bool [R, K], true where rounding left the element's range; None unless it was asked for.
+        * `data` is stored as codes in `spec.element.storage`: [R, K], or uint8 [R, bytes] of packed
+          rows if codes share bytes (`packing`); decoded as fp32 [R, K], every element a value of
+          `spec.element`;
+        * `scale_data` [ceil(R / r), ceil(K / c)] is stored as E8M0 bytes (uint8), e4m3 or fp32, as
+          the scale format says; decoded as fp32. A scale is positive, or zero for a block of zeros
+          under an e4m3 scale; NaN marks a block that held NaN or infinity. None if the spec has no
+          scaling;
+        * `zero_point` has the shape of `scale_data` and integral values in the element's range,
+          int8 or fp32; None if the scaling is symmetric;
+        * `tensor_scale` is an fp32 scalar that multiplies every block's scale (NVFP4's, or 1 /
+          prescale); None if there is none;
+        * `saturated` is bool [R, K], true where rounding left the element's range; None unless it
+          was asked for.
     """
 
     data: Tensor
@@ -45,41 +52,75 @@ class QTensor:
     @property
     def values(self) -> Tensor:
         """The elements' values before scaling, fp32 [R, K]."""
-        return self.data if self.decoded else from_storage(self.data, self.spec.element, self.shape[1])
+        return (
+            self.data if self.decoded else from_storage(self.data, self.spec.element, self.shape[1])
+        )
 
     @property
     def scale(self) -> Tensor | None:
         """The block scales, fp32; without the tensor scale."""
         if self.scale_data is None or self.scale_data.dtype == torch.float32:
             return self.scale_data
-        return encoding.decode_scale(self.scale_data) if self.scale_data.dtype == torch.uint8 else self.scale_data.to(torch.float32)
+        return (
+            encoding.decode_scale(self.scale_data)
+            if self.scale_data.dtype == torch.uint8
+            else self.scale_data.to(torch.float32)
+        )
 
     @property
     def nbytes(self) -> int:
         """Bytes held: codes, scales and zero points."""
-        return sum(t.nbytes for t in (self.data, self.scale_data, self.zero_point, self.tensor_scale) if t is not None)
+        return sum(
+            t.nbytes
+            for t in (self.data, self.scale_data, self.zero_point, self.tensor_scale)
+            if t is not None
+        )
 
     def stored(self) -> "QTensor":
         """This matrix in the fewest bytes."""
         if not self.decoded:
             return self
-        scale, kind = self.scale_data, None if self.spec.scaling is None else self.spec.scaling.scale_format
+        scale, kind = (
+            self.scale_data,
+            None if self.spec.scaling is None else self.spec.scaling.scale_format,
+        )
         if scale is not None and kind == "e8m0":
             scale = encoding.encode_scale(scale)
         elif scale is not None and kind == "e4m3":
             scale = scale.to(torch.float8_e4m3fn)
-        zero_point = None if self.zero_point is None else self.zero_point.nan_to_num().to(torch.int8)
-        return replace(self, data=to_storage(self.data, self.spec.element), scale_data=scale, zero_point=zero_point)
+        zero_point = (
+            None if self.zero_point is None else self.zero_point.nan_to_num().to(torch.int8)
+        )
+        return replace(
+            self,
+            data=to_storage(self.data, self.spec.element),
+            scale_data=scale,
+            zero_point=zero_point,
+        )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(values - zero_point) * scale * tensor_scale, in fp32 and in this order, as a `dtype` tensor [R, K]."""
+        """(values - zero_point) * scale * tensor_scale, in fp32 and in this order, as a `dtype`
+        tensor [R, K]."""
         values, scale = self.values, self.scale
         if scale is None:
-            # Compiled code may skip a conversion down and up again; rounding twice changes nothing (see `rounding`).
-            return (round_to_format(values, self.spec.element) if torch.compiler.is_compiling() else values).to(dtype)
-        if is_transposed(values):  # a strided pass is slow: compute in the order that lies in memory
+            # Compiled code may skip a conversion down and up again; rounding twice changes nothing
+            # (see `rounding`).
+            return (
+                round_to_format(values, self.spec.element)
+                if torch.compiler.is_compiling()
+                else values
+            ).to(dtype)
+        if is_transposed(
+            values
+        ):  # a strided pass is slow: compute in the order that lies in memory
             zero_point = None if self.zero_point is None else self.zero_point.t()
-            return _dequantize(values.t(), scale.t(), zero_point, self.tensor_scale, swapped(self.block)).t().to(dtype)
+            return (
+                _dequantize(
+                    values.t(), scale.t(), zero_point, self.tensor_scale, swapped(self.block)
+                )
+                .t()
+                .to(dtype)
+            )
         return _dequantize(values, scale, self.zero_point, self.tensor_scale, self.block).to(dtype)
 
     def t(self) -> "QTensor":
@@ -88,7 +129,11 @@ class QTensor:
             zero_point = None if self.zero_point is None else self.zero_point.to(torch.float32)
             return replace(self, data=self.values, scale_data=self.scale, zero_point=zero_point).t()
         scaling = self.spec.scaling
-        spec = self.spec if scaling is None else replace(self.spec, scaling=replace(scaling, block=swapped(scaling.block)))
+        spec = (
+            self.spec
+            if scaling is None
+            else replace(self.spec, scaling=replace(scaling, block=swapped(scaling.block)))
+        )
         flip = lambda part: None if part is None else part.t()  # noqa: E731
         return QTensor(
             data=self.data.t(),
@@ -132,8 +177,11 @@ def _converts_slowly(t: Tensor) -> bool:
 
 
 def block_extents(shape: torch.Size, block: tuple[int, int]) -> tuple[int, int]:
-    """`block` with -1 replaced by the whole axis (at least 1, so that empty matrices have blocks too)."""
-    rows, cols = (max(n, 1) if extent == -1 else extent for n, extent in zip(shape, block, strict=True))
+    """`block` with -1 replaced by the whole axis (at least 1, so that empty matrices have blocks
+    too)."""
+    rows, cols = (
+        max(n, 1) if extent == -1 else extent for n, extent in zip(shape, block, strict=True)
+    )
     return rows, cols
 
 
@@ -143,7 +191,8 @@ def is_transposed(x_RK: Tensor) -> bool:
 
 
 def to_blocks(x_RK: Tensor, block: tuple[int, int]) -> Tensor:
-    """x as [R / r, r, K / c, c]: a view where the blocks divide the matrix, else zero-padded on the right and below."""
+    """x as [R / r, r, K / c, c]: a view where the blocks divide the matrix, else zero-padded on the
+    right and below."""
     (rows, cols), (r, c) = x_RK.shape, block
     if rows % r or cols % c:
         x_RK = torch.nn.functional.pad(x_RK, (0, -cols % c, 0, -rows % r))
@@ -160,7 +209,13 @@ def swapped(block: tuple[int, int]) -> tuple[int, int]:
     return block[1], block[0]
 
 
-def _dequantize(values: Tensor, scale: Tensor, zero_point: Tensor | None, tensor_scale: Tensor | None, block: tuple[int, int]) -> Tensor:
+def _dequantize(
+    values: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    tensor_scale: Tensor | None,
+    block: tuple[int, int],
+) -> Tensor:
     blocks = to_blocks(values, block)
     if zero_point is not None:
         blocks = blocks - zero_point[:, None, :, None]

@@ -1,4 +1,5 @@
-"""OperandSpec: how one operand of a GEMM is represented; and the notation for it that configurations and equations share.
+"""OperandSpec: how one operand of a GEMM is represented; and the notation for it that
+configurations and equations share.
 
 bf16                            cast
 e4m3[1x128 fp32]                one fp32 scale for 128 neighbours along the contraction axis
@@ -26,9 +27,11 @@ class OperandSpec:
     scaling: BlockScaling | None = None
     """None: the elements are cast as they are (bf16, fp16, fp32)."""
     rounding: Rounding = "nearest"
-    # What kernels are chosen by. Strings and a bool, made once: torch.compile makes variables of integers that it finds in objects.
+    # What kernels are chosen by. Strings and a bool, made once: torch.compile makes variables of
+    # integers that it finds in objects.
     kind: str = field(init=False, repr=False, compare=False)
-    """How FP8 kernels know the scaling: 1x128, 128x128, tensor, row; "" if they know none like it."""
+    """How FP8 kernels know the scaling: 1x128, 128x128, tensor, row; "" if they know none like
+    it."""
     notation: str = field(init=False, repr=False, compare=False)
     """What `str` gives and `parse` reads."""
     one_pass: bool = field(init=False, repr=False, compare=False)
@@ -40,19 +43,31 @@ class OperandSpec:
         object.__setattr__(self, "one_pass", _one_pass(self.element, self.scaling, self.rounding))
         element, scaling = self.element, self.scaling
         if self.rounding not in ROUNDINGS:
-            raise ValueError(f"unknown rounding '{self.rounding}'{nearest(self.rounding, ROUNDINGS)}")
+            raise ValueError(
+                f"unknown rounding '{self.rounding}'{nearest(self.rounding, ROUNDINGS)}"
+            )
         if scaling is None:
             if element.saturates:
                 raise ValueError(f"{element.name} needs a scaling: it can't hold unscaled values")
             return
         if not scaling.symmetric and not element.is_integer:
-            raise ValueError(f"{element.name} is symmetric about zero: a zero point goes with an integer format")
+            raise ValueError(
+                f"{element.name} is symmetric about zero: a zero point goes with an integer format"
+            )
         if not element.saturates:
-            raise ValueError(f"{element.name} takes no scaling: its exponents span what fp32's do, or loss scaling serves it")
+            raise ValueError(
+                f"{element.name} takes no scaling: its exponents span what fp32's do, or loss "
+                "scaling serves it"
+            )
         if scaling.scale_format == "e4m3" and element != E2M1:
-            raise ValueError(f"an e4m3 scale under a tensor scale goes with e2m1 elements (NVFP4), not {element.name}")
+            raise ValueError(
+                "an e4m3 scale under a tensor scale goes with e2m1 elements (NVFP4), not "
+                f"{element.name}"
+            )
         if scaling.scale_format == "e8m0" and scaling.rule == "even" and element.is_integer:
-            raise ValueError("the rule 'even' rounds amax to a float's mantissa: an integer format has none")
+            raise ValueError(
+                "the rule 'even' rounds amax to a float's mantissa: an integer format has none"
+            )
 
     @property
     def stochastic(self) -> bool:
@@ -66,7 +81,9 @@ class OperandSpec:
         """The inverse of `str`. UserError with the nearest known word if it can't be read."""
         match = re.fullmatch(r"\s*(\w+)\s*(?:\[([^\]]*)\])?\s*", text)
         if match is None:
-            raise UserError(f"'{text}' is no operand: it is written like 'bf16' or 'e4m3[1x128 fp32]'")
+            raise UserError(
+                f"'{text}' is no operand: it is written like 'bf16' or 'e4m3[1x128 fp32]'"
+            )
         name, words = match[1], (match[2] or "").split()
         if name not in FORMATS:
             raise UserError(f"unknown element format '{name}'{nearest(name, FORMATS)}")
@@ -76,7 +93,11 @@ class OperandSpec:
             raise UserError(f"'{text}' names two roundings: {roundings[0]} and {roundings[1]}")
         try:
             scaling = _parse_scaling(words) if words else None
-            return cls(element=FORMATS[name], scaling=scaling, rounding=roundings[0] if roundings else "nearest")
+            return cls(
+                element=FORMATS[name],
+                scaling=scaling,
+                rounding=roundings[0] if roundings else "nearest",
+            )
         except ValueError as error:
             raise UserError(f"'{text}': {error}") from None
 
@@ -89,14 +110,26 @@ def _notation(element: ElementFormat, scaling: BlockScaling | None, rounding: st
 def _one_pass(element: ElementFormat, scaling: BlockScaling | None, rounding: str) -> bool:
     if scaling is None or element.is_integer or not element.saturates or rounding == "toward_zero":
         return False
-    plain = scaling.rule != "quest" and not scaling.four_over_six and not scaling.history and scaling.symmetric
+    plain = (
+        scaling.rule != "quest"
+        and not scaling.four_over_six
+        and not scaling.history
+        and scaling.symmetric
+    )
     return plain and scaling.block in ((1, 16), (1, 32), (1, 64), (1, 128))
 
 
 def _kind(element: ElementFormat, scaling: BlockScaling | None) -> str:
-    if scaling is None or element not in (E4M3, E5M2) or scaling.scale_format == "e4m3" or scaling.prescale != 1.0:
+    if (
+        scaling is None
+        or element not in (E4M3, E5M2)
+        or scaling.scale_format == "e4m3"
+        or scaling.prescale != 1.0
+    ):
         return ""
-    kind = {(1, 128): "1x128", (128, 128): "128x128", (ALL, ALL): "tensor", (1, ALL): "row"}.get(scaling.block, "")
+    kind = {(1, 128): "1x128", (128, 128): "128x128", (ALL, ALL): "tensor", (1, ALL): "row"}.get(
+        scaling.block, ""
+    )
     return kind if scaling.scale_format == "fp32" or kind in ("1x128", "128x128") else ""
 
 
@@ -124,7 +157,16 @@ def _parse_word(word: str) -> dict[str, Any]:
         return {"prescale": float(value)}
     if key == "delayed" and value.isdecimal():
         return {"history": int(value)}
-    known = ("fp32", "e4m3", *(f"e8m0:{rule}" for rule in RULES), "asymmetric", "4/6", "prescale:0.75", "delayed:1024", *ROUNDINGS)
+    known = (
+        "fp32",
+        "e4m3",
+        *(f"e8m0:{rule}" for rule in RULES),
+        "asymmetric",
+        "4/6",
+        "prescale:0.75",
+        "delayed:1024",
+        *ROUNDINGS,
+    )
     raise UserError(f"unknown word '{word}'{nearest(word, known)}")
 
 

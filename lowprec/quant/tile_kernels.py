@@ -1,11 +1,13 @@
 """Gluon kernels that quantise a 128 x 128 tile from one read, along its rows and along its columns.
 
-One warp keeps tensor loads in flight; two groups of four warps quantise, a tile each in turn, and hand both results to tensor stores.
+One warp keeps tensor loads in flight; two groups of four warps quantise, a tile each in turn, and
+hand both results to tensor stores.
 
-The layout of registers is the point. A thread holds 16 consecutive rows of 4 consecutive columns (twice): it writes 4 codes of a row at a
-time for the row-major result, and for the transposed one 16 codes of a column, which it has in its registers already. So the transposition
-costs no exchange between threads; only the largest magnitudes cross them. A compiler-chosen layout in plain Triton reaches 83% of a copy's
-rate, this one 88 to 90% (docs/experiments.md has what else was tried).
+The layout of registers is the point. A thread holds 16 consecutive rows of 4 consecutive columns
+(twice): it writes 4 codes of a row at a time for the row-major result, and for the transposed one
+16 codes of a column, which it has in its registers already. So the transposition costs no exchange
+between threads; only the largest magnitudes cross them. A compiler-chosen layout in plain Triton
+reaches 83% of a copy's rate, this one 88 to 90% (docs/experiments.md has what else was tried).
 """
 
 import triton.language as tl
@@ -16,13 +18,15 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 @gluon.constexpr_function
 def tile_layout():
-    """[rows, columns] over 4 warps: a thread holds 16 consecutive rows of 4 consecutive columns, and of the 4 columns 64 further on."""
+    """[rows, columns] over 4 warps: a thread holds 16 consecutive rows of 4 consecutive columns,
+    and of the 4 columns 64 further on."""
     return gl.BlockedLayout([16, 4], [2, 16], [4, 1], [1, 0])
 
 
 @gluon.constexpr_function
 def turned_layout():
-    """[columns, rows]: the same elements in the same threads as `tile_layout`, but a thread's registers in the order of its rows."""
+    """[columns, rows]: the same elements in the same threads as `tile_layout`, but a thread's
+    registers in the order of its rows."""
     return gl.DistributedLinearLayout(
         reg_bases=[[0, 1], [0, 2], [0, 4], [0, 8], [1, 0], [2, 0], [64, 0]],
         lane_bases=[[4, 0], [8, 0], [16, 0], [32, 0], [0, 16]],
@@ -33,14 +37,17 @@ def turned_layout():
 
 
 @gluon.jit
-def scale_of(amax_bits, E8M0: gl.constexpr, LARGEST: gl.constexpr, EMAX: gl.constexpr, CARRY: gl.constexpr):
-    """fp32 scale of the largest magnitude's bits; see formats/scaling.py. As integers, NaN is larger than infinity."""
+def scale_of(
+    amax_bits, E8M0: gl.constexpr, LARGEST: gl.constexpr, EMAX: gl.constexpr, CARRY: gl.constexpr
+):
+    """fp32 scale of the largest magnitude's bits; see formats/scaling.py. As integers, NaN is
+    larger than infinity."""
     if E8M0:
         biased = gl.minimum(gl.maximum(((amax_bits + CARRY) >> 23) - EMAX, 0), 254)
         scale = gl.maximum(biased << 23, 1 << 22).to(gl.float32, bitcast=True)
     else:
-        # amax / LARGEST, correctly rounded: a quotient by a constant with one correction (Markstein). The smallest normal number keeps the
-        # reciprocal finite.
+        # amax / LARGEST, correctly rounded: a quotient by a constant with one correction
+        # (Markstein). The smallest normal number keeps the reciprocal finite.
         amax = amax_bits.to(gl.float32, bitcast=True)
         quotient = amax * (1.0 / LARGEST)
         scale = gl.fma(gl.fma(quotient, -LARGEST, amax), 1.0 / LARGEST, quotient)
@@ -51,12 +58,16 @@ def scale_of(amax_bits, E8M0: gl.constexpr, LARGEST: gl.constexpr, EMAX: gl.cons
 @gluon.jit
 def _reciprocal(x):
     """Within one unit in the last place."""
-    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+    return gl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
 
 
 @gluon.jit
 def _exp2(x):
-    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+    return gl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
 
 
 @gluon.jit
@@ -67,7 +78,8 @@ def inverse(scale, E8M0: gl.constexpr):
         bits = scale.to(gl.int32, bitcast=True)
         y = gl.maximum((254 - (bits >> 23)) << 23, 1 << 22).to(gl.float32, bitcast=True)
         return gl.where(bits >= 0x7F800000, float("nan"), y)
-    # The hardware's approximation and one Newton step, which is exact for every mantissa (a GPU test goes through them all).
+    # The hardware's approximation and one Newton step, which is exact for every mantissa (a GPU
+    # test goes through them all).
     y = _reciprocal(scale)
     return gl.fma(y, gl.fma(-scale, y, 1.0), y)
 
@@ -79,12 +91,24 @@ def _larger(a, b):
 
 @gluon.jit
 def largest_bits(x, axis: gl.constexpr):
-    """The bits of max |x|. In floating point, where taking the magnitude is free; NaN comes through."""
+    """The bits of max |x|. In floating point, where taking the magnitude is free; NaN comes
+    through."""
     return gl.reduce(gl.abs(x), axis, _larger).to(gl.int32, bitcast=True)
 
 
 @gluon.jit
-def _load_tiles(x_desc, y_desc, x_bufs, y_bufs, ready, empty, row_tiles, col_tiles, STAGES: gl.constexpr, INPUTS: gl.constexpr):
+def _load_tiles(
+    x_desc,
+    y_desc,
+    x_bufs,
+    y_bufs,
+    ready,
+    empty,
+    row_tiles,
+    col_tiles,
+    STAGES: gl.constexpr,
+    INPUTS: gl.constexpr,
+):
     """The one warp that asks for tiles, as far ahead as there are buffers."""
     step = 0
     for tile in range(gl.program_id(0), row_tiles * col_tiles, gl.num_programs(0)):
@@ -134,7 +158,9 @@ def _quantize_tiles(
     # Scales are computed one a thread, not by every thread that has a use for them.
     line: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     step = GROUP
-    for tile in range(gl.program_id(0) + GROUP * gl.num_programs(0), row_tiles * col_tiles, 2 * gl.num_programs(0)):
+    for tile in range(
+        gl.program_id(0) + GROUP * gl.num_programs(0), row_tiles * col_tiles, 2 * gl.num_programs(0)
+    ):
         stage = step % STAGES
         mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
         tma.store_wait(0)
@@ -149,7 +175,9 @@ def _quantize_tiles(
         row_tile = tile // col_tiles
         col_tile = tile % col_tiles
         if ROWS == 2 or COLS == 2:
-            block_scale = scale_of(gl.max(gl.expand_dims(largest_bits(x, 0), 0), 1), E8M0, LARGEST, EMAX, CARRY)
+            block_scale = scale_of(
+                gl.max(gl.expand_dims(largest_bits(x, 0), 0), 1), E8M0, LARGEST, EMAX, CARRY
+            )
             by_block = x * gl.expand_dims(inverse(block_scale, E8M0), 1)
             one = gl.arange(0, 1, layout=gl.SliceLayout(1, layout))
         if ROWS != 0:
@@ -157,7 +185,9 @@ def _quantize_tiles(
                 scaled = by_block
                 gl.store(row_scales + row_tile * row_scale_stride + col_tile + one, block_scale)
             else:
-                scale = scale_of(gl.convert_layout(largest_bits(x, 1), line), E8M0, LARGEST, EMAX, CARRY)
+                scale = scale_of(
+                    gl.convert_layout(largest_bits(x, 1), line), E8M0, LARGEST, EMAX, CARRY
+                )
                 factor = gl.convert_layout(inverse(scale, E8M0), gl.SliceLayout(1, layout))
                 scaled = x * gl.expand_dims(factor, 1)
                 r = row_tile * 128 + gl.arange(0, 128, layout=line)
@@ -169,20 +199,27 @@ def _quantize_tiles(
                 scaled = by_block
                 gl.store(col_scales + col_tile * col_scale_stride + row_tile + one, block_scale)
             else:
-                scale = scale_of(gl.convert_layout(largest_bits(x, 0), line), E8M0, LARGEST, EMAX, CARRY)
+                scale = scale_of(
+                    gl.convert_layout(largest_bits(x, 0), line), E8M0, LARGEST, EMAX, CARRY
+                )
                 factor = gl.convert_layout(inverse(scale, E8M0), gl.SliceLayout(0, layout))
                 scaled = x * gl.expand_dims(factor, 0)
                 c = col_tile * 128 + gl.arange(0, 128, layout=line)
                 gl.store(col_scales + row_tile * col_scale_stride + c, scale, mask=c < C)
-            # The same registers in the order of the transposed tile, so that 16 codes of a column are stored at once.
+            # The same registers in the order of the transposed tile, so that 16 codes of a column
+            # are stored at once.
             turned = gl.convert_layout(gl.permute(scaled, (1, 0)), turned_layout())
             col_buf = col_bufs.index(GROUP)
             col_buf.store(turned.to(col_desc.dtype))
         fence_async_shared()
         if ROWS != 0:
-            tma.async_copy_shared_to_global(row_desc, [row_tile * 128, col_tile * 128], row_bufs.index(GROUP))
+            tma.async_copy_shared_to_global(
+                row_desc, [row_tile * 128, col_tile * 128], row_bufs.index(GROUP)
+            )
         if COLS != 0:
-            tma.async_copy_shared_to_global(col_desc, [col_tile * 128, row_tile * 128], col_bufs.index(GROUP))
+            tma.async_copy_shared_to_global(
+                col_desc, [col_tile * 128, row_tile * 128], col_bufs.index(GROUP)
+            )
         step += 2
     tma.store_wait(0)
 
@@ -208,22 +245,33 @@ def quantize_tiles(
     EMAX: gl.constexpr,
     CARRY: gl.constexpr,
 ):
-    """x [R, C] (INPUTS = 2: silu(x) * y) -> its codes, and those of its transpose; ROWS, COLS: 0 none, 1 1x128 scales, 2 128x128 scales."""
-    # Each buffer belongs to one warp group: a barrier tells even from odd rounds only, which two groups would take for each other's.
+    """x [R, C] (INPUTS = 2: silu(x) * y) -> its codes, and those of its transpose; ROWS, COLS: 0
+    none, 1 1x128 scales, 2 128x128 scales."""
+    # Each buffer belongs to one warp group: a barrier tells even from odd rounds only, which two
+    # groups would take for each other's.
     gl.static_assert(STAGES % 2 == 0)
-    x_bufs = gl.allocate_shared_memory(x_desc.dtype, [STAGES] + x_desc.block_type.shape, x_desc.layout)
+    x_bufs = gl.allocate_shared_memory(
+        x_desc.dtype, [STAGES] + x_desc.block_type.shape, x_desc.layout
+    )
     y_bufs = x_bufs
     if INPUTS == 2:
-        y_bufs = gl.allocate_shared_memory(y_desc.dtype, [STAGES] + y_desc.block_type.shape, y_desc.layout)
-    row_bufs = gl.allocate_shared_memory(row_desc.dtype, [2] + row_desc.block_type.shape, row_desc.layout)
-    col_bufs = gl.allocate_shared_memory(col_desc.dtype, [2] + col_desc.block_type.shape, col_desc.layout)
+        y_bufs = gl.allocate_shared_memory(
+            y_desc.dtype, [STAGES] + y_desc.block_type.shape, y_desc.layout
+        )
+    row_bufs = gl.allocate_shared_memory(
+        row_desc.dtype, [2] + row_desc.block_type.shape, row_desc.layout
+    )
+    col_bufs = gl.allocate_shared_memory(
+        col_desc.dtype, [2] + col_desc.block_type.shape, col_desc.layout
+    )
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(empty.index(i), count=1)
     fence_async_shared()
-    # gl.to_tensor: Triton turns integer arguments equal to 1 into constants, which a partition can't take
+    # gl.to_tensor: Triton turns integer arguments equal to 1 into constants, which a partition
+    # can't take
     R = gl.to_tensor(R)
     C = gl.to_tensor(C)
     col_tiles = gl.cdiv(C, 128)

@@ -1,12 +1,15 @@
-"""Triton kernels that quantise, for any GPU that Triton knows, and for a CPU through its interpreter.
+"""Triton kernels that quantise, for any GPU that Triton knows, and for a CPU through its
+interpreter.
 
-They do the arithmetic of the reference (`formats/scaling.py`, `formats/rounding.py`) step for step, so the results have the same bits.
-Three things to keep in mind when reading them:
+They do the arithmetic of the reference (`formats/scaling.py`, `formats/rounding.py`) step for step,
+so the results have the same bits. Three things to keep in mind when reading them:
 
-* the largest magnitude is found among the bits, as integers: so NaN counts as larger than infinity and reaches the scale;
-* a product is never followed by an addition, which the compiler would contract to one rounding; a clamp lies between;
-* rounding is arithmetic, not the conversion instruction: it serves every format, and the interpreter's conversions are wrong where a
-  carry reaches the exponent.
+* the largest magnitude is found among the bits, as integers: so NaN counts as larger than infinity
+  and reaches the scale;
+* a product is never followed by an addition, which the compiler would contract to one rounding; a
+  clamp lies between;
+* rounding is arithmetic, not the conversion instruction: it serves every format, and the
+  interpreter's conversions are wrong where a carry reaches the exponent.
 """
 
 import triton
@@ -27,7 +30,9 @@ def _float(bits):
 
 
 @triton.jit
-def scale_of(amax_bits, KIND: tl.constexpr, LARGEST: tl.constexpr, EMAX: tl.constexpr, CARRY: tl.constexpr):
+def scale_of(
+    amax_bits, KIND: tl.constexpr, LARGEST: tl.constexpr, EMAX: tl.constexpr, CARRY: tl.constexpr
+):
     """The scale of blocks by their largest magnitude's bits: `formats.scaling.scale_from_amax`."""
     if KIND == 0:
         biased = tl.minimum(tl.maximum(((amax_bits + CARRY) >> 23) - EMAX, 0), 254)
@@ -61,8 +66,16 @@ def uniform(key_ptr, rows, cols):
 
 
 @triton.jit
-def round_to_element(v, noise, MANTISSA: tl.constexpr, MIN_NORMAL: tl.constexpr, LARGEST: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """`formats.rounding.round_to_format` for a saturating floating-point format. NaN becomes anything: its block's scale is NaN."""
+def round_to_element(
+    v,
+    noise,
+    MANTISSA: tl.constexpr,
+    MIN_NORMAL: tl.constexpr,
+    LARGEST: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):
+    """`formats.rounding.round_to_format` for a saturating floating-point format. NaN becomes
+    anything: its block's scale is NaN."""
     v = tl.minimum(tl.maximum(v, -LARGEST), LARGEST)
     power = tl.maximum(_float(_bits(v) & 0x7F800000), MIN_NORMAL)
     if STOCHASTIC:
@@ -82,9 +95,11 @@ def fake_quantize_blocks(
     PRESCALE: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, ALONG_ROWS: tl.constexpr, EXACT: tl.constexpr,
     TILE_R: tl.constexpr, TILE_C: tl.constexpr,
 ):  # fmt: skip
-    """Quantise and dequantise a matrix [R, C] in blocks of BLOCK along a row (ALONG_ROWS) or down a column.
+    """Quantise and dequantise a matrix [R, C] in blocks of BLOCK along a row (ALONG_ROWS) or down a
+    column.
 
-    tensor_scales: (s_enc * RN(1 / LARGEST), s_dec) of two-level scales. EXACT: no tile reaches beyond the matrix.
+    tensor_scales: (s_enc * RN(1 / LARGEST), s_dec) of two-level scales. EXACT: no tile reaches
+    beyond the matrix.
     """
     tiles_c = tl.cdiv(C, TILE_C)
     pid = tl.program_id(0)
@@ -98,10 +113,17 @@ def fake_quantize_blocks(
         x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     noise = x
     if STOCHASTIC:
-        # The draws belong to places of the operand, whose rows are this memory's columns if its blocks go down them.
-        noise = uniform(key_ptr, rows[:, None], cols[None, :]) if ALONG_ROWS else uniform(key_ptr, cols[None, :], rows[:, None])
+        # The draws belong to places of the operand, whose rows are this memory's columns if its
+        # blocks go down them.
+        noise = (
+            uniform(key_ptr, rows[:, None], cols[None, :])
+            if ALONG_ROWS
+            else uniform(key_ptr, cols[None, :], rows[:, None])
+        )
     AXIS: tl.constexpr = 2 if ALONG_ROWS else 1
-    SHAPE: tl.constexpr = (TILE_R, TILE_C // BLOCK, BLOCK) if ALONG_ROWS else (TILE_R // BLOCK, BLOCK, TILE_C)
+    SHAPE: tl.constexpr = (
+        (TILE_R, TILE_C // BLOCK, BLOCK) if ALONG_ROWS else (TILE_R // BLOCK, BLOCK, TILE_C)
+    )
     blocks = tl.reshape(x, SHAPE)
     noise = tl.reshape(noise, SHAPE)
     amax_bits = tl.max(_bits(blocks) & 0x7FFFFFFF, AXIS)
@@ -115,7 +137,9 @@ def fake_quantize_blocks(
         s_dec = 1.0 / PRESCALE
         scale = scale_of(amax_bits, KIND, LARGEST, EMAX, CARRY)
         factor = reciprocal(scale) * PRESCALE
-    codes = round_to_element(blocks * tl.expand_dims(factor, AXIS), noise, MANTISSA, MIN_NORMAL, LARGEST, STOCHASTIC)
+    codes = round_to_element(
+        blocks * tl.expand_dims(factor, AXIS), noise, MANTISSA, MIN_NORMAL, LARGEST, STOCHASTIC
+    )
     plain = codes * tl.expand_dims(scale, AXIS)
     if KIND == 2 or PRESCALE != 1.0:
         plain = plain * s_dec
@@ -133,9 +157,11 @@ def quantize_tiles(
     INPUTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, KIND: tl.constexpr, MANTISSA: tl.constexpr, MIN_NORMAL: tl.constexpr,
     LARGEST: tl.constexpr, EMAX: tl.constexpr, CARRY: tl.constexpr,
 ):  # fmt: skip
-    """x [R, C] (INPUTS = 2: silu(x) * y) -> codes [R, row_stride] and, transposed, [C, col_stride]; zeros beyond x.
+    """x [R, C] (INPUTS = 2: silu(x) * y) -> codes [R, row_stride] and, transposed, [C, col_stride];
+    zeros beyond x.
 
-    One program a 128 x 128 tile. ROWS, COLS: 0 none, 1 scales of 128 elements along the result's rows, 2 of the whole tile.
+    One program a 128 x 128 tile. ROWS, COLS: 0 none, 1 scales of 128 elements along the result's
+    rows, 2 of the whole tile.
     """
     tiles_c = tl.cdiv(C, 128)
     row_tile = tl.program_id(0) // tiles_c
@@ -156,27 +182,47 @@ def quantize_tiles(
         if ROWS == 2:
             amax = tl.max(amax, 0)[None] + tl.zeros((128,), tl.int32)
         scale = scale_of(amax, KIND, LARGEST, EMAX, CARRY)
-        codes = round_to_element(x * reciprocal(scale)[:, None], x, MANTISSA, MIN_NORMAL, LARGEST, False)
+        codes = round_to_element(
+            x * reciprocal(scale)[:, None], x, MANTISSA, MIN_NORMAL, LARGEST, False
+        )
         codes = tl.where((scale != scale)[:, None], float("nan"), codes)
         if ROWS == 2:
-            tl.store(row_scales + row_tile * row_scale_stride + col_tile + 0 * r, scale, mask=r == row_tile * 128)
+            tl.store(
+                row_scales + row_tile * row_scale_stride + col_tile + 0 * r,
+                scale,
+                mask=r == row_tile * 128,
+            )
         else:
             tl.store(row_scales + col_tile.to(tl.int64) * row_scale_stride + r, scale, mask=r < R)
         to = row_codes + r[:, None].to(tl.int64) * row_stride + c[None, :]
-        tl.store(to, codes.to(row_codes.dtype.element_ty), mask=(r < R)[:, None] & (c < row_stride)[None, :])
+        tl.store(
+            to,
+            codes.to(row_codes.dtype.element_ty),
+            mask=(r < R)[:, None] & (c < row_stride)[None, :],
+        )
     if COLS != 0:
         amax = tl.max(magnitudes, 0)
         if COLS == 2:
             amax = tl.max(amax, 0)[None] + tl.zeros((128,), tl.int32)
         scale = scale_of(amax, KIND, LARGEST, EMAX, CARRY)
-        codes = round_to_element(x * reciprocal(scale)[None, :], x, MANTISSA, MIN_NORMAL, LARGEST, False)
+        codes = round_to_element(
+            x * reciprocal(scale)[None, :], x, MANTISSA, MIN_NORMAL, LARGEST, False
+        )
         codes = tl.where((scale != scale)[None, :], float("nan"), codes)
         if COLS == 2:
-            tl.store(col_scales + col_tile * col_scale_stride + row_tile + 0 * c, scale, mask=c == col_tile * 128)
+            tl.store(
+                col_scales + col_tile * col_scale_stride + row_tile + 0 * c,
+                scale,
+                mask=c == col_tile * 128,
+            )
         else:
             tl.store(col_scales + row_tile.to(tl.int64) * col_scale_stride + c, scale, mask=c < C)
         to = col_codes + c[:, None].to(tl.int64) * col_stride + r[None, :]
-        tl.store(to, tl.trans(codes).to(col_codes.dtype.element_ty), mask=(c < C)[:, None] & (r < col_stride)[None, :])
+        tl.store(
+            to,
+            tl.trans(codes).to(col_codes.dtype.element_ty),
+            mask=(c < C)[:, None] & (r < col_stride)[None, :],
+        )
 
 
 @triton.jit
@@ -184,21 +230,40 @@ def quantize_given(
     x_ptr, x_stride, row_amax, row_step, row_codes, row_stride, col_amax, col_step, col_codes, col_stride, R, C,
     ROWS: tl.constexpr, COLS: tl.constexpr, MANTISSA: tl.constexpr, MIN_NORMAL: tl.constexpr, LARGEST: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """x [R, C] -> codes [R, row_stride] by the amax of each row (row_step 1) or of all (0), and the same of the transpose."""
+    """x [R, C] -> codes [R, row_stride] by the amax of each row (row_step 1) or of all (0), and the
+    same of the transpose."""
     tiles_c = tl.cdiv(C, TILE)
     r = (tl.program_id(0) // tiles_c) * TILE + tl.arange(0, TILE)
     c = (tl.program_id(0) % tiles_c) * TILE + tl.arange(0, TILE)
     inside = (r < R)[:, None] & (c < C)[None, :]
-    x = tl.load(x_ptr + r[:, None].to(tl.int64) * x_stride + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + r[:, None].to(tl.int64) * x_stride + c[None, :], mask=inside, other=0.0).to(
+        tl.float32
+    )
     if ROWS:
-        scale = scale_of(_bits(tl.load(row_amax + r * row_step, mask=r < R, other=0.0)), 1, LARGEST, 0, 0)
-        codes = round_to_element(x * reciprocal(scale)[:, None], x, MANTISSA, MIN_NORMAL, LARGEST, False)
+        scale = scale_of(
+            _bits(tl.load(row_amax + r * row_step, mask=r < R, other=0.0)), 1, LARGEST, 0, 0
+        )
+        codes = round_to_element(
+            x * reciprocal(scale)[:, None], x, MANTISSA, MIN_NORMAL, LARGEST, False
+        )
         codes = tl.where((scale != scale)[:, None], float("nan"), codes)
         to = row_codes + r[:, None].to(tl.int64) * row_stride + c[None, :]
-        tl.store(to, codes.to(row_codes.dtype.element_ty), mask=(r < R)[:, None] & (c < row_stride)[None, :])
+        tl.store(
+            to,
+            codes.to(row_codes.dtype.element_ty),
+            mask=(r < R)[:, None] & (c < row_stride)[None, :],
+        )
     if COLS:
-        scale = scale_of(_bits(tl.load(col_amax + c * col_step, mask=c < C, other=0.0)), 1, LARGEST, 0, 0)
-        codes = round_to_element(x * reciprocal(scale)[None, :], x, MANTISSA, MIN_NORMAL, LARGEST, False)
+        scale = scale_of(
+            _bits(tl.load(col_amax + c * col_step, mask=c < C, other=0.0)), 1, LARGEST, 0, 0
+        )
+        codes = round_to_element(
+            x * reciprocal(scale)[None, :], x, MANTISSA, MIN_NORMAL, LARGEST, False
+        )
         codes = tl.where((scale != scale)[None, :], float("nan"), codes)
         to = col_codes + c[:, None].to(tl.int64) * col_stride + r[None, :]
-        tl.store(to, tl.trans(codes).to(col_codes.dtype.element_ty), mask=(c < C)[:, None] & (r < col_stride)[None, :])
+        tl.store(
+            to,
+            tl.trans(codes).to(col_codes.dtype.element_ty),
+            mask=(c < C)[:, None] & (r < col_stride)[None, :],
+        )

@@ -1,9 +1,11 @@
-"""Fused quantising with one scale per tensor or per row, both directions from one read after the amaxes are known.
+"""Fused quantising with one scale per tensor or per row, both directions from one read after the
+amaxes are known.
 
     x [R, C]     e4m3[tensor fp32] or e4m3[row fp32], as fprop or dgrad contracts it
     x^T [C, R]   the same or another such operand, as wgrad contracts it
 
-The amaxes take a read of their own for each scaling (one for two per-tensor operands). The bits are the reference's.
+The amaxes take a read of their own for each scaling (one for two per-tensor operands). The bits are
+the reference's.
 """
 
 from typing import Any
@@ -24,9 +26,13 @@ def is_whole(spec: OperandSpec | None) -> bool:
 
 
 def quantize_whole(
-    x_RC: Tensor, a: OperandSpec | None, b: OperandSpec | None, histories: tuple[Tensor | None, Tensor | None] = (None, None)
+    x_RC: Tensor,
+    a: OperandSpec | None,
+    b: OperandSpec | None,
+    histories: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[QTensor | None, QTensor | None]:
-    """(quantize(x, a, history=histories[0]), quantize(x^T, b, history=histories[1])), None for a direction whose spec is None.
+    """(quantize(x, a, history=histories[0]), quantize(x^T, b, history=histories[1])), None for a
+    direction whose spec is None.
 
     x_RC: fp32, bf16 or fp16 on a GPU, not empty. The specs are `is_whole`.
     """
@@ -36,9 +42,17 @@ def quantize_whole(
     x = x_RC if x_RC.stride(1) == 1 else x_RC.contiguous()
     amaxes = tuple(map(_scaling_amax, _amaxes(x, a, b), (a, b), histories))
     call = torch.ops.lowprec.quantize_given if torch.compiler.is_compiling() else _quantize_given
-    codes = call(x, amaxes[0], amaxes[1], a is not None and a.element == E5M2, b is not None and b.element == E5M2)
+    codes = call(
+        x,
+        amaxes[0],
+        amaxes[1],
+        a is not None and a.element == E5M2,
+        b is not None and b.element == E5M2,
+    )
     R, C = x.shape
-    return tuple(_result(*parts) for parts in zip(codes, amaxes, (a, b), ((R, C), (C, R)), strict=True))  # pyright: ignore[reportReturnType]
+    return tuple(
+        _result(*parts) for parts in zip(codes, amaxes, (a, b), ((R, C), (C, R)), strict=True)
+    )  # pyright: ignore[reportReturnType]
 
 
 def _amaxes(x: Tensor, a: OperandSpec | None, b: OperandSpec | None) -> tuple[Tensor | None, ...]:
@@ -57,13 +71,23 @@ def _amaxes(x: Tensor, a: OperandSpec | None, b: OperandSpec | None) -> tuple[Te
     return tuple(found)
 
 
-def _scaling_amax(amax: Tensor | None, spec: OperandSpec | None, history: Tensor | None) -> Tensor | None:
+def _scaling_amax(
+    amax: Tensor | None, spec: OperandSpec | None, history: Tensor | None
+) -> Tensor | None:
     """What to scale by: the amax itself, or under delayed scaling that of the history."""
-    delayed = spec is not None and spec.scaling is not None and spec.scaling.history and history is not None and amax is not None
+    delayed = (
+        spec is not None
+        and spec.scaling is not None
+        and spec.scaling.history
+        and history is not None
+        and amax is not None
+    )
     return delayed_amax(history, amax) if delayed else amax
 
 
-def _result(codes: Tensor, amax: Tensor | None, spec: OperandSpec | None, shape: tuple[int, int]) -> QTensor | None:
+def _result(
+    codes: Tensor, amax: Tensor | None, spec: OperandSpec | None, shape: tuple[int, int]
+) -> QTensor | None:
     if spec is None or amax is None:
         return None
     assert spec.scaling is not None
@@ -74,10 +98,14 @@ def _result(codes: Tensor, amax: Tensor | None, spec: OperandSpec | None, shape:
 def _empty(x: Tensor, amax: Tensor | None, transposed: bool, e5m2: bool) -> Tensor:
     R, C = x.shape if not transposed else (x.shape[1], x.shape[0])
     dtype = torch.float8_e5m2 if e5m2 else torch.float8_e4m3fn
-    return torch.empty((0, 0) if amax is None else (R, -(-C // 16) * 16), dtype=dtype, device=x.device)
+    return torch.empty(
+        (0, 0) if amax is None else (R, -(-C // 16) * 16), dtype=dtype, device=x.device
+    )
 
 
-def _quantize_given(x: Tensor, amax_r: Tensor | None, amax_c: Tensor | None, e5m2_r: bool, e5m2_c: bool) -> list[Tensor]:
+def _quantize_given(
+    x: Tensor, amax_r: Tensor | None, amax_c: Tensor | None, e5m2_r: bool, e5m2_c: bool
+) -> list[Tensor]:
     from lowprec.quant import triton_kernels as kernels
 
     rows, cols = _empty(x, amax_r, False, e5m2_r), _empty(x, amax_c, True, e5m2_c)
@@ -85,9 +113,14 @@ def _quantize_given(x: Tensor, amax_r: Tensor | None, amax_c: Tensor | None, e5m
     kernel: Any = kernels.quantize_given  # whose constants a type checker can't know
     for only_rows, fmt in ((True, E5M2 if e5m2_r else E4M3), (False, E5M2 if e5m2_c else E4M3)):
         both = e5m2_r == e5m2_c and amax_r is not None and amax_c is not None
-        wanted = (both or only_rows) and amax_r is not None, (both or not only_rows) and amax_c is not None
+        wanted = (
+            (both or only_rows) and amax_r is not None,
+            (both or not only_rows) and amax_c is not None,
+        )
         if any(wanted):
-            step_r, step_c = (0 if amax is None or amax.numel() == 1 else 1 for amax in (amax_r, amax_c))
+            step_r, step_c = (
+                0 if amax is None or amax.numel() == 1 else 1 for amax in (amax_r, amax_c)
+            )
             kernel[(-(-R // 64) * -(-C // 64),)](
                 x, x.stride(0), x if amax_r is None else amax_r, step_r, rows, rows.stride(0), x if amax_c is None else amax_c, step_c,
                 cols, cols.stride(0), R, C, *wanted, fmt.mantissa_bits, fmt.min_normal, fmt.max, 64,
@@ -98,10 +131,14 @@ def _quantize_given(x: Tensor, amax_r: Tensor | None, amax_c: Tensor | None, e5m
 
 
 @torch.library.custom_op("lowprec::quantize_given", mutates_args=())
-def _quantize_given_op(x: Tensor, amax_r: Tensor | None, amax_c: Tensor | None, e5m2_r: bool, e5m2_c: bool) -> list[Tensor]:
+def _quantize_given_op(
+    x: Tensor, amax_r: Tensor | None, amax_c: Tensor | None, e5m2_r: bool, e5m2_c: bool
+) -> list[Tensor]:
     return _quantize_given(x, amax_r, amax_c, e5m2_r, e5m2_c)
 
 
 @_quantize_given_op.register_fake
-def _(x: Tensor, amax_r: Tensor | None, amax_c: Tensor | None, e5m2_r: bool, e5m2_c: bool) -> list[Tensor]:
+def _(
+    x: Tensor, amax_r: Tensor | None, amax_c: Tensor | None, e5m2_r: bool, e5m2_c: bool
+) -> list[Tensor]:
     return [_empty(x, amax_r, False, e5m2_r), _empty(x, amax_c, True, e5m2_c)]

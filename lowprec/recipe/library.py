@@ -1,6 +1,7 @@
 """The named recipes, one expression each.
 
-`get(name)` returns one; `names()` lists them; `resolve` also takes the forms that a configuration may use.
+`get(name)` returns one; `names()` lists them; `resolve` also takes the forms that a configuration
+may use.
 """
 
 from collections.abc import Mapping
@@ -8,7 +9,19 @@ from dataclasses import fields, replace
 from typing import Any
 
 from lowprec.errors import UserError, nearest
-from lowprec.formats.element import BF16, E2M1, E2M3, E3M2, E4M3, E5M2, FP16, FP32, INT4, INT8, ElementFormat
+from lowprec.formats.element import (
+    BF16,
+    E2M1,
+    E2M3,
+    E3M2,
+    E4M3,
+    E5M2,
+    FP16,
+    FP32,
+    INT4,
+    INT8,
+    ElementFormat,
+)
 from lowprec.formats.hadamard import NVFP4_SIGNS, Hadamard
 from lowprec.formats.scaling import ALL, BlockScaling
 from lowprec.quant import OperandSpec
@@ -27,22 +40,43 @@ def _everywhere(name: str, spec: OperandSpec, **fields: Any) -> Recipe:
     return Recipe(name=name, fprop=_same(spec), dgrad=_same(spec), wgrad=_same(spec), **fields)
 
 
-def _deepseek(name: str, tile: OperandSpec, block: OperandSpec, about: str, wgrad_x: OperandSpec | None = None) -> Recipe:
-    weight, tokens = GemmSpec(a=tile, b=block, promote_every=128), GemmSpec(a=tile, b=wgrad_x or tile, promote_every=128)
+def _deepseek(
+    name: str, tile: OperandSpec, block: OperandSpec, about: str, wgrad_x: OperandSpec | None = None
+) -> Recipe:
+    weight, tokens = (
+        GemmSpec(a=tile, b=block, promote_every=128),
+        GemmSpec(a=tile, b=wgrad_x or tile, promote_every=128),
+    )
     return Recipe(name=name, fprop=weight, dgrad=weight, wgrad=tokens, about=about)
 
 
 def _nvfp4(name: str, about: str, **scaling: Any) -> Recipe:
     """x, w and g in NVFP4; `scaling` goes to x and w."""
-    x, w = _scaled(E2M1, (1, 16), scale_format="e4m3", **scaling), _scaled(E2M1, (16, 16), scale_format="e4m3", **scaling)
+    x, w = (
+        _scaled(E2M1, (1, 16), scale_format="e4m3", **scaling),
+        _scaled(E2M1, (16, 16), scale_format="e4m3", **scaling),
+    )
     g = replace(_scaled(E2M1, (1, 16), scale_format="e4m3"), rounding="stochastic")
     mixing = Hadamard(size=16, signs=NVFP4_SIGNS)
-    return Recipe(name=name, fprop=GemmSpec(a=x, b=w), dgrad=GemmSpec(a=g, b=w), wgrad=GemmSpec(a=g, b=x, hadamard=mixing), about=about)
+    return Recipe(
+        name=name,
+        fprop=GemmSpec(a=x, b=w),
+        dgrad=GemmSpec(a=g, b=w),
+        wgrad=GemmSpec(a=g, b=x, hadamard=mixing),
+        about=about,
+    )
 
 
 _TENSOR, _ROW, _TILE, _BLOCK, _MX = (ALL, ALL), (1, ALL), (1, 128), (128, 128), (1, 32)
-_TENSOR_E4M3, _TENSOR_E5M2, _ROW_E4M3 = _scaled(E4M3, _TENSOR), _scaled(E5M2, _TENSOR), _scaled(E4M3, _ROW)
-_DELAYED_E4M3, _DELAYED_E5M2 = _scaled(E4M3, _TENSOR, history=1024), _scaled(E5M2, _TENSOR, history=1024)
+_TENSOR_E4M3, _TENSOR_E5M2, _ROW_E4M3 = (
+    _scaled(E4M3, _TENSOR),
+    _scaled(E5M2, _TENSOR),
+    _scaled(E4M3, _ROW),
+)
+_DELAYED_E4M3, _DELAYED_E5M2 = (
+    _scaled(E4M3, _TENSOR, history=1024),
+    _scaled(E5M2, _TENSOR, history=1024),
+)
 _BF16 = OperandSpec(element=BF16)
 _STRAIGHT_THROUGH = GemmSpec(a=None, b=FROM_FPROP)
 _UNBIASED_MXFP4 = OperandSpec(
@@ -53,7 +87,9 @@ _UNBIASED_MXFP4 = OperandSpec(
 _QUEST_MXFP4 = _scaled(E2M1, _MX, scale_format="e8m0", rule="quest")
 
 _RECIPES = (
-    _everywhere("fp32", OperandSpec(element=FP32), rest=FP32, about="fp32 everywhere; the yardstick"),
+    _everywhere(
+        "fp32", OperandSpec(element=FP32), rest=FP32, about="fp32 everywhere; the yardstick"
+    ),
     _everywhere("bf16", _BF16, about="bf16 operands, fp32 accumulation (arXiv 1905.12322)"),
     _everywhere(
         "fp16",
@@ -75,7 +111,11 @@ _RECIPES = (
         wgrad=GemmSpec(a=_DELAYED_E5M2, b=_DELAYED_E4M3),
         about="fp8_tensorwise with the largest of the last 1024 amaxes for its scale (arXiv 2209.05433, section 3)",
     ),
-    _everywhere("fp8_rowwise", _ROW_E4M3, about="one scale per row of each operand, along its contraction axis"),
+    _everywhere(
+        "fp8_rowwise",
+        _ROW_E4M3,
+        about="one scale per row of each operand, along its contraction axis",
+    ),
     Recipe(
         name="fp8_rowwise_wgrad_hp",
         fprop=_same(_ROW_E4M3),
@@ -132,12 +172,23 @@ _RECIPES = (
     Recipe(
         name="mxfp4_quartet",
         fprop=GemmSpec(a=_QUEST_MXFP4, b=_QUEST_MXFP4, hadamard=Hadamard.plain(32)),
-        dgrad=GemmSpec(a=_UNBIASED_MXFP4, b=FromFprop(requantize=_UNBIASED_MXFP4), hadamard=Hadamard.seeded(32)),
-        wgrad=GemmSpec(a=_UNBIASED_MXFP4, b=FromFprop(requantize=_UNBIASED_MXFP4), hadamard=Hadamard.seeded(32)),
+        dgrad=GemmSpec(
+            a=_UNBIASED_MXFP4, b=FromFprop(requantize=_UNBIASED_MXFP4), hadamard=Hadamard.seeded(32)
+        ),
+        wgrad=GemmSpec(
+            a=_UNBIASED_MXFP4, b=FromFprop(requantize=_UNBIASED_MXFP4), hadamard=Hadamard.seeded(32)
+        ),
         about="Quartet: Hadamard and QuEST scales forward, unbiased MXFP4 of fprop's own operands backward (arXiv 2505.14669, section 4)",
     ),
-    _nvfp4("nvfp4", about="NVIDIA's NVFP4: 16x16 weights, stochastic gradients, Hadamard on wgrad (arXiv 2509.25149, section 4)"),
-    _nvfp4("nvfp4_4over6", about="nvfp4, each block of x and w scaled to 6 or to 4 (arXiv 2512.02010)", four_over_six=True),
+    _nvfp4(
+        "nvfp4",
+        about="NVIDIA's NVFP4: 16x16 weights, stochastic gradients, Hadamard on wgrad (arXiv 2509.25149, section 4)",
+    ),
+    _nvfp4(
+        "nvfp4_4over6",
+        about="nvfp4, each block of x and w scaled to 6 or to 4 (arXiv 2512.02010)",
+        four_over_six=True,
+    ),
     Recipe(
         name="int8",
         fprop=GemmSpec(a=_scaled(INT8, _ROW), b=_scaled(INT8, _TENSOR)),
@@ -171,10 +222,11 @@ def get(name: str) -> Recipe:
 def resolve(value: Any) -> Recipe:
     """A recipe from any form a user may give: a Recipe, a name, or a mapping of changes to one,
 
-    {base: NAME, fprop: NAME, dgrad: {a: OPERAND, b: OPERAND, hadamard: SIZE, accumulator_bits: B, promote_every: N}, wgrad: ...}
+    {base: NAME, fprop: NAME, dgrad: {a: OPERAND, b: OPERAND, hadamard: SIZE, accumulator_bits: B,
+    promote_every: N}, wgrad: ...}
 
-    where a GEMM is taken from another recipe by its name, or changed in single fields. An OPERAND is written as in an equation
-    ("e4m3[1x128 fp32]", see `quant/spec.py`), "none" for none.
+    where a GEMM is taken from another recipe by its name, or changed in single fields. An OPERAND
+    is written as in an equation ("e4m3[1x128 fp32]", see `quant/spec.py`), "none" for none.
     """
     if isinstance(value, Recipe):
         return value
@@ -183,11 +235,18 @@ def resolve(value: Any) -> Recipe:
     if not isinstance(value, Mapping):
         raise UserError(f"a recipe is a name or a mapping with 'base', got {value!r}")
     if unknown := [key for key in value if key not in ("base", *GEMMS)]:
-        raise UserError(f"unknown key '{unknown[0]}' in a recipe{nearest(unknown[0], ('base', *GEMMS))}")
+        raise UserError(
+            f"unknown key '{unknown[0]}' in a recipe{nearest(unknown[0], ('base', *GEMMS))}"
+        )
     if "base" not in value:
-        raise UserError(f"a recipe given as a mapping needs 'base', the recipe that it changes; got {dict(value)!r}")
+        raise UserError(
+            "a recipe given as a mapping needs 'base', the recipe that it changes; got "
+            f"{dict(value)!r}"
+        )
     base, given = resolve(value["base"]), {gemm: value[gemm] for gemm in GEMMS if gemm in value}
-    others = {gemm: resolve(other) for gemm, other in given.items() if not isinstance(other, Mapping)}
+    others = {
+        gemm: resolve(other) for gemm, other in given.items() if not isinstance(other, Mapping)
+    }
     fields: dict[str, dict[str, Any]] = {}
     for gemm, settings in given.items():
         if isinstance(settings, Mapping):

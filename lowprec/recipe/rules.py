@@ -1,4 +1,5 @@
-"""Ordered rules: which modules take which recipe. The first rule whose expression matches a module's whole name decides."""
+"""Ordered rules: which modules take which recipe. The first rule whose expression matches a
+module's whole name decides."""
 
 import re
 from collections.abc import Sequence
@@ -13,7 +14,8 @@ class Rule:
     """Modules whose full name matches `modules` take `recipe`."""
 
     modules: str
-    """A regular expression for the whole dotted name ("layers.1" would else match "layers.10" as well)."""
+    """A regular expression for the whole dotted name ("layers.1" would else match "layers.10" as
+    well)."""
     recipe: Recipe | None
     """None: leave them as they are."""
 
@@ -28,14 +30,21 @@ class Rule:
 
 
 def check_rules(rules: Sequence[Rule], names: Sequence[str]) -> None:
-    """UserError for a rule that matches none of `names`, or whose matches earlier rules have all taken."""
+    """UserError for a rule that matches none of `names`, or whose matches earlier rules have all
+    taken."""
     taken: set[str] = set()
     for rule in rules:
         matched = {name for name in names if rule.matches(name)}
         if not matched:
-            raise UserError(f"rule '{rule.modules}' matches none of the {len(names)} linear layers{_hint(rule.modules, names)}")
+            raise UserError(
+                f"rule '{rule.modules}' matches none of the {len(names)} linear "
+                f"layers{_hint(rule.modules, names)}"
+            )
         if matched <= taken:
-            raise UserError(f"rule '{rule.modules}' never applies: earlier rules match all {len(matched)} of its layers")
+            raise UserError(
+                f"rule '{rule.modules}' never applies: earlier rules match all {len(matched)} of "
+                "its layers"
+            )
         taken |= matched
 
 
@@ -43,4 +52,8 @@ def _hint(pattern: str, names: Sequence[str]) -> str:
     containing = [name for name in names if re.search(pattern, name)]
     if containing:
         return f"; it is a part of '{containing[0]}', but a rule matches whole names: try '.*{pattern}.*'"
-    return nearest(pattern, names[:1000]) if len(names) <= 20 else nearest(pattern, {name.split(".")[-1] for name in names})
+    return (
+        nearest(pattern, names[:1000])
+        if len(names) <= 20
+        else nearest(pattern, {name.split(".")[-1] for name in names})
+    )

@@ -1,11 +1,15 @@
-"""What a recipe keeps between steps: named buffers of the layer, so that they move, are saved and are restored with it.
+"""What a recipe keeps between steps: named buffers of the layer, so that they move, are saved and
+are restored with it.
 
     rounding_state             int64 [3], for stochastic rounding: a key of two 32-bit words, and the number of forward passes so far. Each
-                               pass derives a new key, each operand one of its own from that (see `formats.random`)
-    amax_history_<gemm>_<a|b>  fp32 [n], for delayed scaling: the last amaxes that this operand had, oldest first, zeros for none
+                               pass derives a new key, each operand one of its own from that (see
+                               `formats.random`)
+    amax_history_<gemm>_<a|b>  fp32 [n], for delayed scaling: the last amaxes that this operand had,
+    oldest first, zeros for none
 
-A recipe that needs neither adds no buffer, and the layer's state dict is nn.Linear's. Ranks that start from the same buffers mix their rank
-into the key: were their draws equal, half of the rounding noise would not average out between them.
+A recipe that needs neither adds no buffer, and the layer's state dict is nn.Linear's. Ranks that
+start from the same buffers mix their rank into the key: were their draws equal, half of the
+rounding noise would not average out between them.
 """
 
 from collections.abc import Sequence
@@ -32,7 +36,8 @@ HISTORIES = tuple(history_name(*operand) for operand in OPERANDS)
 
 
 FINISHED = "_lowprec_finished"
-"""Of a model whose run is over and that is saved without its state, whether it still is. `lowprec.convert` takes that back."""
+"""Of a model whose run is over and that is saved without its state, whether it still is.
+`lowprec.convert` takes that back."""
 
 
 def is_state(name: str) -> bool:
@@ -53,37 +58,50 @@ def history_length(recipe: Recipe, gemm: str, side: str) -> int:
     return spec.scaling.history if spec is not None and spec.scaling is not None else 0
 
 
-def new_state(recipe: Recipe, device: torch.device, seed: int = 0, layer: int = 0) -> dict[str, Tensor]:
+def new_state(
+    recipe: Recipe, device: torch.device, seed: int = 0, layer: int = 0
+) -> dict[str, Tensor]:
     """The buffers that `recipe` needs, as they are before the first step.
 
     Args:
-        seed, layer: what the draws of stochastic rounding depend on; layers of a model should differ.
+        seed, layer: what the draws of stochastic rounding depend on; layers of a model should
+            differ.
     """
     specs = [operand_spec(recipe, *operand) for operand in OPERANDS]
     state = {}
     with torch.inference_mode(False):  # training changes them in place
         if any(spec is not None and spec.stochastic for spec in specs):
-            state[ROUNDING_STATE] = torch.tensor([seed % 2**32, layer, 0], dtype=torch.int64, device=device)
+            state[ROUNDING_STATE] = torch.tensor(
+                [seed % 2**32, layer, 0], dtype=torch.int64, device=device
+            )
         for operand in OPERANDS:
             if length := history_length(recipe, *operand):
-                state[history_name(*operand)] = torch.zeros(length, dtype=torch.float32, device=device)
+                state[history_name(*operand)] = torch.zeros(
+                    length, dtype=torch.float32, device=device
+                )
     return state
 
 
-def states_of(recipes: Sequence[Recipe], device: torch.device, seed: int = 0, layer: int = 0) -> dict[str, Tensor]:
-    """The buffers that any of `recipes` needs; see `new_state`. UserError if two want histories of other lengths for one operand."""
+def states_of(
+    recipes: Sequence[Recipe], device: torch.device, seed: int = 0, layer: int = 0
+) -> dict[str, Tensor]:
+    """The buffers that any of `recipes` needs; see `new_state`. UserError if two want histories of
+    other lengths for one operand."""
     state: dict[str, Tensor] = {}
     for recipe in recipes:
         for name, buffer in new_state(recipe, device, seed, layer).items():
             if name in state and state[name].shape != buffer.shape:
                 lengths = f"{len(state[name])} and {len(buffer)}"
-                raise UserError(f"recipe {recipe.name}: one layer can't keep amax histories of two lengths, {lengths}, for one operand")
+                raise UserError(
+                    f"recipe {recipe.name}: one layer can't keep amax histories of two lengths, "
+                    f"{lengths}, for one operand"
+                )
             state.setdefault(name, buffer)
     return state
 
 
-# An operator of its own, because it must run once: compiled code may otherwise derive the key again in the backward, when the count has
-# moved on.
+# An operator of its own, because it must run once: compiled code may otherwise derive the key again
+# in the backward, when the count has moved on.
 @torch.library.custom_op("lowprec::next_key", mutates_args={"rounding_state"})
 def next_key(rounding_state: Tensor, rank: int, advance: bool) -> Tensor:
     """The key of the coming forward pass, int64 [2]; counts the pass if `advance`."""

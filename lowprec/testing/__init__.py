@@ -1,6 +1,7 @@
 """What the tests of every implementation share: matrices, shapes, edge cases, measures and bounds.
 
-A bound is written once, here, beside the reason for it; so loosening one shows in a diff. The package itself never imports this one.
+A bound is written once, here, beside the reason for it; so loosening one shows in a diff. The
+package itself never imports this one.
 """
 
 from lowprec.testing.cases import EDGE_BLOCKS, EdgeBlock

@@ -1,7 +1,7 @@
 """Named edge cases for block scaling. One table, which every implementation of `quantize` runs.
 
-Each case is a row of 128 values: one tile of fp8_blockwise, four blocks of an MX format. Values without a remark are small and ordinary,
-so that the named one decides the scale.
+Each case is a row of 128 values: one tile of fp8_blockwise, four blocks of an MX format. Values
+without a remark are small and ordinary, so that the named one decides the scale.
 """
 
 from dataclasses import dataclass
@@ -44,23 +44,86 @@ def _case(name: str, why: str, *first: float, fill: float = 0.25, finite: bool =
 EDGE_BLOCKS = (
     _case("zeros", "amax 0 takes the smallest scale, so that 1 / scale is finite", fill=0.0),
     _case("negative_zeros", "the sign of zero survives", *[-0.0] * 64, fill=0.0),
-    _case("smallest_subnormal", "amax / 448 underflows; the smallest scale, codes of zero", SMALLEST_SUBNORMAL, fill=0.0),
-    _case("subnormals", "every value is an fp32 subnormal, amax / 448 lies below the smallest scale", 2.0**-127, fill=2.0**-130),
-    _case("smallest_scale", "amax / 448 is the smallest fp32 scale exactly", 448 * SMALLEST_NORMAL, fill=2.0**-122),
+    _case(
+        "smallest_subnormal",
+        "amax / 448 underflows; the smallest scale, codes of zero",
+        SMALLEST_SUBNORMAL,
+        fill=0.0,
+    ),
+    _case(
+        "subnormals",
+        "every value is an fp32 subnormal, amax / 448 lies below the smallest scale",
+        2.0**-127,
+        fill=2.0**-130,
+    ),
+    _case(
+        "smallest_scale",
+        "amax / 448 is the smallest fp32 scale exactly",
+        448 * SMALLEST_NORMAL,
+        fill=2.0**-122,
+    ),
     _case("tiny", "just below the smallest normal number, as 1e-38 is", 1e-38, -7e-39, fill=3e-39),
-    _case("huge", "1 / scale is small, products must not lose their exponent", 1e38, -9.9e37, fill=3e37),
-    _case("largest", "the largest fp32 number; its scale is finite", LARGEST_FP32, -LARGEST_FP32, fill=1e37),
+    _case(
+        "huge",
+        "1 / scale is small, products must not lose their exponent",
+        1e38,
+        -9.9e37,
+        fill=3e37,
+    ),
+    _case(
+        "largest",
+        "the largest fp32 number; its scale is finite",
+        LARGEST_FP32,
+        -LARGEST_FP32,
+        fill=1e37,
+    ),
     _case("max_exactly", "amax is e4m3's largest value: scale 1", 448.0, -448.0, fill=20.0),
-    _case("one_ulp_above_max", "448 + ulp: a power-of-two scale must double under rceil", 448.0 + 2.0**-15, fill=20.0),
+    _case(
+        "one_ulp_above_max",
+        "448 + ulp: a power-of-two scale must double under rceil",
+        448.0 + 2.0**-15,
+        fill=20.0,
+    ),
     _case("one_ulp_below_max", "448 - ulp: it must not", 448.0 - 2.0**-15, fill=20.0),
-    _case("one_ulp_below_power_of_two", "256 - ulp, where a logarithm in fp32 says 8 and the exponent is 7", 256.0 - 2.0**-16, fill=9.0),
+    _case(
+        "one_ulp_below_power_of_two",
+        "256 - ulp, where a logarithm in fp32 says 8 and the exponent is 7",
+        256.0 - 2.0**-16,
+        fill=9.0,
+    ),
     _case("power_of_two", "mantissa zero: the rules floor, ceil and even agree", 256.0, fill=9.0),
-    # 1 / fp32(amax / 448) rounds up for this amax, and fp32(amax * that) = 448.00003. It happens to 19% of the mantissas.
-    _case("product_above_max", "amax * (1 / scale) exceeds 448 by an ulp and is clamped", PRODUCT_ABOVE_MAX),
-    _case("ties", "halfway between codes under scale 1", 448.0, 17.0, 19.0, -17.0, -19.0, 2.0**-10, 3 * 2.0**-10, fill=16.5),
-    _case("outlier", "one value 10^6 times the others: they fall below the smallest code", 1e4, fill=1e-2),
+    # 1 / fp32(amax / 448) rounds up for this amax, and fp32(amax * that) = 448.00003. It happens to
+    # 19% of the mantissas.
+    _case(
+        "product_above_max",
+        "amax * (1 / scale) exceeds 448 by an ulp and is clamped",
+        PRODUCT_ABOVE_MAX,
+    ),
+    _case(
+        "ties",
+        "halfway between codes under scale 1",
+        448.0,
+        17.0,
+        19.0,
+        -17.0,
+        -19.0,
+        2.0**-10,
+        3 * 2.0**-10,
+        fill=16.5,
+    ),
+    _case(
+        "outlier",
+        "one value 10^6 times the others: they fall below the smallest code",
+        1e4,
+        fill=1e-2,
+    ),
     _case("nan", "one NaN makes the whole block NaN", float("nan"), finite=False),
-    _case("inf", "an infinity as well: saturating it would hide an overflow from loss scaling", float("inf"), finite=False),
+    _case(
+        "inf",
+        "an infinity as well: saturating it would hide an overflow from loss scaling",
+        float("inf"),
+        finite=False,
+    ),
     _case("minus_inf", "of either sign", -float("inf"), finite=False),
     _case("inf_and_nan", "both", float("inf"), float("nan"), -float("inf"), finite=False),
 )

@@ -1,6 +1,8 @@
-"""Independent implementations to compare with: plain loops over blocks, float64 and exact rationals, codes by ml_dtypes.
+"""Independent implementations to compare with: plain loops over blocks, float64 and exact
+rationals, codes by ml_dtypes.
 
-They share no arithmetic with the package, and are written from the definitions rather than from its formulas.
+They share no arithmetic with the package, and are written from the definitions rather than from its
+formulas.
 """
 
 from fractions import Fraction
@@ -18,41 +20,53 @@ SMALLEST_FP32_SCALE = np.float32(2.0**-126)
 
 
 def e8m0_scale(amax: float, fmt: ElementFormat, rule: str) -> float:
-    """The power-of-two scale of a block with a finite amax, by the definition of each rule (OCP MX 1.0, 6.3; arXiv 2506.08027)."""
+    """The power-of-two scale of a block with a finite amax, by the definition of each rule (OCP MX
+    1.0, 6.3; arXiv 2506.08027)."""
     if amax == 0:
         return 2.0**-127
     a, largest = Fraction(amax), Fraction(fmt.max)
-    exponent = _floor_log2(a) - fmt.emax  # floor: amax / s has the exponent of the format's largest value
-    if rule == "ceil":  # the smallest s under which amax / s does not exceed the largest power of two
+    exponent = (
+        _floor_log2(a) - fmt.emax
+    )  # floor: amax / s has the exponent of the format's largest value
+    if (
+        rule == "ceil"
+    ):  # the smallest s under which amax / s does not exceed the largest power of two
         while a > Fraction(2) ** (exponent + fmt.emax):
             exponent += 1
     elif rule == "rceil":  # the smallest s under which amax / s does not exceed the largest value
         while a / Fraction(2) ** exponent > largest:
             exponent += 1
-    elif rule == "even":  # floor, of amax rounded to the format's mantissa (half to even, as a Fraction rounds)
+    elif (
+        rule == "even"
+    ):  # floor, of amax rounded to the format's mantissa (half to even, as a Fraction rounds)
         ulp = Fraction(2) ** (_floor_log2(a) - fmt.mantissa_bits)
         exponent = _floor_log2(round(a / ulp) * ulp) - fmt.emax
     return 2.0 ** min(max(exponent, -127), 127)
 
 
 def non_negative_values(fmt: ElementFormat) -> Any:
-    """The values 0 <= v <= max(max, -min) of a format in ascending order, float64, from the definition in `formats.element`.
+    """The values 0 <= v <= max(max, -min) of a format in ascending order, float64, from the
+    definition in `formats.element`.
 
-    The index of a float is its code without the sign; of an integer, itself. So a value is even if its index is.
+    The index of a float is its code without the sign; of an integer, itself. So a value is even if
+    its index is.
     """
     if fmt.is_integer:
         return np.arange(0.0, 1 - fmt.min)
     mantissas = np.arange(2**fmt.mantissa_bits) / 2**fmt.mantissa_bits
     exponents = 2.0 ** (np.arange(1, min(2**fmt.exponent_bits, 1024)) - fmt.bias)
-    values = np.concatenate([mantissas * 2.0 ** (1 - fmt.bias), (exponents[:, None] * (1 + mantissas)).ravel()])
+    values = np.concatenate(
+        [mantissas * 2.0 ** (1 - fmt.bias), (exponents[:, None] * (1 + mantissas)).ravel()]
+    )
     return values[values <= fmt.max]
 
 
 def neighbours(x: Any, fmt: ElementFormat) -> tuple[Any, Any, Any]:
-    """(toward zero, away from zero, index of the former) of fp32 numbers without NaN: the values of a format between which they lie.
+    """(toward zero, away from zero, index of the former) of fp32 numbers without NaN: the values of
+    a format between which they lie.
 
-    float64, equal where x is a value of the format. By a search in the list of all values: no arithmetic that could round. A format that
-    overflows has infinity as its last value.
+    float64, equal where x is a value of the format. By a search in the list of all values: no
+    arithmetic that could round. A format that overflows has infinity as its last value.
     """
     values = non_negative_values(fmt)
     x = np.asarray(x, np.float64)
@@ -67,22 +81,31 @@ def neighbours(x: Any, fmt: ElementFormat) -> tuple[Any, Any, Any]:
 
 
 def round_by_search(x: Any, fmt: ElementFormat, rounding: str) -> Any:
-    """fp32 numpy array without NaN -> the nearest values of a format (ties to even), or the ones toward zero; fp32."""
+    """fp32 numpy array without NaN -> the nearest values of a format (ties to even), or the ones
+    toward zero; fp32."""
     low, high, index = neighbours(x, fmt)
     if rounding == "toward_zero":
         return low.astype(np.float32)
     top = np.copysign(2.0 ** (fmt.emax + 1), high)  # what infinity stands for in the unbounded grid
     with np.errstate(invalid="ignore"):  # infinity has no distance to itself
         below, above = np.abs(x - low), np.abs(np.where(np.isinf(high), top, high) - x)
-    up = (above < below) | ((above == below) & (index % 2 == 1)) | (np.abs(x) >= np.abs(top)) & np.isinf(high)
+    up = (
+        (above < below)
+        | ((above == below) & (index % 2 == 1))
+        | (np.abs(x) >= np.abs(top)) & np.isinf(high)
+    )
     return np.where(up, high, low).astype(np.float32)
 
 
-def nvfp4_by_numpy(x_RK: Tensor, block: tuple[int, int], *, four_over_six: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(codes, block scales, tensor scale, dequantised) of NVFP4, all fp32, block by block; every number an fp32 scalar.
+def nvfp4_by_numpy(
+    x_RK: Tensor, block: tuple[int, int], *, four_over_six: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(codes, block scales, tensor scale, dequantised) of NVFP4, all fp32, block by block; every
+    number an fp32 scalar.
 
-    The order of operations is Transformer Engine's (arXiv 2509.25149, appendix B; arXiv 2512.02010 for four over six), in numpy's fp32,
-    whose every operation is correctly rounded. A matrix with NaN or infinity: NaN codes and scales.
+    The order of operations is Transformer Engine's (arXiv 2509.25149, appendix B; arXiv 2512.02010
+    for four over six), in numpy's fp32, whose every operation is correctly rounded. A matrix with
+    NaN or infinity: NaN codes and scales.
     """
     f32, flt_max = np.float32, np.finfo(np.float32).max
     x = x_RK.float().numpy()
@@ -105,25 +128,36 @@ def nvfp4_by_numpy(x_RK: Tensor, block: tuple[int, int], *, four_over_six: bool 
                 for stretch in (f32(1), f32(1.5)) if four_over_six else (f32(1),):
                     scale = f32(round_by_search(base * stretch, E4M3, "nearest"))
                     factor = min(f32(1) / (scale * decode), flt_max)
-                    code = round_by_search(np.clip(x[place] * factor, f32(-6), f32(6)), E2M1, "nearest")
+                    code = round_by_search(
+                        np.clip(x[place] * factor, f32(-6), f32(6)), E2M1, "nearest"
+                    )
                     value = code * scale * decode
                     error = np.square((value - x[place]).astype(np.float64)).sum()
                     if best is None or error < best[0]:
                         best = error, code, scale, value
                 assert best is not None
                 _, codes[place], scales[i, j], out[place] = best
-    return torch.from_numpy(codes), torch.from_numpy(scales), torch.tensor(float(decode)), torch.from_numpy(out)
+    return (
+        torch.from_numpy(codes),
+        torch.from_numpy(scales),
+        torch.tensor(float(decode)),
+        torch.from_numpy(out),
+    )
 
 
 def quantize_by_numpy(x_RK: Tensor, spec: OperandSpec) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes, scales and zero points (all fp32) of a matrix, block by block. A block with NaN or infinity has a NaN scale and NaN codes.
+    """Codes, scales and zero points (all fp32) of a matrix, block by block. A block with NaN or
+    infinity has a NaN scale and NaN codes.
 
-    float64 holds the product of two fp32 numbers exactly, and their quotient to more than twice fp32's precision: rounding it to fp32
-    gives the correctly rounded fp32 result.
+    float64 holds the product of two fp32 numbers exactly, and their quotient to more than twice
+    fp32's precision: rounding it to fp32 gives the correctly rounded fp32 result.
     """
     assert spec.scaling is not None
     x, scaling, fmt = x_RK.float().numpy(), spec.scaling, spec.element
-    r, c = (max(n, 1) if extent == ALL else extent for n, extent in zip(x.shape, scaling.block, strict=True))
+    r, c = (
+        max(n, 1) if extent == ALL else extent
+        for n, extent in zip(x.shape, scaling.block, strict=True)
+    )
     grid = (-(-x.shape[0] // r), -(-x.shape[1] // c))
     codes, scales, zeros = np.zeros_like(x), np.zeros(grid, np.float32), np.zeros(grid, np.float32)
     for i in range(grid[0]):
@@ -135,7 +169,11 @@ def quantize_by_numpy(x_RK: Tensor, spec: OperandSpec) -> tuple[Tensor, Tensor, 
                 codes[place], scales[i, j] = _symmetric(x[place], spec)
             else:
                 codes[place], scales[i, j], zeros[i, j] = _asymmetric(x[place], fmt)
-    return torch.from_numpy(codes), torch.from_numpy(scales), None if scaling.symmetric else torch.from_numpy(zeros)
+    return (
+        torch.from_numpy(codes),
+        torch.from_numpy(scales),
+        None if scaling.symmetric else torch.from_numpy(zeros),
+    )
 
 
 def round_by_ml_dtypes(x: Any, fmt: ElementFormat) -> Any:
@@ -145,7 +183,13 @@ def round_by_ml_dtypes(x: Any, fmt: ElementFormat) -> Any:
     clamped = np.clip(x, fmt.min, fmt.max)  # e4m3fn does not saturate there
     if fmt.is_integer:
         return np.clip(np.rint(x), fmt.min, fmt.max)
-    names = {"e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2", "e3m2": "float6_e3m2fn", "e2m3": "float6_e2m3fn", "e2m1": "float4_e2m1fn"}
+    names = {
+        "e4m3": "float8_e4m3fn",
+        "e5m2": "float8_e5m2",
+        "e3m2": "float6_e3m2fn",
+        "e2m3": "float6_e2m3fn",
+        "e2m1": "float4_e2m1fn",
+    }
     return clamped.astype(getattr(ml_dtypes, names[fmt.name])).astype(np.float32)
 
 
@@ -158,14 +202,24 @@ def _symmetric(block: Any, spec: OperandSpec) -> tuple[Any, Any]:
         steps = {"int8": 127.5, "int4": 7.5}.get(fmt.name, fmt.max)
         scale = max(np.float32(amax / steps), SMALLEST_FP32_SCALE)
     scaled = _times_reciprocal(block, scale)
-    return round_by_search(scaled, fmt, "nearest") if fmt == E5M6 else round_by_ml_dtypes(scaled, fmt), scale  # ml_dtypes lacks e5m6
+    return round_by_search(scaled, fmt, "nearest") if fmt == E5M6 else round_by_ml_dtypes(
+        scaled, fmt
+    ), scale  # ml_dtypes lacks e5m6
 
 
 def _asymmetric(block: Any, fmt: ElementFormat) -> tuple[Any, Any, Any]:
     low, high = min(block.min(), np.float32(0)), max(block.max(), np.float32(0))
-    half_span = np.float32(high.astype(np.float64) / 2 - low.astype(np.float64) / 2)  # halved, the span of finite numbers is finite
-    scale = max(np.float32(half_span.astype(np.float64) / ((fmt.max - fmt.min) / 2)), SMALLEST_FP32_SCALE)
-    zero = np.clip(fmt.min - np.rint(np.float32(low.astype(np.float64) / scale.astype(np.float64))), fmt.min, fmt.max)
+    half_span = np.float32(
+        high.astype(np.float64) / 2 - low.astype(np.float64) / 2
+    )  # halved, the span of finite numbers is finite
+    scale = max(
+        np.float32(half_span.astype(np.float64) / ((fmt.max - fmt.min) / 2)), SMALLEST_FP32_SCALE
+    )
+    zero = np.clip(
+        fmt.min - np.rint(np.float32(low.astype(np.float64) / scale.astype(np.float64))),
+        fmt.min,
+        fmt.max,
+    )
     return np.clip(np.rint(_times_reciprocal(block, scale)) + zero, fmt.min, fmt.max), scale, zero
 
 

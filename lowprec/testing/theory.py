@@ -1,8 +1,10 @@
-"""The SQNR of quantised gaussian operands, predicted by integration: what floors for four- and six-bit recipes are derived from.
+"""The SQNR of quantised gaussian operands, predicted by integration: what floors for four- and
+six-bit recipes are derived from.
 
-A block of n gaussian elements has an amax a with distribution function (2 Phi(a) - 1)^n. Given a, its scale is known; one element is a
-itself, the others are gaussian on [-a, a]. The mean squared error of both, averaged over a, against the mean square 1 is the operand's
-noise. The noise of a product is the sum of its operands'. No random numbers, none of the package's rounding.
+A block of n gaussian elements has an amax a with distribution function (2 Phi(a) - 1)^n. Given a,
+its scale is known; one element is a itself, the others are gaussian on [-a, a]. The mean squared
+error of both, averaged over a, against the mean square 1 is the operand's noise. The noise of a
+product is the sum of its operands'. No random numbers, none of the package's rounding.
 """
 
 import math
@@ -15,17 +17,20 @@ from lowprec.quant import OperandSpec
 from lowprec.testing.oracles import e8m0_scale
 
 _TENSOR_AMAX = 4.6
-"""The largest of the 10^5 values of a test's matrix, in standard deviations; it moves NVFP4's scales by a fraction of their own step."""
+"""The largest of the 10^5 values of a test's matrix, in standard deviations; it moves NVFP4's
+scales by a fraction of their own step."""
 
 
 def gaussian_sqnr_db(a: OperandSpec | None, b: OperandSpec | None, length: int) -> float:
-    """Predicted SQNR of a product of two gaussian operands, in dB; `length` is what an axis that a block spans wholly is taken for."""
+    """Predicted SQNR of a product of two gaussian operands, in dB; `length` is what an axis that a
+    block spans wholly is taken for."""
     noise = sum(operand_noise(spec, length) for spec in (a, b) if spec is not None)
     return math.inf if noise == 0 else -10 * math.log10(noise)
 
 
 def operand_noise(spec: OperandSpec, length: int) -> float:
-    """Mean squared error of a unit gaussian quantised by `spec` (a float element with an amax scale)."""
+    """Mean squared error of a unit gaussian quantised by `spec` (a float element with an amax
+    scale)."""
     assert spec.scaling is not None
     rows, cols = (length if extent == -1 else extent for extent in spec.scaling.block)
     grid = _grid(spec.element)
@@ -37,15 +42,23 @@ def operand_noise(spec: OperandSpec, length: int) -> float:
         x = (np.arange(4000) + 0.5) / 4000 * amax
         density = np.exp(-x * x / 2)
         others = (_squared_error(x, scale, grid, spec.stochastic) * density).sum() / density.sum()
-        total += ((n - 1) * others + _squared_error(np.array([amax]), scale, grid, spec.stochastic)[0]) / n
+        total += (
+            (n - 1) * others + _squared_error(np.array([amax]), scale, grid, spec.stochastic)[0]
+        ) / n
     return total / levels
 
 
 def _grid(fmt: ElementFormat) -> np.ndarray:
     """The non-negative values, by the definition of the format."""
     exponents = range(1, 2**fmt.exponent_bits)
-    normal = [2.0 ** (e - fmt.bias) * (1 + m / 2**fmt.mantissa_bits) for e in exponents for m in range(2**fmt.mantissa_bits)]
-    subnormal = [2.0 ** (1 - fmt.bias) * m / 2**fmt.mantissa_bits for m in range(2**fmt.mantissa_bits)]
+    normal = [
+        2.0 ** (e - fmt.bias) * (1 + m / 2**fmt.mantissa_bits)
+        for e in exponents
+        for m in range(2**fmt.mantissa_bits)
+    ]
+    subnormal = [
+        2.0 ** (1 - fmt.bias) * m / 2**fmt.mantissa_bits for m in range(2**fmt.mantissa_bits)
+    ]
     return np.array([value for value in subnormal + normal if value <= fmt.max])
 
 
@@ -64,7 +77,8 @@ def _squared_error(x: np.ndarray, scale: float, grid: np.ndarray, stochastic: bo
     upper = np.clip(np.searchsorted(grid, scaled), 1, len(grid) - 1)
     below, above = scaled - grid[upper - 1], grid[upper] - scaled
     cut = x - scaled * scale
-    # The variance of a draw between two neighbours is the product of the distances; rounding to nearest leaves the smaller one.
+    # The variance of a draw between two neighbours is the product of the distances; rounding to
+    # nearest leaves the smaller one.
     return (below * above if stochastic else np.minimum(below, above) ** 2) * scale**2 + cut**2
 
 
@@ -73,5 +87,7 @@ def _inverse_half_normal(probability: float) -> float:
     low, high = 0.0, 10.0
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if math.erf(middle / math.sqrt(2)) < probability else (low, middle)
+        low, high = (
+            (middle, high) if math.erf(middle / math.sqrt(2)) < probability else (low, middle)
+        )
     return (low + high) / 2

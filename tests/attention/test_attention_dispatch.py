@@ -70,5 +70,5 @@ def test_attention_takes_expressions_and_refuses_misfits():
 
 
 def test_import_does_not_load_transformers():
-    code = "import sys, lowprec.attention, lowprec.kernels; sys.exit('transformers' in sys.modules or 'liger_kernel' in sys.modules)"
+    code = "import sys, lowprec.attention, lowprec.integrations; sys.exit('transformers' in sys.modules or 'liger_kernel' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

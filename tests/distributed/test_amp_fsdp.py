@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.trainers.runs import run_ranks
+from tests.training.runs import run_ranks
 
 _SCRIPT = """
 import json, os, sys
@@ -17,9 +17,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from lowprec.config import LossScalingConfig
-from trainers.amp import Amp, LossScaler
-from trainers.optimizers import OptimizerConfig, build, prepare_weights
+from lowprec.training.optim.loss_scaling import LossScalingConfig
+from lowprec.training.amp import Amp
+from lowprec.training.optim.loss_scaling import LossScaler
+from lowprec.training.optim.adamw import OptimizerConfig, build, prepare_weights
 
 torch.set_num_threads(1)
 out = sys.argv[1]
@@ -156,8 +157,8 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
-from tests.trainers.hf import small_model
-from trainers.amp import prepare_to_load
+from tests.training.hf import small_model
+from lowprec.training.optim.loss_scaling import prepare_to_load
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method="file://" + sys.argv[1] + "/store", rank=0, world_size=1)

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from tests.trainers.runs import run_ranks
+from tests.training.runs import run_ranks
 
 _SCRIPT = """
 import json, os, sys
@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
-from tests.trainers.hf import prose, small_model
-from trainers.controller import PrecisionController
+from tests.training.hf import prose, small_model
+from lowprec.training.control.controller import PrecisionController
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.trainers.runs import run_ranks
+from tests.training.runs import run_ranks
 
 _SCRIPT = """
 import json, os, sys
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 import lowprec
-from lowprec.weights import recipes_of
+from lowprec.conversion.discover import recipes_of
 
 *cases, out = sys.argv[1:]
 dist.init_process_group("gloo")

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.trainers.runs import run_ranks
-from trainers.watch import Watch
+from lowprec.training.control.step_stats import Watch
+from tests.training.runs import run_ranks
 
 _SCRIPT = """
 import json, os, sys
@@ -18,8 +18,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 import lowprec
-from trainers.snapshot import Snapshots
-from trainers.watch import Watch
+from lowprec.training.control.snapshots import Snapshots
+from lowprec.training.control.step_stats import Watch
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from tests.trainers.runs import run_ranks
+from tests.training.runs import run_ranks
 
 _SCRIPT = """
 import copy, json, os, sys
@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from lowprec.nn import share_histories
-from tests.trainers.hf import prose, small_model
-from trainers import controller as controlling
-from trainers.controller import PrecisionController
+from tests.training.hf import prose, small_model
+from lowprec.training.control import controller as controlling
+from lowprec.training.control.controller import PrecisionController
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")

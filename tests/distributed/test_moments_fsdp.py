@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.trainers.runs import run_ranks
-from trainers.optimizers import OptimizerConfig, build
+from lowprec.training.optim.adamw import OptimizerConfig, build
+from tests.training.runs import run_ranks
 
 # [33, 256]: rows of whole blocks, uneven shards; [64, 33]: its blocks cross rows, uneven, too, so fp32; [128, 64]: cross rows, even shards.
 SHAPES = ((256, 33), (33, 64), (64, 128), (128, 8))
@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_state_dict, set_model_state_dict, set_optimizer_state_dict, set_state_dict
 )
 from torch.distributed.fsdp import fully_shard
-from trainers.optimizers import OptimizerConfig, build, prepare_weights
+from lowprec.training.optim.adamw import OptimizerConfig, build, prepare_weights
 
 torch.set_num_threads(1)
 folder = sys.argv[1]

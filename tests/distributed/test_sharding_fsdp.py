@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.trainers.runs import run_ranks
+from tests.training.runs import run_ranks
 
 _SCRIPT = """
 import json, os, sys
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from accelerate import FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from trainers.sharding import sum_in_fp32
+from lowprec.distributed.fsdp2 import sum_in_fp32
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")

@@ -27,7 +27,7 @@ SCALING = {"init_scale": 1024, "growth_interval": 3}
 _COMMAND = """
 import os, signal, sys
 from transformers import Trainer
-from trainers.cli import main
+from lowprec.cli.main import main
 
 killed, *arguments = sys.argv[1:]
 if killed != "never":
@@ -49,8 +49,8 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration, FullyShardedDataParallelPlugin, skip_first_batches
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
-from trainers.accelerate import controller, prepare
-from trainers.optimizers import OptimizerConfig, build, prepare_weights
+from lowprec.training.accelerate import controller, prepare
+from lowprec.training.optim.adamw import OptimizerConfig, build, prepare_weights
 
 killed, folder, mixed_precision = sys.argv[1:]
 folder, steps, saved = Path(folder), STEPS, SAVED

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from lowprec.attention import attach, attention, choose, hf, parse
-from lowprec.kernels import compile_blocks
+from lowprec.integrations import compile_blocks
 
 pytestmark = [
     pytest.mark.gpu,

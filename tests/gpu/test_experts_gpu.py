@@ -10,7 +10,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import lowprec
-from lowprec.kernels.compile import compile_blocks
+from lowprec.integrations.compile import compile_blocks
 from lowprec.testing import sqnr_db
 
 pytestmark = pytest.mark.gpu

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from lowprec.kernels import apply_liger, compile_blocks, plan_liger
+from lowprec.integrations import apply_liger, compile_blocks, plan_liger
 
 pytest.importorskip("liger_kernel")
 

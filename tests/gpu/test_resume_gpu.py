@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from lowprec.config import LossScalingConfig
-from lowprec.kernels.compile import compile_blocks
+from lowprec import LowPrecisionCallback
+from lowprec.distributed.processes import use_one_gpu
+from lowprec.integrations.compile import compile_blocks
+from lowprec.training.amp import Amp
+from lowprec.training.optim.loss_scaling import LossScalingConfig
 from tests.gpu.killed_runs import FSDP2, Case, check_equal, processes, records, start_all
-from trainers import LowPrecisionCallback
-from trainers.amp import Amp
-from trainers.processes import use_one_gpu
 
 pytestmark = pytest.mark.gpu
 

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from lowprec.conversion import convert, make_plan, revert
-from lowprec.gemm.te import te_quantized
+from lowprec.conversion.convert import convert, make_plan, revert
 from lowprec.nn import LowPrecisionLinear
 from lowprec.nn.te_linear import DelayedTELinear, TELinear, why_not_te
 from lowprec.quant import OperandSpec, quantize
 from lowprec.recipe import library
 from lowprec.testing import heavy_tailed
+from lowprec.testing.te import te_quantized
 
 pytest.importorskip("transformer_engine.pytorch")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]

@@ -17,15 +17,14 @@ from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 from torch._inductor.utils import fresh_cache
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from lowprec import convert
-from lowprec.kernels import compile_blocks
+from lowprec import LowPrecisionCallback, convert
+from lowprec.distributed.processes import use_one_gpu
+from lowprec.integrations import compile_blocks
 from lowprec.nn import LowPrecisionLinear
 from lowprec.observe import LayerProbe, Probe
 from lowprec.recipe import library
-from trainers import LowPrecisionCallback
-from trainers.data.tokenizer import END, byte_tokenizer
-from trainers.optimizers import OptimizerConfig, build
-from trainers.processes import use_one_gpu
+from lowprec.training.data.tokenizer import END, byte_tokenizer
+from lowprec.training.optim.adamw import OptimizerConfig, build
 
 pytestmark = pytest.mark.gpu
 

@@ -11,7 +11,7 @@ import torch
 
 import lowprec
 from lowprec.formats.hadamard import SIZES, Hadamard
-from lowprec.kernels.compile import compile_blocks
+from lowprec.integrations.compile import compile_blocks
 from lowprec.nn import LowPrecisionLinear
 from lowprec.quant import quantize
 from lowprec.testing import sqnr_db
@@ -156,7 +156,7 @@ def _lowprec(*arguments: str, nproc: int = 0, **environment: str) -> subprocess.
     if nproc:
         launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc), "-m"]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", **environment}
-    return subprocess.run([*launcher, "trainers.cli", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150)
+    return subprocess.run([*launcher, "lowprec", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150)
 
 
 def _run(folder: Path, tmp_path: Path, *overrides: str, nproc: int = 0) -> tuple[list[dict], dict, dict]:

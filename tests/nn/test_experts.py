@@ -23,13 +23,13 @@ from transformers.models.nemotron_h.configuration_nemotron_h import NemotronHCon
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 import lowprec
-from lowprec.conversion import make_plan
+from lowprec.conversion.convert import make_plan
+from lowprec.conversion.discover import recipes_of
 from lowprec.errors import UserError
 from lowprec.nn import LowPrecisionLinear
 from lowprec.nn.experts import stacks
 from lowprec.recipe import library
 from lowprec.testing import sqnr_db
-from lowprec.weights import recipes_of
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 64}
 BATCH = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(3))

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import lowprec
-from lowprec.conversion import make_plan
+from lowprec.conversion.convert import make_plan
 from lowprec.nn import LowPrecisionLinear, codes, swiglu
 from lowprec.recipe import library
 from lowprec.testing import gaussian

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 import lowprec
-from lowprec.conversion import convert, make_plan, revert
+from lowprec.conversion.convert import convert, make_plan, revert
 from lowprec.errors import UserError
-from lowprec.gemm.te import te_quantized
 from lowprec.nn import LowPrecisionLinear
 from lowprec.nn.te_linear import DelayedTELinear, TELinear, te_recipe, why_not_te
 from lowprec.quant import OperandSpec, quantize
 from lowprec.recipe import library
 from lowprec.testing import heavy_tailed
+from lowprec.testing.te import te_quantized
 from tests.nn.fake_te import FakeLinear, MMParams, QParams, answer, install
 
 TWINS = {
@@ -397,7 +397,7 @@ def test_compiled_code_calls_it_between_its_graphs(te: ModuleType, monkeypatch: 
 
 
 def test_nothing_imports_transformer_engine_until_it_is_asked_for():
-    code = "import sys, lowprec.conversion, lowprec.gemm.te; print('transformer_engine' in sys.modules, 'torch._dynamo' in sys.modules)"
+    code = "import sys, lowprec.conversion, lowprec.testing.te; print('transformer_engine' in sys.modules, 'torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["False", "False"]
 
 

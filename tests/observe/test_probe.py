@@ -12,7 +12,7 @@ from transformers import GptOssConfig, LlamaConfig, LlamaForCausalLM, MixtralCon
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from lowprec.conversion import convert
+from lowprec.conversion.convert import convert
 from lowprec.nn import LowPrecisionLinear
 from lowprec.observe import LayerProbe, Probe, probe
 from lowprec.quant import quantize

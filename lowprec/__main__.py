@@ -1,0 +1,5 @@
+"""`python -m lowprec` is the `lowprec` command."""
+
+from lowprec.cli.main import main
+
+main()

@@ -1,0 +1,1 @@
+"""Configuration in general: the strict schema, and YAML."""

@@ -1,0 +1,141 @@
+"""Strict configuration: every unknown key, missing value and wrong type is a UserError of one line.
+
+A configuration is a tree of frozen pydantic models derived from `StrictConfig`. `parse` turns plain
+data (from YAML, a dict or the command line) into one and rewrites pydantic's report into the
+sentence that a user needs: the dotted path, what is wrong, and the nearest key that exists.
+"""
+
+import operator
+from collections.abc import Mapping
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+
+from lowprec.errors import UserError, nearest
+
+
+class StrictConfig(BaseModel):
+    """A frozen section of the configuration that rejects unknown keys."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        arbitrary_types_allowed=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """To Python, and so to pydantic, true is a 1."""
+        if isinstance(value, bool) and info.field_name is not None:
+            hint = cls.model_fields[info.field_name].annotation
+            kinds = {hint, *get_args(hint)}
+            if kinds & {int, float} and bool not in kinds:
+                raise ValueError(f"expected a number, got {str(value).lower()}")
+        return value
+
+
+C = TypeVar("C", bound=StrictConfig)
+
+
+def parse(schema: type[C], data: Any, where: str = "") -> C:
+    """`data` as a `schema`; `where` is put before the dotted path in an error ("precision" ->
+    "precision.recipe")."""
+    if isinstance(data, schema):
+        return data
+    if not isinstance(data, Mapping):
+        raise UserError(f"{where or schema.__name__}: expected a mapping of settings, got {data!r}")
+    try:
+        return schema.model_validate(dict(data))
+    except ValidationError as error:
+        raise UserError(_one_line(error, schema, where)) from None
+
+
+def parse_value(hint: Any, value: Any, where: str) -> Any:
+    """One value as the type `hint`, or a UserError that names `where`."""
+    try:
+        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(
+            value
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{where}: {_lower_first(first['msg'])}, got {value!r}") from None
+
+
+def whole_number(value: Any, what: str) -> int:
+    """`value`, an integer of any kind from 1 (NumPy's too), as an int. `what` begins the UserError:
+    "tokens: the tokens of a pass"."""
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise UserError(f"{what} are a whole number from 1, got {value!r}")
+    return number
+
+
+def _one_line(error: ValidationError, schema: type[BaseModel], where: str) -> str:
+    # A wrong key explains more than what follows from it (a missing value, say): report it first.
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    location = _without_branches(schema, first["loc"])
+    path = ".".join([where] * bool(where) + [str(part) for part in location])
+    if first["type"] == "extra_forbidden":
+        return f"{path}: unknown key{nearest(str(location[-1]), _keys_at(schema, location[:-1]))}"
+    if first["type"] == "missing":
+        return f"{path}: a value is required"
+    if first["type"] == "value_error":  # a validator of ours: its message says it all
+        return f"{path}: {first['msg'].removeprefix('Value error, ')}"
+    return f"{path}: {_lower_first(first['msg'])}, got {first['input']!r}"
+
+
+def _without_branches(schema: Any, location: tuple) -> tuple:
+    """`location` without the names that pydantic puts in for the branches of a union
+    ("devices.int"): a user knows no such keys."""
+    kept = []
+    for part in location:
+        if _has_branches(schema):
+            schema = _model_in(schema)
+            continue
+        model = _model_in(schema)
+        if model is not None and part in model.model_fields:
+            schema = model.model_fields[part].annotation
+        kept.append(part)
+    return tuple(kept)
+
+
+def _keys_at(schema: Any, location: tuple) -> list[str]:
+    """The keys known at `location` inside `schema`."""
+    for part in location:
+        model = _model_in(schema)
+        if model is not None and part in model.model_fields:
+            schema = model.model_fields[part].annotation
+    model = _model_in(schema)
+    return list(model.model_fields) if model else []
+
+
+def _has_branches(hint: Any) -> bool:
+    """A union of more than one type and None, which pydantic treats apart."""
+    return (
+        get_origin(hint) in (Union, UnionType)
+        and len([arg for arg in get_args(hint) if arg is not type(None)]) > 1
+    )
+
+
+def _model_in(hint: Any) -> type[BaseModel] | None:
+    if isinstance(hint, type) and get_origin(hint) is None and issubclass(hint, BaseModel):
+        return hint
+    return next((model for arg in get_args(hint) if (model := _model_in(arg))), None)
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]

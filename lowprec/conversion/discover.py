@@ -1,0 +1,169 @@
+"""What a model multiplies by: the weights of its linear layers and of its experts, by name, and
+what stands against converting them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lowprec.conversion.config import TE
+from lowprec.nn import LowPrecisionLinear, experts
+from lowprec.nn.te_linear import DelayedTELinear, TELinear, why_not_shape
+from lowprec.recipe import Recipe
+
+_HEADS = ("lm_head", "embed_out", "output_projection", "score", "classifier")
+"""Last parts of the names by which models call their output layer, for those that have no
+`get_output_embeddings`."""
+
+_GATES = {"gate", "router", "shared_expert_gate"}
+"""Names by which mixtures of experts call what decides between them."""
+
+CONVERTED = (LowPrecisionLinear, TELinear, DelayedTELinear)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight that something is multiplied by: a linear layer's, or the stack of an experts'
+    one."""
+
+    module: nn.Module
+    stack: str = ""
+    """The name of the parameter that holds several matrices; "" for a linear layer."""
+    bypassed: bool = False
+    """Whether torch's own code multiplies by it without calling the module."""
+
+    @property
+    def data(self) -> Any:
+        return getattr(self.module, self.stack or "weight")
+
+    @property
+    def experts(self) -> int:
+        return self.data.shape[0] if self.stack else 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(outputs N, inputs K), of one expert."""
+        if self.stack:
+            _, N, K = experts.stack_shape(self.module, self.stack)
+            return N, K
+        N, K = self.data.t().shape if _is_conv1d(self.module) else self.data.shape
+        return N, K
+
+
+def find_weights(model: nn.Module) -> Iterator[tuple[str, Weight]]:
+    """Everything that multiplies by a weight matrix, nn.Linear or like it, or by stacks of them,
+    once."""
+    readers = (
+        module
+        for module in model.modules()
+        if isinstance(module, nn.TransformerEncoderLayer) and _has_fast_path(module)
+    )
+    bypassed = {id(layer) for module in readers for layer in (module.linear1, module.linear2)}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) or _is_conv1d(module):
+            yield name, Weight(module, bypassed=id(module) in bypassed)
+        else:
+            for stack in experts.stacks(module):
+                yield f"{name}.{stack}".lstrip("."), Weight(module, stack)
+
+
+def why_not_convert(weight: Weight, recipe: Recipe, backend: str) -> str | None:
+    """Why a weight's products can't be turned to a recipe; None if they can."""
+    module = weight.module
+    kind = type(module).__name__
+    if kind.startswith("FSDP"):
+        return f"{kind}: already sharded; convert before fully_shard"
+    if "forward" in module.__dict__ and not (
+        isinstance(module, CONVERTED) or experts.is_converted(module)
+    ):
+        return f"something has replaced the forward of this {kind} (offloading hooks do): convert before that"
+    if weight.bypassed:
+        return "nn.TransformerEncoderLayer multiplies by its weight without calling it, in eval() and without gradients"
+    if weight.stack:
+        return (
+            "backend te runs linear layers only"
+            if backend == TE
+            else experts.why_not_stack(module, recipe)
+        )
+    if _is_conv1d(module):
+        return "transformers' Conv1D keeps its weight transposed and is no nn.Linear"
+    if type(module) not in (nn.Linear, *CONVERTED):
+        return f"{kind} is a subclass of nn.Linear with a forward of its own"
+    assert isinstance(module, nn.Linear)
+    return why_not_shape(module, recipe) if backend == TE else None
+
+
+def recipes_of(model: nn.Module) -> dict[str, Recipe]:
+    """The recipe of each converted layer by its name, in the plan's order; of Transformer Engine's
+    layers none."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LowPrecisionLinear):
+            found[name] = module.recipe
+        elif experts.is_converted(module):
+            projections = experts.projections_of(module)
+            found |= {
+                f"{name}.{stack}".lstrip("."): projection.recipe
+                for stack, projection in projections.items()
+            }
+    return found
+
+
+def output_heads(model: nn.Module, weights: dict[str, Weight], plain: dict[str, str]) -> set[str]:
+    """The layers whose output is the model's: by transformers' own account, by a weight tied to an
+    embedding, or by name."""
+    embeddings = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
+    }
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # pyright: ignore[reportCallIssue]
+    head = getattr(head, "base_layer", head)  # an adapter's
+    return {
+        name
+        for name, weight in weights.items()
+        if weight.module is head
+        or id(weight.data) in embeddings
+        or plain[name].rpartition(".")[2] in _HEADS
+    }
+
+
+def expert_gates(model: nn.Module) -> set[str]:
+    """The layers that decide which experts a token goes to, or how much of one it takes: gates and
+    routers beside experts."""
+    found = set()
+    for name, module in model.named_modules():
+        children = dict(module.named_children())
+        for gate in _GATES & children.keys() if "experts" in children else ():
+            beneath = (
+                inner
+                for inner, layer in children[gate].named_modules()
+                if isinstance(layer, nn.Linear)
+            )
+            found |= {".".join(filter(None, [name, gate, inner])) for inner in beneath}
+    return found
+
+
+def _has_fast_path(layer: nn.TransformerEncoderLayer) -> bool:
+    """Whether torch may read the weights of `layer`'s linear layers itself, in eval() and without
+    gradients: its own conditions, as far as they are the layer's and not an input's
+    (torch/nn/modules/transformer.py)."""
+    forward, attention = type(layer).forward, layer.self_attn
+    # One of a subclass may hand over to torch's by super(), which the compiler notes.
+    calls_super = "__class__" in getattr(
+        getattr(forward, "__code__", None), "co_freevars", ("__class__",)
+    )
+    return (
+        (forward is nn.TransformerEncoderLayer.forward or calls_super)
+        and attention.batch_first
+        and attention.in_proj_bias is not None
+        and attention._qkv_same_embed_dim
+        and attention.num_heads % 2 == 0
+        and bool(layer.activation_relu_or_gelu)
+        and layer.norm1.eps == layer.norm2.eps
+    )
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D, the linear layer of GPT-2, told by its name so that transformers need
+    not be imported."""
+    return type(module).__name__ == "Conv1D"

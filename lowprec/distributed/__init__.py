@@ -1,0 +1,1 @@
+"""Several processes: sharding by FSDP2, and what ranks have to agree on."""

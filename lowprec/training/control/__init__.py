@@ -1,0 +1,1 @@
+"""The precision of a run while it trains: schedule, guard, snapshots, events."""

@@ -1,0 +1,157 @@
+"""From the names in `data.source` to lists of files and hub datasets, before anything is read.
+
+Resolving is cheap and strict: it looks at folders and file sizes only, so that a wrong path fails
+at once and so that the cache key (which needs the file list with sizes and modification times)
+costs next to nothing when the tokens are already there.
+
+A name means, in this order: one of the two built-in sources; an existing file or folder; a glob;
+what looks like a path but does not exist, which is an error; and otherwise a dataset on the Hugging
+Face hub.
+"""
+
+import glob
+import os
+import platform
+import re
+import sys
+import sysconfig
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lowprec.errors import UserError
+from lowprec.training.data.config import DataConfig
+
+BUILT_IN = ("python-stdlib", "site-packages")
+ROW_SUFFIXES = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+}  # suffix -> the reader in `datasets`
+SUFFIXES = (".txt", *ROW_SUFFIXES)
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFile:
+    """One file and what tells that it changed: `size` in bytes and `mtime_ns`, its modification
+    time in nanoseconds."""
+
+    path: Path
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One resolved name of `data.source`: `files` in reading order, none for kind "hub"."""
+
+    name: str
+    kind: Literal["python-stdlib", "site-packages", "files", "hub"]
+    files: tuple[SourceFile, ...] = ()
+
+    def identity(self, config: DataConfig) -> dict[str, Any]:
+        """JSON values that change whenever the documents of this source may have changed."""
+        if self.kind == "hub":
+            return {
+                "hub": self.name,
+                "config": config.hub_config,
+                "split": config.hub_split,
+                "column": config.text_column,
+            }
+        identity: dict[str, Any] = {
+            "files": [[str(file.path), file.size, file.mtime_ns] for file in self.files]
+        }
+        if self.kind == "python-stdlib":
+            identity["python"] = platform.python_version()
+        if any(file.path.suffix.lower() in ROW_SUFFIXES for file in self.files):
+            identity["column"] = config.text_column
+        return identity
+
+
+def resolve_sources(config: DataConfig) -> tuple[Source, ...]:
+    """Every name of `config.source`, in order; a UserError names the first that can't be a
+    source."""
+    return tuple(_resolve(name) for name in config.source_names)
+
+
+def _resolve(name: str) -> Source:
+    if name == "python-stdlib":
+        return Source(name=name, kind=name, files=tuple(_library_files()))
+    if name == "site-packages":
+        return Source(name=name, kind=name, files=tuple(_package_files()))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        files = _in_folder(path, lambda found: found.suffix.lower() in SUFFIXES)
+        return _local(name, files, f"the folder {name} holds no {_listed(SUFFIXES)} file")
+    if path.exists():
+        known = path.suffix.lower() in SUFFIXES
+        return _local(name, [path] if known else [], f"{name} is not a {_listed(SUFFIXES)} file")
+    if glob.has_magic(name):
+        matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+        files = [match for match in matches if match.suffix.lower() in SUFFIXES and match.is_file()]
+        return _local(name, files, f"no {_listed(SUFFIXES)} file matches {name}")
+    if path.suffix.lower() in SUFFIXES or not _HUB_NAME.fullmatch(name):
+        raise UserError(f"data.source: no file or folder {name}")
+    return Source(name=name, kind="hub")
+
+
+def _local(name: str, paths: list[Path], otherwise: str) -> Source:
+    if not paths:
+        raise UserError(f"data.source: {otherwise}")
+    return Source(
+        name=name, kind="files", files=tuple(_with_stat(path.resolve() for path in paths))
+    )
+
+
+def _library_files() -> Iterator[SourceFile]:
+    """The interpreter's own library without what is installed into it and without its tests (as
+    large again, and repetitive)."""
+    skip = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+    folder = Path(sysconfig.get_path("stdlib"))
+    return _with_stat(_in_folder(folder, lambda found: found.suffix == ".py", skip))
+
+
+def _package_files() -> Iterator[SourceFile]:
+    """The sources of every installed package, folder by folder."""
+    folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    folders += [
+        entry for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")
+    ]
+    # Two names of one folder (lib and lib64, say) are the same folder once resolved.
+    for folder in dict.fromkeys(Path(folder).resolve() for folder in folders):
+        yield from _with_stat(_in_folder(folder, lambda found: found.suffix == ".py"))
+
+
+def _in_folder(
+    folder: Path, wanted: Callable[[Path], bool], skip: Collection[str] = ()
+) -> list[Path]:
+    """The files below `folder` that are `wanted`, sorted by relative path, leaving out hidden
+    folders and those in `skip`."""
+    found = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [
+            name
+            for name in folders
+            if name not in skip and name != "__pycache__" and not name.startswith(".")
+        ]
+        found += [
+            path
+            for name in files
+            if not name.startswith(".") and wanted(path := Path(parent, name))
+        ]
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def _with_stat(paths: Iterable[Path]) -> Iterator[SourceFile]:
+    for path in paths:
+        try:
+            stat = path.stat()
+        except OSError:  # a link to nothing, or a package that is being removed right now
+            continue
+        yield SourceFile(path=path, size=stat.st_size, mtime_ns=stat.st_mtime_ns)
+
+
+def _listed(words: tuple[str, ...]) -> str:
+    return f"{', '.join(words[:-1])} or {words[-1]}"

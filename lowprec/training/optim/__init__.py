@@ -1,0 +1,1 @@
+"""Optimizers with low-precision state, and loss scaling."""

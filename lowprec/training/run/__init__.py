@@ -1,0 +1,1 @@
+"""A run from its configuration, from the first check to the saved model."""

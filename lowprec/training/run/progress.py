@@ -1,0 +1,93 @@
+"""What a run shows while it goes on and keeps when it is over: a progress bar, and
+metrics.jsonl."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from lowprec.training.file_names import METRICS
+from lowprec.training.run.machine import peak_flops
+
+
+class ThroughputCallback(TrainerCallback):
+    """Adds tokens_per_second, over the steps since the last log, to what the Trainer logs, and the
+    share of the devices' bf16 peak that its operations are (mfu), where that is known. Comes before
+    whatever shows the logs."""
+
+    def __init__(self, seq_len: int, flops_per_token: float | None = None) -> None:
+        self.seq_len, self.flops_per_token, self.peak = seq_len, flops_per_token, peak_flops()
+        self._step, self._time = 0, 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._step, self._time = state.global_step, time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs or state.global_step <= self._step:
+            return
+        now = time.perf_counter()
+        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        logs["tokens_per_second"] = (
+            (state.global_step - self._step) * rows * self.seq_len / (now - self._time)
+        )
+        if self.peak and self.flops_per_token and not args.use_cpu:
+            logs["mfu"] = (
+                logs["tokens_per_second"] * self.flops_per_token / (self.peak * args.world_size)
+            )
+        self._step, self._time = state.global_step, now
+
+
+class MetricsCallback(TrainerCallback):
+    """Appends every log to <output_dir>/metrics.jsonl: {"step": ..., "loss": ..., ...}, floats in
+    full."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs and state.is_world_process_zero:
+            with open(Path(args.output_dir) / METRICS, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+class ProgressBar(TrainerCallback):
+    """One line: step, loss, tokens/s and the time that is left."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and not args.disable_tqdm:
+            interval = (
+                0.1 if sys.stderr.isatty() else 10.0
+            )  # a log file gets a line now and then, not a film
+            self._bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                unit="step",
+                mininterval=interval,
+                dynamic_ncols=True,
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self._bar is None or not logs:
+            return
+        shown = {}
+        if "loss" in logs:
+            shown["loss"] = f"{logs['loss']:.3f}"
+        if "tokens_per_second" in logs:
+            shown["tok/s"] = f"{logs['tokens_per_second']:,.0f}"
+        if "loss_scale" in logs:
+            shown["scale"] = f"{logs['loss_scale']:g}"
+        if shown:
+            self._bar.set_postfix(shown, refresh=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

@@ -1,0 +1,118 @@
+"""The command line: quick help, plans without weights, machine-readable output."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import lowprec
+from tests.training.runs import CONFIG, ROOT
+from tests.training.runs import lowprec as command
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys, contextlib\nfrom lowprec.cli.main import main\n"
+        "with contextlib.suppress(SystemExit): main(['--help'])\n"
+        "print([name for name in ('torch', 'transformers', 'numpy', 'pydantic') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
+    assert "train" in result.stdout
+
+
+def test_plan_of_a_large_model_builds_no_weights():
+    """875M parameters in fp32 are 3.5 GB: the whole process stays under 2 GB."""
+    code = (
+        "import resource\nfrom lowprec.cli.main import main\n"
+        f"main(['plan', {str(CONFIG)!r}, 'model.preset=llama-8b-4l', '--json'])\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    *plan, peak_kib = result.stdout.splitlines()
+    assert int(peak_kib) < 2 * 2**20
+    shapes = {layer["name"]: layer["shape"] for layer in json.loads("\n".join(plan))["layers"]}
+    assert shapes["model.layers.3.mlp.down_proj"] == [4096, 14336]
+    assert shapes["model.layers.0.self_attn.k_proj"] == [1024, 4096]
+    assert len(shapes) == 29
+
+
+def test_what_libraries_print_is_not_part_of_the_answer(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    result = command("plan", str(CONFIG), "--json", check=True)
+    assert json.loads(result.stdout)["device"] == "cpu"
+    assert "WANDB" in result.stderr  # transformers tells of it on stdout
+    assert "Failed to load" not in result.stderr  # torchao of its GPU kernels
+
+
+def test_the_plan_says_what_schedule_and_guard_will_do():
+    config = str(ROOT / "configs" / "llama-tiny-guarded-cpu.yaml")
+
+    def parts(*overrides: str) -> dict[str, str]:
+        printed = command("plan", config, *overrides, check=True).stdout
+        _, _, below_the_layers = printed.partition("\n\n")
+        return dict(line.split(maxsplit=1) for line in below_the_layers.partition("\n\n")[0].splitlines())
+
+    shipped = parts("precision.guard.data=replay")
+    assert shipped["schedule"] == "bf16 until 5%, fp8_blockwise until 90%, fp8_blockwise(fprop=bf16) until 100%"
+    assert shipped["guard"] == "on: snapshots every 20 steps, ladder mxfp4 < fp8_blockwise < bf16, data replay"
+    phases = "[{until: 200 steps, recipe: none}, {until: 90%, recipe: mxfp4}, {recipe: bf16}]"
+    other = parts(f"precision.schedule={phases}", "precision.guard=false")
+    assert other["schedule"] == "none until 200 steps, mxfp4 until 90%, bf16 until 100%"
+    assert "guard" not in other
+
+
+def test_recipes_as_json():
+    recipes = {recipe["name"]: recipe for recipe in json.loads(command("recipes", "--json", check=True).stdout)}
+    assert list(recipes) == lowprec.recipes.names()
+    assert recipes["fp8_blockwise"]["fprop"] == "y = e4m3[1x128 fp32](x) · e4m3[128x128 fp32](w)ᵀ  (fp32 sums, promoted every 128)"
+    assert recipes["qat_int8dyn_int4"]["dgrad"] == "dx = g · int4[1x32 fp32](w)"
+    assert all(recipe["about"] for recipe in recipes.values())
+
+
+def test_doctor_as_json():
+    report = json.loads(command("doctor", "--json", check=True).stdout)
+    assert report["device"]["type"] == "cpu"
+    native = {recipe["name"] for recipe in report["recipes"] if recipe["native"]}
+    assert native == {"fp32"}
+    assert report["versions"]["torch"]
+    missing = [part for part in report["optional"] if part["version"] is None]
+    assert all(part["install"].startswith("pip install") for part in missing)
+
+
+def test_bench_quantize_as_json():
+    result = json.loads(command("bench", "quantize", "--shape", "64x128", "--json", check=True).stdout)
+    assert result["shape"] == [64, 128]
+    rows = {row["name"]: row for row in result["rows"]}
+    assert {"mxfp4", "nvfp4", "fp8 tiles", "int8 rows"} <= rows.keys()
+    for row in rows.values():
+        assert 0 < row["ours"]["p20"] <= row["ours"]["median"] <= row["ours"]["p80"]
+
+
+def test_bench_quantize_against_torchao_compares_the_bits():
+    result = json.loads(command("bench", "quantize", "--shape", "64x128", "--against", "torchao", "--json", check=True).stdout)
+    rows = {row["name"]: row for row in result["rows"]}
+    assert all(rows[name]["equal"] for name in ("mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8"))
+    assert rows["mxfp4"]["torchao"]["median"] > 0
+    assert rows["fp8 tiles"]["torchao"] is None
+
+
+def test_bench_refuses_what_it_does_not_know():
+    for arguments, message in (
+        (("--against", "torchoa"), "--against: unknown rival 'torchoa'; did you mean 'torchao'?"),
+        (("--shape", "64"), "--shape: expected ROWSxCOLUMNS like 2048x1024, got '64'"),
+        (("--device", "gpu"), "--device: unknown device 'gpu'; known: cpu, cuda"),
+    ):
+        result = command("bench", "quantize", *arguments)
+        assert (result.returncode, result.stderr) == (2, f"lowprec: {message}\n")
+
+
+def test_a_group_alone_shows_its_help():
+    result = command("bench")
+    assert "Commands:" in (result.stdout + result.stderr).splitlines()
+
+
+def test_an_unknown_command_is_one_line():
+    result = command("trian")
+    assert (result.returncode, result.stderr) == (2, "lowprec: no command 'trian'; did you mean 'train'?\n")

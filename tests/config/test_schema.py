@@ -1,0 +1,227 @@
+"""Configuration: every mistake is one line with its place, and YAML means what YAML 1.2 says."""
+
+import math
+
+import pytest
+from pydantic import field_validator
+
+from lowprec.config.schema import StrictConfig, parse, parse_value
+from lowprec.config.yaml import dump, load, load_mapping
+from lowprec.errors import UserError, nearest
+
+
+class Optimizer(StrictConfig):
+    learning_rate: float
+    betas: tuple[float, float] = (0.9, 0.95)
+    name: str = "adamw"
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value == "sgd":
+            raise ValueError("sgd is not for transformers")
+        return value
+
+
+class Text(StrictConfig):
+    path: str
+
+
+class Stream(StrictConfig):
+    address: str
+
+
+class Run(StrictConfig):
+    steps: int = 10
+    optimizer: Optimizer | None = None
+    sources: tuple[Text, ...] = ()
+    data: Text | Stream | None = None
+    devices: int | list[int] = 1
+    extras: dict[str, int] = {}  # noqa: RUF012
+
+
+def message(data, where: str = "") -> str:
+    with pytest.raises(UserError) as error:
+        parse(Run, data, where)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "data, expected",
+    [
+        # unknown keys, with the nearest one at the same place
+        ({"stepps": 3}, "stepps: unknown key; did you mean 'steps'?"),
+        ({"optimizer": {"learning_rat": 1.0}}, "optimizer.learning_rat: unknown key; did you mean 'learning_rate'?"),
+        ({"sources": [{"path": "a"}, {"pth": "b"}]}, "sources.1.pth: unknown key; did you mean 'path'?"),
+        ({"zzz": 1}, "zzz: unknown key; known: data, devices, extras, optimizer, sources, steps"),
+        ({"learning_rate": 1.0}, "learning_rate: unknown key; known: data, devices, extras, optimizer, sources, steps"),  # of another place
+        # missing values
+        ({"optimizer": {}}, "optimizer.learning_rate: a value is required"),
+        ({"sources": [{}]}, "sources.0.path: a value is required"),
+        # wrong types
+        ({"steps": "many"}, "steps: input should be a valid integer, unable to parse string as an integer, got 'many'"),
+        ({"steps": 1.5}, "steps: input should be a valid integer, got a number with a fractional part, got 1.5"),
+        ({"steps": None}, "steps: input should be a valid integer, got None"),
+        ({"optimizer": {"learning_rate": [1]}}, "optimizer.learning_rate: input should be a valid number, got [1]"),
+        ({"sources": "a"}, "sources: input should be a valid tuple, got 'a'"),
+        ({"extras": {"a": "b"}}, "extras.a: input should be a valid integer, unable to parse string as an integer, got 'b'"),
+        # our own validators say it all
+        ({"optimizer": {"learning_rate": 1, "name": "sgd"}}, "optimizer.name: sgd is not for transformers"),
+    ],
+)
+def test_a_mistake_is_one_line(data, expected):
+    assert message(data) == expected
+    assert message(data, "run") == f"run.{expected}"
+
+
+@pytest.mark.parametrize(
+    "data, expected",
+    [
+        ({"devices": "all"}, "devices: input should be a valid integer, unable to parse string as an integer, got 'all'"),
+        ({"devices": [0, "x"]}, "devices: input should be a valid integer, got [0, 'x']"),
+        ({"data": {"pth": "a"}}, "data.pth: unknown key; did you mean 'path'?"),
+    ],
+)
+def test_in_a_union_the_path_holds_keys_alone(data, expected):
+    """pydantic puts the name of each branch it tried into the place ("devices.int"); a user knows no such key."""
+    assert message(data) == expected
+
+
+def test_an_unknown_key_is_reported_before_what_follows_from_it():
+    assert message({"optimizer": {"learning_rat": 1.0}}) == "optimizer.learning_rat: unknown key; did you mean 'learning_rate'?"
+    assert message({"steps": "many", "devicess": 1}) == "devicess: unknown key; did you mean 'devices'?"
+
+
+@pytest.mark.parametrize("data", [None, 3, "text", [1], ("a", 1)])
+def test_a_configuration_is_a_mapping(data):
+    assert message(data, "precision") == f"precision: expected a mapping of settings, got {data!r}"
+    assert message(data) == f"Run: expected a mapping of settings, got {data!r}"
+
+
+def test_what_is_right_passes():
+    run = parse(Run, {"steps": 3, "optimizer": {"learning_rate": 1}, "data": {"address": "a"}, "devices": [0, 1]})
+    assert run.steps == 3
+    assert run.optimizer == Optimizer(learning_rate=1.0)
+    assert run.data == Stream(address="a")
+    assert parse(Run, run) is run
+
+
+def test_a_configuration_is_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        parse(Run, {}).steps = 3  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_single_values():
+    assert parse_value(int, "3", "trainer.max_steps") == 3
+    with pytest.raises(UserError) as error:
+        parse_value(int, "three", "trainer.max_steps")
+    assert str(error.value) == "trainer.max_steps: input should be a valid integer, unable to parse string as an integer, got 'three'"
+
+
+def test_nearest():
+    assert nearest("recipee", ["recipe", "rules"]) == "; did you mean 'recipe'?"
+    assert nearest("xyz", ["rules", "recipe"]) == "; known: recipe, rules"
+    assert nearest("xyz", []) == ""
+
+
+# YAML
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        # YAML 1.1 makes booleans of these
+        ("off", "off"),
+        ("on", "on"),
+        ("no", "no"),
+        ("yes", "yes"),
+        ("y", "y"),
+        ("NO", "NO"),
+        ("true", True),
+        ("False", False),
+        # and strings of these
+        ("1e-3", 1e-3),
+        ("1E5", 1e5),
+        ("-2e+4", -2e4),
+        ("1.0e-3", 1e-3),
+        (".5", 0.5),
+        ("3.", 3.0),
+        ("-.inf", -math.inf),
+        ("+12", 12),
+        ("1.2.3", "1.2.3"),
+        ("e5", "e5"),
+        ("1e", "1e"),
+        # words that merely begin with a boolean or a number
+        ("truest", "truest"),
+        ("False-start", "False-start"),
+        ("true/false", "true/false"),
+        ("1e-3x", "1e-3x"),
+        (".infinite", ".infinite"),
+        # YAML 1.1 counts in base 60 and 8, and reads dates
+        ("12:30:45", "12:30:45"),
+        ("1:30", "1:30"),
+        ("010", 10),
+        ("0o10", 8),
+        ("0x1F", 31),
+        ("1_000", "1_000"),
+        ("0b11", "0b11"),
+        ("2024-01-01", "2024-01-01"),
+        ("=", "="),
+        ("~", None),
+        ("null", None),
+        ("", None),
+        ("'off'", "off"),
+    ],
+)
+def test_scalars_mean_what_yaml_1_2_says(text, value):
+    got = load(f"key: {text}", "here")["key"]
+    assert (got, type(got)) == (value, type(value))
+
+
+def test_not_a_number():
+    assert math.isnan(load("key: .nan", "here")["key"])
+
+
+def test_what_is_no_yaml_is_one_line():
+    for text in ("key: [1, 2", "a: b: c", "key: !!python/object/apply:os.getcwd []", "a: 1\na: 2"):
+        with pytest.raises(UserError) as error:
+            load(text, "run.yaml")
+        assert str(error.value).startswith("run.yaml: not YAML: ")
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("off", "no", "true", "True", "truest", "1e-3", "1e3", "-2E5", ".5", "3.", "010", "0o10", "0x1F", "12:30", "1_000", "2024-01-01"),
+        *("", "~", "null", "=", "<<", "é", "two\nlines", "- a", "a: b", "#no", "'", '"', " padded "),
+        *(1e-3, 1e-5, 1e22, 0.1, -math.inf, 3, -1, 0, True, False, None),
+        [1, "1", {"a": "1e5"}],
+        {"nested": {"deep": ["off", 1e-7]}},
+    ],
+    ids=repr,
+)
+def test_what_is_written_is_read_back(value):
+    got = load(dump({"key": value}), "here")["key"]
+    assert (got, type(got)) == (value, type(value))
+
+
+def test_the_order_of_keys_is_kept():
+    assert dump({"b": 1, "a": 2}) == "b: 1\na: 2\n"
+
+
+def test_files(tmp_path):
+    path = tmp_path / "run.yaml"
+    with pytest.raises(UserError, match=r"run\.yaml: no such file"):
+        load_mapping(path)
+    with pytest.raises(UserError, match=r"a folder, not a file"):
+        load_mapping(tmp_path)
+    path.write_text("- a\n- b\n")
+    with pytest.raises(UserError, match=r"run\.yaml: expected a mapping of settings, got list"):
+        load_mapping(path)
+    path.write_text("")
+    with pytest.raises(UserError, match=r"run\.yaml: expected a mapping of settings, got NoneType"):
+        load_mapping(str(path))
+    path.write_text("lr: 1e-3\nname: é\n", encoding="utf-8")
+    assert load_mapping(path) == {"lr": 1e-3, "name": "é"}

@@ -1,0 +1,29 @@
+"""What is known of a machine and of a model's work."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from lowprec.training.run.machine import flops_per_token
+
+SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+ATTENTION = 4 * 32 * 32
+"""Weights of a layer's q, k, v and o."""
+NORMS = 2 * 2 * 32 + 32
+
+
+def test_operations_of_a_token():
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    weights = 2 * (ATTENTION + 3 * 32 * 48) + NORMS + 64 * 32  # the head; the embedding is looked up
+    assert flops_per_token(model, 128) == 6 * weights + 12 * 2 * 32 * 128
+
+
+@pytest.mark.parametrize("chosen", [1, 2])
+def test_of_experts_those_count_that_a_token_goes_to(chosen: int):
+    with torch.device("meta"):
+        model = MixtralForCausalLM(MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=chosen))
+    weights = 2 * (ATTENTION + chosen * 3 * 32 * 48 + 8 * 32) + NORMS + 64 * 32  # the router has a row for each expert
+    assert flops_per_token(model, 128) == 6 * weights + 12 * 2 * 32 * 128
