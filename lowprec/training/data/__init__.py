@@ -1,14 +1,14 @@
 """Real text for pretraining: documents -> tokens -> examples.
 
-`load_data(config)` does it in four steps, each a module of its own:
+`load_data(config)` works in four steps. Each step has its own modules:
 
-    sources, corpus    the documents of a source, duplicates dropped, each on a fixed side of the train/validation split
-    tokenizer          bytes, a BPE trained on the corpus, or a Hugging Face tokenizer, and the bytes of text per token
-    tokens             a memory-mapped token file, made once and kept in the cache
-    packing            examples of `seq_len` tokens: blocks across documents, or documents one by one
+    sources, corpus    the documents, without duplicates, split into train and validation
+    tokenizer          bytes, a BPE trained on the corpus, or a Hugging Face tokenizer
+    tokens             memory-mapped token files, made once and kept in the cache
+    packing            examples of `seq_len` tokens: blocks across documents, or single documents
 
-Importing this package loads neither torch nor transformers; the names below are fetched when they
-are used.
+Importing this package loads neither torch nor transformers: the lazy names below are imported on
+first use.
 """
 
 from dataclasses import dataclass
@@ -35,32 +35,36 @@ _LAZY = {
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedData:
-    """A corpus ready for training."""
+    """A corpus that is ready for training."""
 
     train: "PackedBlocks | DocumentChunks"
-    """Map-style dataset of int64 tensors [seq_len]: `input_ids`, `labels` and, if asked for,
-    `position_ids`."""
+    """Map-style dataset. An item is a dict of int64 tensors [seq_len]: `input_ids`, `labels` and,
+    if requested, `position_ids`."""
     validation: "PackedBlocks | DocumentChunks"
-    """As `train`, from documents that are not in it."""
+    """The same kind of dataset, of documents that are not in `train`."""
     tokenizer: "PreTrainedTokenizerFast"
-    """Save it with the checkpoint. A model needs `len(tokenizer)` embeddings; its `eos_token_id`
-    separates documents."""
+    """The tokenizer, to be saved with the checkpoint. A model needs `len(tokenizer)` embeddings.
+    `eos_token_id` is the separator between documents."""
     token_bytes: "np.ndarray | None"
-    """Bytes of text per token id, int64 [vocab]; None when the tokenizer has no such numbers, and
-    then bits per byte do not exist."""
+    """Bytes of text per token id, int64 [vocab]. None if the tokenizer's tokens have no fixed
+    number of bytes; bits per byte can't be computed then."""
     stats: dict[str, Any]
-    """`train` and `validation`: {documents, bytes, tokens, examples}; `dropped`: {duplicates,
-    not_utf8, empty}; `vocab_size`; and `cache`, the folder of the token files."""
+    """Counts: `train` and `validation`, each {documents, bytes, tokens, examples}; `dropped`:
+    {duplicates, not_utf8, empty}; `vocab_size`; and `cache`, the folder of the token files."""
 
 
 def load_data(config: DataConfig, *, document_positions: bool = False) -> LoadedData:
-    """The train and validation examples that `config` describes, tokenised now or taken from the
-    cache.
+    """Return the train and validation examples that `config` describes.
 
-    `document_positions` adds `position_ids` that restart at every separator, for models that keep
-    documents apart. Several processes may call this at once; each then works on its own until the
-    first is done, so let one go first where that matters. Raises UserError for a source, tokenizer
-    or setting that can't be used.
+    The corpus is tokenised now, or read from the cache. Several processes may call this at the same
+    time; until one of them has filled the cache, each does the whole work itself. To avoid that,
+    let one process go first.
+
+    Args:
+        document_positions: Add `position_ids` that restart at every separator, for models whose
+            attention keeps documents apart.
+    Raises:
+        UserError: a source, a tokenizer or a setting can't be used.
     """
     from lowprec.training.data import corpus, packing, tokenizer, tokens
 

@@ -1,10 +1,9 @@
-"""A cache whose entries are folders: named by what determines their contents, and there whole or
-not at all.
+"""A cache of folders. A folder's name is a hash of everything that determines its contents.
 
-An entry is built in a temporary folder beside its final place and renamed into it. A rename within
-one folder is atomic, so nobody ever sees half an entry, and when two processes build the same entry
-at once, the second rename fails (the target is not empty) and its process takes the first one's
-entry. Both computed the same contents: the name says so.
+An entry is complete or absent. It is built in a temporary folder next to its final place, and then
+renamed. A rename within one folder is atomic, so no process ever sees half an entry. If two
+processes build the same entry at the same time, the second rename fails, because the target is not
+empty, and the second process uses the first one's entry. Equal names mean equal contents.
 """
 
 import hashlib
@@ -20,20 +19,19 @@ from lowprec.errors import UserError
 
 
 def content_key(identity: Any) -> str:
-    """32 hex digits that stand for `identity`, any tree of JSON values."""
+    """Return a hash of `identity`, any tree of JSON values, as 32 hex digits."""
     text = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def build_once(entry: Path, build: Callable[[Path], None]) -> bool:
-    """Make the folder `entry` by calling `build` on an empty folder, unless `entry` exists; True
-    when this call made it.
+    """Make the folder `entry` by calling `build` on an empty folder, unless `entry` exists.
 
-    An exception of `build` leaves nothing behind.
+    Return True if this call made it. If `build` raises, nothing stays on disk.
     """
     if entry.is_dir():
         return False
-    # Not tempfile.mkdtemp: its folders are private to the user, and a cache may be shared.
+    # tempfile.mkdtemp would make a folder that is private to the user; a cache may be shared.
     unfinished = entry.parent / f".{entry.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         unfinished.mkdir(parents=True)
@@ -49,7 +47,8 @@ def build_once(entry: Path, build: Callable[[Path], None]) -> bool:
         except OSError:
             if not entry.is_dir():
                 raise
-            return False  # another process was first
+            return False  # Another process was first.
         return True
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)  # renamed away when all went well
+        # After a successful rename this folder no longer exists.
+        shutil.rmtree(unfinished, ignore_errors=True)

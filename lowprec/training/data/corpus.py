@@ -1,11 +1,10 @@
-"""The documents of a corpus, in a fixed order, each once, and each on a fixed side of the
-train/validation split.
+"""The documents of a corpus, in a fixed order, without duplicates, split into train and validation.
 
 A document is a string of text: a file, or a row of a table. Exact duplicates (by SHA-256 of the
 UTF-8 bytes) are dropped, because a copy on the other side of the split would let the model recite
-its validation text. The same hash decides the side: a document is validation when its first 64
-bits, as a fraction of 2^64, are below `validation_fraction`. So the split depends on nothing but
-the content: not on the order, not on the seed, and not on what else is in the corpus.
+its validation text. The same hash decides the side: a document belongs to validation if the first
+64 bits of its hash, as a fraction of 2^64, are below `validation_fraction`. So the split depends on
+the content alone: not on the order, not on the seed, and not on the other documents.
 """
 
 import glob
@@ -31,8 +30,7 @@ SPLITS: tuple[Split, Split] = ("train", "validation")
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """A document: its `text`, the number of UTF-8 bytes of that text (`size`) and its side of the
-    split."""
+    """A document: its `text`, the size of that text in UTF-8 bytes, and its side of the split."""
 
     text: str
     size: int
@@ -41,15 +39,16 @@ class Document:
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """The corpus that `config` describes, with its sources found but nothing read yet. Make one
-    with `open_corpus`."""
+    """The corpus that `config` describes. Its sources are resolved, but nothing is read yet.
+
+    `open_corpus` makes one.
+    """
 
     config: DataConfig
     sources: tuple[Source, ...]
 
     def identity(self) -> dict[str, Any]:
-        """JSON values that determine `documents()`: the parts of a cache key that come from the
-        corpus."""
+        """Return the JSON values that determine `documents()`, for a cache key."""
         return {
             "sources": [source.identity(self.config) for source in self.sources],
             "validation_fraction": self.config.validation_fraction,
@@ -57,19 +56,21 @@ class Corpus:
         }
 
     def documents(self, dropped: Counter[str] | None = None) -> Iterator[Document]:
-        """Every document once, in the order of the sources, files and rows.
+        """Yield every document once, in the order of the sources, files and rows.
 
-        `dropped` counts what was left out: "duplicates", "not_utf8" and "empty". Neither split
-            stays empty: in a corpus too small to
-        fill both by chance, the last document goes to the side that got none. A UserError says so
-        when there is no text, or only one document.
+        Neither split stays empty: in a corpus that is too small to fill both by chance, the last
+        document moves to the empty side.
+
+        Args:
+            dropped: Counter to which the dropped documents are added: "duplicates", "not_utf8" and
+                "empty".
+        Raises:
+            UserError: there is no text, or only one document.
         """
         dropped = Counter() if dropped is None else dropped
         seen: Counter[str] = Counter()
-        held: Document | None = (
-            # One document is held back: only at the end is it known whether it has to change sides.
-            None
-        )
+        # One document is held back: only the end of the corpus shows if it has to change sides.
+        held: Document | None = None
         for document in self._limited(dropped):
             if held:
                 seen[held.split] += 1
@@ -90,7 +91,8 @@ class Corpus:
         yield held
 
     def _limited(self, dropped: Counter[str]) -> Iterator[Document]:
-        """Documents with their side by hash, duplicates dropped, up to `max_bytes`."""
+        """Yield the documents up to `max_bytes`, without duplicates, each on the side of its
+        hash."""
         digests: set[bytes] = set()
         left = self.config.max_bytes
         threshold = self.config.validation_fraction * 2.0**64
@@ -110,10 +112,10 @@ class Corpus:
             digests.add(digest)
             size = len(data)
             if left is not None and size > left:
-                text = data[:left].decode(
-                    "utf-8", "ignore"
-                )  # "ignore": the limit may fall inside a character
-                size, left = len(text.encode()), 0
+                # "ignore": the limit may fall inside a character.
+                text = data[:left].decode("utf-8", "ignore")
+                size = len(text.encode())
+                left = 0
                 if not text:
                     return
             elif left is not None:
@@ -125,7 +127,7 @@ class Corpus:
                 return
 
     def _contents(self, dropped: Counter[str]) -> Iterator[bytes]:
-        """The bytes of every file that is a document, and of the text column of every row."""
+        """Yield the UTF-8 bytes of every document: a whole file, or the text column of a row."""
         for source in self.sources:
             if source.kind == "hub":
                 yield from self._texts(_hub_rows(source.name, self.config), source.name, dropped)
@@ -138,7 +140,7 @@ class Corpus:
     def _texts(
         self, rows: Iterable[dict[str, Any]], where: str, dropped: Counter[str]
     ) -> Iterator[bytes]:
-        """The text column of `rows` as UTF-8; a row without a value is an empty document."""
+        """Yield the text column of `rows` as UTF-8. A row without a value is an empty document."""
         column = self.config.text_column
         for row in rows:
             if column not in row:
@@ -154,14 +156,13 @@ class Corpus:
                 )
             try:
                 yield text.encode("utf-8")
-            except (
-                UnicodeEncodeError
-            ):  # half a surrogate pair, which JSON can spell and UTF-8 can not
+            except UnicodeEncodeError:
+                # Half a surrogate pair: JSON can spell it, UTF-8 can't.
                 dropped["not_utf8"] += 1
 
 
 def open_corpus(config: DataConfig) -> Corpus:
-    """Find the sources of `config`; a UserError names the first that is not there."""
+    """Return the corpus of `config`. Raise UserError for the first source that does not exist."""
     return Corpus(config=config, sources=resolve_sources(config))
 
 
@@ -173,21 +174,23 @@ def _read(file: SourceFile) -> bytes:
 
 
 def _file_rows(file: SourceFile, reader: str) -> Iterator[dict[str, Any]]:
-    """The rows of one local table. One file at a time: the order is ours, and an error can name the
-    file."""
+    """Yield the rows of one local table.
+
+    Files are read one at a time, so the order is ours and an error can name the file.
+    """
     if not file.size:
-        return  # the readers trip over a file without a byte
+        return  # The readers fail on an empty file.
     import datasets
 
     try:
-        # Streaming reads the file itself; otherwise `datasets` would keep a second copy of it in
-        # its own cache.
+        # Streaming reads the file itself. Without it, `datasets` keeps a second copy in its own
+        # cache.
         yield from datasets.load_dataset(
             reader, data_files=[glob.escape(str(file.path))], split="train", streaming=True
         )
-    except (
-        Exception
-    ) as error:  # pyarrow, json, OSError, ...: whatever it is, this file is not what its name says
+    except Exception as error:
+        # pyarrow, json and others raise exceptions of many classes: the file can't be read as
+        # its name says.
         raise UserError(
             f"data.source: cannot read {file.path} as {reader}: {_first_line(error)}"
         ) from error
@@ -200,9 +203,8 @@ def _hub_rows(name: str, config: DataConfig) -> Iterator[dict[str, Any]]:
         yield from datasets.load_dataset(
             name, config.hub_config, split=config.hub_split, streaming=True
         )
-    except (
-        Exception
-    ) as error:  # no network, no such dataset, gated, a wrong configuration or split, ...
+    except Exception as error:
+        # No network, no such dataset, a gated one, a wrong configuration or split, ...
         hint = nearest(name, BUILT_IN) if "/" not in name else ""
         raise UserError(
             f"data.source: no file or folder {name}, and reading it as a Hugging Face dataset "
@@ -215,6 +217,6 @@ def _first_line(error: Exception) -> str:
 
 
 def _because(dropped: Counter[str]) -> str:
-    """What was dropped, for the error about what is then missing."""
+    """Return " (dropped: ...)", for the error about missing documents; "" if none was dropped."""
     parts = [f"{count} {what.replace('_', ' ')}" for what, count in sorted(dropped.items())]
     return f" (dropped: {', '.join(parts)})" if parts else ""

@@ -1,13 +1,13 @@
-"""Training examples cut from a token file: packed blocks, or documents one by one.
+"""Training examples cut from a token file: packed blocks, or single documents.
 
-Packed blocks waste nothing: the token stream is cut every `seq_len` tokens, so one block holds the
-end of one document, some whole ones and the beginning of another. A model that should not look
-across documents is given `position_ids`, which restart at 0 at every separator: an attention that
-builds its document mask from them needs no other input. Document chunks never mix documents, and
-pay with padding.
+Packed blocks waste no tokens: the token stream is cut every `seq_len` tokens, so one block can hold
+the end of one document, some whole documents and the beginning of another. A model that should not
+look across documents gets `position_ids`, which restart at 0 at every separator. An attention that
+builds its document mask from them needs no other input. Document chunks never mix documents; their
+cost is padding.
 
-Examples are what Hugging Face causal language models expect: `labels` equal `input_ids` and the
-model shifts them, so the first token of an example is input only.
+Examples have the form that Hugging Face causal language models expect: `labels` equal `input_ids`,
+and the model shifts them, so the first token of an example is input only.
 """
 
 import operator
@@ -20,11 +20,12 @@ from torch.utils.data import Dataset
 from lowprec.errors import UserError
 from lowprec.training.data.tokens import TokenFile
 
-IGNORE = -100  # the label that a cross entropy leaves out
+IGNORE = -100
+"""Label that torch's cross entropy ignores."""
 
 
 class _TokenDataset(Dataset[dict[str, torch.Tensor]]):
-    """What both share: the memory map, opened on first use in each process and never pickled."""
+    """Base of both datasets: a token file whose memory map each process opens on first use."""
 
     def __init__(self, file: TokenFile, *, seq_len: int, document_positions: bool = False) -> None:
         self.file = file
@@ -34,28 +35,28 @@ class _TokenDataset(Dataset[dict[str, torch.Tensor]]):
 
     @property
     def tokens(self) -> np.ndarray:
-        """The whole split, uint16 or uint32 [tokens], memory-mapped."""
+        """All tokens of the split, uint16 or uint32 [tokens], memory-mapped."""
         if self._map is None:
             self._map = self.file.tokens()
         return self._map
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_map": None,
-        }  # pickling a memory map would copy the corpus into every worker
+        # Pickling the memory map would copy the corpus into every worker.
+        return {**self.__dict__, "_map": None}
 
     def __len__(self) -> int:
         raise NotImplementedError
 
     def _index(self, index: int) -> int:
-        index, count = operator.index(index), len(self)
+        """Return `index` in [0, len). A negative one counts from the end."""
+        index = operator.index(index)
+        count = len(self)
         if not -count <= index < count:
             raise IndexError(f"example {index} of {count}")
         return index % count
 
     def _example(self, ids: np.ndarray, length: int) -> dict[str, torch.Tensor]:
-        """`ids` as an example whose last tokens, from `length` on, are padding."""
+        """Return `ids` as an example; the tokens from `length` on are padding and get no label."""
         input_ids = torch.from_numpy(ids.astype(np.int64))
         labels = input_ids.clone()
         labels[length:] = IGNORE
@@ -66,10 +67,13 @@ class _TokenDataset(Dataset[dict[str, torch.Tensor]]):
 
 
 class PackedBlocks(_TokenDataset):
-    """Consecutive blocks of exactly `seq_len` tokens; the tail that does not fill one is dropped.
+    """Consecutive blocks of exactly `seq_len` tokens. The rest, shorter than a block, is dropped.
 
-    An item is a dict of int64 [seq_len]: `input_ids`, `labels` and, with `document_positions`,
-    `position_ids`. Raises UserError for a split shorter than one block.
+    An item is a dict of int64 tensors [seq_len]: `input_ids`, `labels` and, with
+    `document_positions`, `position_ids`.
+
+    Raises:
+        UserError: the split is shorter than one block.
     """
 
     def __init__(self, file: TokenFile, *, seq_len: int, document_positions: bool = False) -> None:
@@ -92,12 +96,15 @@ class PackedBlocks(_TokenDataset):
 
 
 class DocumentChunks(_TokenDataset):
-    """Each document in chunks of at most `seq_len` tokens, the last one padded on the right with
-    the separator (label -100).
+    """Each document in chunks of at most `seq_len` tokens.
 
-    Items are as those of `PackedBlocks`. A last chunk of a single token is left out: nothing in it
-    is predicted, and a batch of nothing but such chunks would have no loss. Positions of padding
-    count from 0 again, as those of a document of their own.
+    The last chunk is padded on the right with the separator (label -100). Items have the same form
+    as those of `PackedBlocks`. A last chunk of a single token is dropped: it predicts nothing, and
+    a batch of such chunks alone would have no loss. Positions of padding restart at 0, as if
+    padding were a document of its own.
+
+    Raises:
+        UserError: the split has no document of two or more tokens.
     """
 
     def __init__(self, file: TokenFile, *, seq_len: int, document_positions: bool = False) -> None:
@@ -110,8 +117,10 @@ class DocumentChunks(_TokenDataset):
             )
 
     def _chunks(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where documents start and end, int64 [documents + 1], and the number of chunks before
-        each, int64 [documents + 1]."""
+        """Return the bounds of the documents and the number of chunks before each document.
+
+        Both are int64 [documents + 1].
+        """
         if self._cuts is None:
             bounds = np.append(self.file.starts(), self.file.token_count)
             lengths = np.diff(bounds)
@@ -120,7 +129,8 @@ class DocumentChunks(_TokenDataset):
         return self._cuts
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_cuts": None}  # cheaper to compute again than to send
+        # The cuts are cheaper to compute again than to send to a worker.
+        return {**super().__getstate__(), "_cuts": None}
 
     def __len__(self) -> int:
         return self._count
@@ -137,8 +147,10 @@ class DocumentChunks(_TokenDataset):
 
 
 def _positions(is_separator: np.ndarray, length: int) -> np.ndarray:
-    """int64 positions from the last separator (or the start of the example); padding, from `length`
-    on, is one run of its own."""
+    """Return int64 positions that count from the last separator, or from the start of the example.
+
+    Padding, from `length` on, counts from 0 once more.
+    """
     index = np.arange(len(is_separator), dtype=np.int64)
     begins = is_separator & (index < length)
     begins[length:][:1] = True

@@ -1,12 +1,12 @@
-"""From the names in `data.source` to lists of files and hub datasets, before anything is read.
+"""Resolves the names in `data.source` to lists of files and hub datasets, before anything is read.
 
-Resolving is cheap and strict: it looks at folders and file sizes only, so that a wrong path fails
-at once and so that the cache key (which needs the file list with sizes and modification times)
-costs next to nothing when the tokens are already there.
+Resolving is cheap and strict: it looks at folders and file sizes only. So a wrong path fails at
+once, and the cache key, which needs the file list with sizes and modification times, costs little
+if the tokens are in the cache already.
 
-A name means, in this order: one of the two built-in sources; an existing file or folder; a glob;
-what looks like a path but does not exist, which is an error; and otherwise a dataset on the Hugging
-Face hub.
+A name is resolved in this order: one of the two built-in sources; an existing file or folder; a
+glob. A name that looks like a path but does not exist is an error. Any other name is a dataset on
+the Hugging Face hub.
 """
 
 import glob
@@ -24,19 +24,18 @@ from lowprec.errors import UserError
 from lowprec.training.data.config import DataConfig
 
 BUILT_IN = ("python-stdlib", "site-packages")
-ROW_SUFFIXES = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".parquet": "parquet",
-}  # suffix -> the reader in `datasets`
+ROW_SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+"""Suffix of a table's file -> the name of its reader in `datasets`."""
 SUFFIXES = (".txt", *ROW_SUFFIXES)
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFile:
-    """One file and what tells that it changed: `size` in bytes and `mtime_ns`, its modification
-    time in nanoseconds."""
+    """A file, with its `size` in bytes and its modification time `mtime_ns` in nanoseconds.
+
+    A change of either one means that the contents may have changed.
+    """
 
     path: Path
     size: int
@@ -45,14 +44,14 @@ class SourceFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One resolved name of `data.source`: `files` in reading order, none for kind "hub"."""
+    """A resolved name of `data.source`: its `files` in reading order, none for kind "hub"."""
 
     name: str
     kind: Literal["python-stdlib", "site-packages", "files", "hub"]
     files: tuple[SourceFile, ...] = ()
 
     def identity(self, config: DataConfig) -> dict[str, Any]:
-        """JSON values that change whenever the documents of this source may have changed."""
+        """Return JSON values that change if the documents of this source may have changed."""
         if self.kind == "hub":
             return {
                 "hub": self.name,
@@ -71,8 +70,11 @@ class Source:
 
 
 def resolve_sources(config: DataConfig) -> tuple[Source, ...]:
-    """Every name of `config.source`, in order; a UserError names the first that can't be a
-    source."""
+    """Return the sources that `config.source` names, in order.
+
+    Raises:
+        UserError: a name can't be a source; the first such name is reported.
+    """
     return tuple(_resolve(name) for name in config.source_names)
 
 
@@ -97,29 +99,33 @@ def _resolve(name: str) -> Source:
     return Source(name=name, kind="hub")
 
 
-def _local(name: str, paths: list[Path], otherwise: str) -> Source:
+def _local(name: str, paths: list[Path], none_found: str) -> Source:
+    """Return a source of local files. Raise UserError with `none_found` if `paths` is empty."""
     if not paths:
-        raise UserError(f"data.source: {otherwise}")
+        raise UserError(f"data.source: {none_found}")
     return Source(
         name=name, kind="files", files=tuple(_with_stat(path.resolve() for path in paths))
     )
 
 
 def _library_files() -> Iterator[SourceFile]:
-    """The interpreter's own library without what is installed into it and without its tests (as
-    large again, and repetitive)."""
+    """Return the sources of the interpreter's own library.
+
+    Installed packages are excluded, and so are the library's tests, which are as large again and
+    repetitive.
+    """
     skip = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
     folder = Path(sysconfig.get_path("stdlib"))
     return _with_stat(_in_folder(folder, lambda found: found.suffix == ".py", skip))
 
 
 def _package_files() -> Iterator[SourceFile]:
-    """The sources of every installed package, folder by folder."""
+    """Yield the sources of every installed package, folder by folder."""
     folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     folders += [
         entry for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")
     ]
-    # Two names of one folder (lib and lib64, say) are the same folder once resolved.
+    # Two names of one folder, such as lib and lib64, are equal after resolve().
     for folder in dict.fromkeys(Path(folder).resolve() for folder in folders):
         yield from _with_stat(_in_folder(folder, lambda found: found.suffix == ".py"))
 
@@ -127,8 +133,10 @@ def _package_files() -> Iterator[SourceFile]:
 def _in_folder(
     folder: Path, wanted: Callable[[Path], bool], skip: Collection[str] = ()
 ) -> list[Path]:
-    """The files below `folder` that are `wanted`, sorted by relative path, leaving out hidden
-    folders and those in `skip`."""
+    """Return the `wanted` files below `folder`, sorted by relative path.
+
+    Hidden files and folders are skipped, and so are folders whose name is in `skip`.
+    """
     found = []
     for parent, folders, files in os.walk(folder):
         folders[:] = [
@@ -145,13 +153,15 @@ def _in_folder(
 
 
 def _with_stat(paths: Iterable[Path]) -> Iterator[SourceFile]:
+    """Yield each path with its size and modification time. Files that vanished are skipped."""
     for path in paths:
         try:
             stat = path.stat()
-        except OSError:  # a link to nothing, or a package that is being removed right now
+        except OSError:  # A broken link, or a package that is being removed right now.
             continue
         yield SourceFile(path=path, size=stat.st_size, mtime_ns=stat.st_mtime_ns)
 
 
 def _listed(words: tuple[str, ...]) -> str:
+    """Return "a, b or c" for (a, b, c)."""
     return f"{', '.join(words[:-1])} or {words[-1]}"

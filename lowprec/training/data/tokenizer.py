@@ -1,13 +1,13 @@
 """Tokenizers: raw bytes, a byte-level BPE trained on the corpus, or any fast Hugging Face
 tokenizer.
 
-Every one is a `PreTrainedTokenizerFast`, so that it is saved beside a checkpoint and loads in any
-program that uses transformers. Documents are encoded as plain text: a document that spells out
+Each is a `PreTrainedTokenizerFast`, so it can be saved with a checkpoint and loaded by any program
+that uses transformers. Documents are encoded as plain text: a document that spells out
 "<|endoftext|>" gets the tokens of those characters, not the separator.
 
-Losses per token can't be compared between vocabularies; bits per byte can. `token_bytes` says how
-many bytes of text each token stands for. For byte-level tokenizers this is exact: each symbol of a
-token's spelling is one byte.
+Losses per token can't be compared between vocabularies; bits per byte can. `token_bytes` counts the
+bytes of text that each token stands for. For byte-level tokenizers the count is exact: each symbol
+of a token's spelling is one byte.
 """
 
 import json
@@ -27,20 +27,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 END = "<|endoftext|>"
-BPE_TRAINING_BYTES = 64 * 2**20  # merges settle long before this; training time and memory do not
-_BPE_VERSION = (
-    1  # of the training procedure below: a cached tokenizer of another version is not used
-)
+BPE_TRAINING_BYTES = 64 * 2**20
+"""Bytes of text that a BPE is trained on at most. Its merges settle long before that, while the
+training time and memory still grow."""
+_BPE_VERSION = 1
+"""Version of the training procedure below. A cached tokenizer of another version is not used."""
 
 Encoder = Callable[[Sequence[str]], list[np.ndarray]]
+"""A function from texts to one array of token ids each."""
 
 
 def load_tokenizer(config: DataConfig, corpus: Corpus) -> "PreTrainedTokenizerFast":
-    """The tokenizer that `config.tokenizer` names. `bpe` reads the training split of `corpus`,
-    unless the cache has the result.
+    """Return the tokenizer that `config.tokenizer` names.
 
-    Raises UserError when a foreign tokenizer can't be loaded, is not a fast one, or has no
-    end-of-text token.
+    `bpe` reads the training split of `corpus`, unless the cache holds the trained tokenizer.
+
+    Raises:
+        UserError: a Hugging Face tokenizer can't be loaded, is not a fast one, or has no
+            end-of-text token.
     """
     if config.tokenizer == "bytes":
         return _wrap(byte_tokenizer())
@@ -59,12 +63,12 @@ def load_tokenizer(config: DataConfig, corpus: Corpus) -> "PreTrainedTokenizerFa
 
 
 def byte_tokenizer() -> "Tokenizer":
-    """257 tokens: id b is the byte b, and 256 the separator."""
+    """Return a tokenizer of 257 tokens: id b is the byte b, and id 256 is the separator."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     vocab = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    # Without merges there is nothing to gain from cutting the text into words first.
+    # There are no merges, so cutting the text into words first would gain nothing.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # type: ignore[assignment]
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     tokenizer.add_special_tokens([END])
@@ -72,8 +76,10 @@ def byte_tokenizer() -> "Tokenizer":
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-    """A byte-level BPE of at most `vocab_size` tokens: the 256 bytes, the merges that `texts`
-    support, and the separator."""
+    """Train a byte-level BPE of at most `vocab_size` tokens.
+
+    Its tokens are the 256 bytes, the merges that `texts` support, and the separator.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -90,8 +96,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
 
 
 def make_encoder(tokenizer: "PreTrainedTokenizerFast") -> Encoder:
-    """A function from texts to one array of token ids each (uint16, or uint32 for more than 65536
-    tokens), without separators."""
+    """Return a function from texts to one array of token ids each, without separators.
+
+    The ids are uint16, or uint32 for more than 65536 tokens.
+    """
     from tokenizers import Tokenizer
 
     dtype = token_dtype(tokenizer)
@@ -99,14 +107,13 @@ def make_encoder(tokenizer: "PreTrainedTokenizerFast") -> Encoder:
     if len(vocab) == 257 and all(
         vocab.get(symbol) == byte for byte, symbol in enumerate(byte_symbols())
     ):
-        # A token is a byte: one widening copy of the text instead of a search for merges that do
-        # not exist.
+        # A token is a byte: a widening copy of the text replaces the search for merges, of which
+        # there are none.
         return lambda texts: [
             np.frombuffer(text.encode(), dtype=np.uint8).astype(dtype) for text in texts
         ]
 
-    # A copy, because these settings belong to preparing a corpus and not to the tokenizer that the
-    # user gets.
+    # A copy: these settings are for preparing a corpus, and the user's tokenizer must not get them.
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
@@ -122,16 +129,17 @@ def make_encoder(tokenizer: "PreTrainedTokenizerFast") -> Encoder:
 
 
 def token_dtype(tokenizer: "PreTrainedTokenizerFast") -> np.dtype:
-    """The narrowest dtype of a token file that holds every id: uint16 or uint32."""
+    """Return the narrowest dtype of a token file that holds every id: uint16 or uint32."""
     return np.dtype(np.uint16 if max(tokenizer.get_vocab().values()) < 65536 else np.uint32)
 
 
 def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray | None:
-    """How many bytes of text each token stands for: int64 [largest id + 1], 0 for special tokens.
+    """Return the bytes of text that each token stands for: int64 [largest id + 1].
 
-    None for a tokenizer whose tokens have no fixed number of bytes: one that adds a space in front
-    of the text, folds case, drops spaces or has an unknown token. Where a tokenizer brings text to
-    Unicode's normal form C first, bytes of that form are counted.
+    Special tokens have 0. The result is None for a tokenizer whose tokens have no fixed number of
+    bytes: one that adds a space in front of the text, folds case, drops spaces or has an unknown
+    token. If a tokenizer first brings text to Unicode's normal form C, the bytes of that form are
+    counted.
     """
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     if _is_byte_level(spec):
@@ -146,10 +154,10 @@ def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray | None:
         counts[index] = length(token)
     for index, added in tokenizer.added_tokens_decoder.items():
         if (added.lstrip or added.rstrip) and not added.special:
-            return None  # swallows the spaces around it
+            return None  # This token swallows the spaces around it.
         counts[index] = 0 if added.special else len(added.content.encode())
-    # The spec says what the parts are, not that we read it right: a wrong number is worse than
-    # none.
+    # The spec names the parts, but we may have misread it. A wrong count is worse than none, so the
+    # counts are tried on texts.
     encode = make_encoder(tokenizer)
     right = all(
         counts[ids].sum() == len(text.encode())
@@ -159,21 +167,24 @@ def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray | None:
 
 
 def byte_symbols() -> list[str]:
-    """The character that spells each byte in a byte-level vocabulary: itself if it is printable,
-    else one from U+0100 on."""
+    """Return the character that spells each byte in a byte-level vocabulary.
+
+    A printable byte is spelled as itself, any other byte as a character from U+0100 on.
+    """
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 _SYMBOLS = frozenset(byte_symbols())
-_PROBES = [
+_PROBES = (
     "The  cat's\r\n\tsat, 1234567 TIMES.\n\n    return x_1\n",
     " leading",
     "\n",
     "né 日本語 – 🎉\u200d\x00 İ ﬁ ½ \ufeff",
     END,
-]
+)
+"""Texts on which the counts of `token_bytes` are checked."""
 
 
 def _byte_level_length(token: str) -> int:
@@ -186,9 +197,10 @@ def _byte_fallback_length(token: str) -> int:
 
 
 def _is_byte_level(spec: dict[str, Any]) -> bool:
-    """GPT-2 and its descendants: bytes spelled as characters, merged within words, nothing else
-    done to the text."""
-    model, before = spec["model"], _parts(spec["pre_tokenizer"], "pretokenizers")
+    """Return True for GPT-2's kind of tokenizer: bytes are spelled as characters and merged within
+    words, and nothing else is done to the text."""
+    model = spec["model"]
+    before = _parts(spec["pre_tokenizer"], "pretokenizers")
     return (
         model["type"] == "BPE"
         and not model.get("continuing_subword_prefix")
@@ -205,8 +217,11 @@ def _is_byte_level(spec: dict[str, Any]) -> bool:
 
 
 def _is_byte_fallback(spec: dict[str, Any]) -> bool:
-    """SentencePiece with byte tokens for what it can't spell (Gemma), where a space is "▁" and none
-    is added in front."""
+    """Return True for SentencePiece's kind of tokenizer with byte tokens (Gemma).
+
+    Text that the vocabulary can't spell becomes byte tokens, a space is spelled "▁", and no space
+    is added in front of the text.
+    """
     model = spec["model"]
     return (
         model["type"] == "BPE"
@@ -225,6 +240,7 @@ def _is_byte_fallback(spec: dict[str, Any]) -> bool:
 
 
 def _keeps_text(part: dict[str, Any]) -> bool:
+    """Return True if a pre-tokenizer's part neither adds nor removes characters."""
     return (
         not part.get("add_prefix_space")
         and part.get("behavior") != "Removed"
@@ -233,7 +249,7 @@ def _keeps_text(part: dict[str, Any]) -> bool:
 
 
 def _parts(spec: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
-    """The members of a (nested) Sequence, or the one part, or nothing."""
+    """Return the members of a (nested) Sequence as a flat list. None has no members."""
     if spec is None:
         return []
     if spec["type"] != "Sequence":
@@ -255,7 +271,7 @@ def _train_and_save(corpus: Corpus, vocab_size: int, folder: Path) -> None:
 def _wrap(tokenizer: "Tokenizer") -> "PreTrainedTokenizerFast":
     from transformers import PreTrainedTokenizerFast
 
-    # The separator stands in front of every document, so it is also what generation starts from.
+    # The separator stands in front of every document, so generation starts from it too.
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END, bos_token=END, clean_up_tokenization_spaces=False
     )
@@ -269,9 +285,8 @@ def _load(name: str) -> "PreTrainedTokenizerFast":
     name = str(Path(name).expanduser()) if name.startswith("~") else name
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (
-        Exception
-    ) as error:  # OSError, ValueError, KeyError, ...: transformers has no one exception for this
+    except Exception as error:
+        # transformers raises exceptions of many classes here: OSError, ValueError, KeyError, ...
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         hint = nearest(name, ("bytes", "bpe")) if "/" not in name else ""
         raise UserError(

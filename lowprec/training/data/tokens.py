@@ -1,14 +1,15 @@
-"""Token files: a corpus tokenised once, then read through a memory map.
+"""Token files: a corpus is tokenised once and then read through a memory map.
 
-An entry of the cache is a folder with, for each split,
+An entry of the cache is a folder. For each split it holds
 
-    train.bin          every document as [separator] + its tokens, little-endian uint16 (uint32 above 65536 tokens)
-    train-starts.npy   int64 [documents]: where each document's separator stands in train.bin
+    train.bin          every document as [separator] + its tokens, little-endian uint16
+                       (uint32 if the vocabulary has more than 65536 tokens)
+    train-starts.npy   int64 [documents]: index of each document's separator in train.bin
 
-and a `meta.json` with the counts. The separator comes first so that also the first token of a
-document is predicted, from the separator and within its own document. The folder's name is a hash
-of everything that determines its contents; sequence length and packing are not part of it, because
-examples are cut from the memory map when they are read (`lowprec.training.data.packing`).
+and for both a `meta.json` with the counts. The separator comes first, so the first token of a
+document is predicted too, from the separator and within its own document. The folder's name is a
+hash of everything that determines its contents. Sequence length and packing are not part of it,
+because examples are cut from the memory map when they are read (`lowprec.training.data.packing`).
 """
 
 import json
@@ -30,16 +31,19 @@ from lowprec.training.data.tokenizer import make_encoder, token_dtype
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_FORMAT = 1  # of the files described above
-_BATCH_BYTES = (
-    4 * 2**20
-)  # text that is encoded at a time: enough to keep every core busy, little enough to stream
+_FORMAT = 1
+"""Version of the file format above."""
+_BATCH_BYTES = 4 * 2**20
+"""Bytes of text that are encoded at a time: enough to keep every core busy, and few enough to
+stream."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenFile:
-    """One split: where its files are and what they hold. Small and picklable; `tokens` and `starts`
-    open the maps."""
+    """The files of one split, and their counts.
+
+    An instance is small and picklable. `tokens` and `starts` open the memory maps.
+    """
 
     folder: Path
     split: Split
@@ -48,15 +52,18 @@ class TokenFile:
     token_count: int
     document_count: int
     byte_count: int
-    """UTF-8 bytes of text; separators count none."""
+    """Number of UTF-8 bytes of text. Separators have none."""
 
     @property
     def path(self) -> Path:
         return self.folder / f"{self.split}.bin"
 
     def tokens(self) -> np.ndarray:
-        """The tokens, uint16 or uint32 [token_count], as a read-only memory map. UserError when the
-        file was damaged."""
+        """Return the tokens, uint16 or uint32 [token_count], as a read-only memory map.
+
+        Raises:
+            UserError: the file is damaged.
+        """
         expected = self.token_count * np.dtype(self.dtype).itemsize
         size = self.path.stat().st_size if self.path.exists() else 0
         if size != expected:
@@ -67,14 +74,14 @@ class TokenFile:
         return np.memmap(self.path, dtype=self.dtype, mode="r")
 
     def starts(self) -> np.ndarray:
-        """Where each document's separator stands, int64 [document_count], as a read-only memory
-        map."""
+        """Return the index of each document's separator, int64 [document_count], as a read-only
+        memory map."""
         return np.load(self.folder / f"{self.split}-starts.npy", mmap_mode="r", allow_pickle=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenisedCorpus:
-    """Both splits of a tokenised corpus, and how many documents were dropped for what reason."""
+    """Both splits of a tokenised corpus, and the number of dropped documents by reason."""
 
     folder: Path
     train: TokenFile
@@ -83,8 +90,10 @@ class TokenisedCorpus:
 
 
 def tokenise(corpus: Corpus, tokenizer: "PreTrainedTokenizerFast") -> TokenisedCorpus:
-    """The token files of `corpus`, from the cache or else made now (safe when several processes do
-    it at once)."""
+    """Return the token files of `corpus`. They are made now if the cache does not hold them.
+
+    Several processes may call this at the same time.
+    """
     identity = {
         "format": _FORMAT,
         "corpus": corpus.identity(),
@@ -97,6 +106,7 @@ def tokenise(corpus: Corpus, tokenizer: "PreTrainedTokenizerFast") -> TokenisedC
 
 
 def _open(folder: Path) -> TokenisedCorpus:
+    """Return the token files in `folder`. Raise UserError if its meta.json is damaged."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         splits = {
@@ -115,12 +125,14 @@ def _open(folder: Path) -> TokenisedCorpus:
 
 
 class _Writer:
-    """Appends documents to the files of one split."""
+    """A writer that appends documents to the token file of one split."""
 
     def __init__(self, file: BinaryIO, separator: np.ndarray) -> None:
-        self.file, self.separator = file, separator
+        self.file = file
+        self.separator = separator
         self.starts = array("q")
-        self.tokens = self.bytes = 0
+        self.tokens = 0
+        self.bytes = 0
 
     def add(self, document: Document, ids: np.ndarray) -> None:
         self.starts.append(self.tokens)
@@ -131,6 +143,7 @@ class _Writer:
 
 
 def _write(folder: Path, corpus: Corpus, tokenizer: "PreTrainedTokenizerFast") -> None:
+    """Tokenise `corpus` and write its files into the empty `folder`."""
     dtype = token_dtype(tokenizer).newbyteorder("<")
     encode = make_encoder(tokenizer)
     separator = np.array([tokenizer.eos_token_id], dtype=dtype)
@@ -161,6 +174,7 @@ def _write(folder: Path, corpus: Corpus, tokenizer: "PreTrainedTokenizerFast") -
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Yield the documents in lists of about `_BATCH_BYTES` bytes of text."""
     batch: list[Document] = []
     size = 0
     for document in documents:
@@ -168,6 +182,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         size += document.size
         if size >= _BATCH_BYTES:
             yield batch
-            batch, size = [], 0
+            batch = []
+            size = 0
     if batch:
         yield batch

@@ -303,7 +303,7 @@ def test_a_large_vocabulary_gets_four_bytes_per_token(folder: Path, cache: Path,
     np.testing.assert_array_equal(data.train.tokens, expected_tokens(settings, data, "train"))
 
 
-def test_tokenizers_that_do_not_serve(folder: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_unusable_tokenizers_are_refused(folder: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def unreachable(*args, **kwargs):
         raise OSError("We couldn't connect\nwith details")
 
@@ -349,19 +349,19 @@ def test_cache_is_reused_and_invalidated(folder: Path, cache: Path):
     path = Path(first.stats["cache"])
     assert path.parent == cache
     before = {file.name: file.stat().st_mtime_ns for file in path.iterdir()}
-    again = load_data(config(folder, cache, seq_len=16, packing=False))  # what is cut from the file is not in its key
+    again = load_data(config(folder, cache, seq_len=16, packing=False))  # how examples are cut is not part of the key
     assert {file.name: file.stat().st_mtime_ns for file in path.iterdir()} == before
     assert again.stats["cache"] == str(path)
 
     changed = folder / "000.txt"
     changed.write_bytes(changed.read_bytes().upper())
-    os.utime(changed, ns=(1, 1))  # as large as before: only the time tells
+    os.utime(changed, ns=(1, 1))  # same size as before: only the time differs
     assert load_data(settings).stats["cache"] != str(path)
     for change in ({"max_bytes": 2000}, {"validation_fraction": 0.3}, {"tokenizer": "bpe"}, {"source": str(folder / "00*.txt")}):
         assert load_data(settings.model_copy(update=change)).stats["cache"] not in {str(path), load_data(settings).stats["cache"]}
 
 
-def test_damaged_cache_is_said_to_be(folder: Path, cache: Path):
+def test_a_damaged_cache_is_reported(folder: Path, cache: Path):
     settings = config(folder, cache)
     path = Path(load_data(settings).stats["cache"])
     (path / "train.bin").write_bytes(b"short")
@@ -449,7 +449,7 @@ def test_examples_go_through_workers_and_the_default_collator(folder: Path, cach
 
     for packing in (True, False):
         data = load_data(config(folder, cache, packing=packing), document_positions=True)
-        data.train[0]  # the map is open now, and must not travel
+        data.train[0]  # the map is open now; pickling must leave it out
         assert len(pickle.dumps(data.train)) < 2000
         copy = pickle.loads(pickle.dumps(data.train))
         assert copy[1]["input_ids"].tolist() == data.train[1]["input_ids"].tolist()
