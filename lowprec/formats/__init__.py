@@ -1,1 +1,1 @@
-"""What a number is: element formats, rounding and block scales. Pure functions on torch tensors."""
+"""Number formats: element formats, rounding and block scales. Pure functions on torch tensors."""

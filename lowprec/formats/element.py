@@ -1,4 +1,4 @@
-"""Element formats: which numbers one element of a quantised tensor can hold.
+"""Element formats: the numbers that one element of a quantised tensor can hold.
 
 A floating-point format with e exponent bits, m mantissa bits and bias b holds, for a sign s,
 
@@ -7,14 +7,14 @@ A floating-point format with e exponent bits, m mantissa bits and bias b holds, 
 
 An integer format (`exponent_bits == 0`) holds the integers from `min` to `max`.
 
-The eight-bit and narrower formats saturate: what lies beyond `max` becomes `max`. `fp32`, `bf16`
-and `fp16` overflow to infinity as IEEE 754 says, because dynamic loss scaling finds its overflows
-that way.
+All formats but `fp32`, `bf16` and `fp16` saturate: a value beyond `max` becomes `max`. `fp32`,
+`bf16` and `fp16` overflow to infinity as IEEE 754 says, because dynamic loss scaling finds its
+overflows by looking for infinities.
 
 Sources: OCP 8-bit Floating Point Specification 1.0 (e4m3, e5m2); OCP Microscaling Formats 1.0,
 section 5.3 (e3m2, e2m3, e2m1); arXiv 2412.19437, section 3.3.3 (e5m6, for cached inputs of the
-linear layer after attention; its largest value is not published: here it is that of a format whose
-highest exponent is kept for infinity and NaN, as in e5m2 and fp16).
+linear layer after attention). The largest value of e5m6 is not published. We take the highest
+exponent as reserved for infinity and NaN, as in e5m2 and fp16.
 """
 
 import math
@@ -29,40 +29,45 @@ class ElementFormat:
 
     name: str
     exponent_bits: int
-    """0 means an integer format."""
+    """Number of exponent bits; 0 for an integer format."""
     mantissa_bits: int
+    """Number of mantissa bits, without the implicit leading one."""
     bias: int
+    """Exponent bias b of the equations above."""
     min: float
-    """The smallest (most negative) finite value."""
+    """Smallest (most negative) finite value."""
     max: float
-    """The largest finite value."""
+    """Largest finite value."""
     saturates: bool = True
-    """Whether values beyond the range become `min` or `max` (else infinity)."""
+    """Flag: values beyond the range become `min` or `max`; otherwise they become infinity."""
     storage: torch.dtype
-    """The torch dtype that holds the codes: the format's own if there is one, uint8 for codes that
-    are packed."""
+    """torch dtype that holds the codes: the format's own dtype if torch has one, uint8 for packed
+    codes."""
 
     @property
     def is_integer(self) -> bool:
+        """Flag: the format holds integers."""
         return self.exponent_bits == 0
 
     @property
     def bits(self) -> int:
+        """Width of a code in bits, with the sign."""
         return 1 + self.exponent_bits + self.mantissa_bits
 
     @property
     def packed(self) -> bool:
-        """Whether several codes share bytes (see `packing`): their width is no whole number of
-        bytes."""
+        """Flag: a code is not a whole number of bytes wide, so several codes share bytes (see
+        `packing`)."""
         return self.bits % 8 != 0
 
     @property
     def emax(self) -> int:
-        """The exponent of the largest value: max = m * 2^emax with 1 <= m < 2."""
+        """Exponent of the largest value: max = m * 2^emax with 1 <= m < 2."""
         return math.frexp(self.max)[1] - 1
 
     @property
     def min_normal(self) -> float:
+        """Smallest positive normal number."""
         return 2.0 ** (1 - self.bias)
 
     def __str__(self) -> str:
@@ -90,14 +95,13 @@ def _ieee(name: str, e: int, m: int, dtype: torch.dtype) -> ElementFormat:
 
 
 def _integer(name: str, bits: int, storage: torch.dtype) -> ElementFormat:
-    low, high = -float(2 ** (bits - 1)), float(2 ** (bits - 1) - 1)
     return ElementFormat(
         name=name,
         exponent_bits=0,
         mantissa_bits=bits - 1,
         bias=0,
-        min=low,
-        max=high,
+        min=-float(2 ** (bits - 1)),
+        max=float(2 ** (bits - 1) - 1),
         storage=storage,
     )
 

@@ -1,12 +1,13 @@
-"""Codes: the bits that stand for an element's value, and back.
+"""Conversion between the values of an element format and their codes (bit patterns).
 
-A code of a float format is its sign, exponent and mantissa fields, from the highest bit down; of an
-integer format its two's complement.
+A code of a float format consists of the sign, exponent and mantissa fields, from the highest bit
+down. A code of an integer format is the two's complement.
 
-The way leads through fp16, whose fields contain those of every narrower float: a value divided by
-2^(15 - bias) has in fp16 the very exponent and mantissa bits that it has in the format, subnormal
-numbers included, only further left. Converting between fp32 and fp16 is one fast instruction
-everywhere, while a CPU converts eight-bit floats one by one, ten times slower.
+The conversion goes through fp16, whose fields contain those of every narrower float. A value
+divided by 2^(15 - bias) has the same exponent and mantissa bits in fp16 as in the narrower format,
+only further left; this holds for subnormal numbers too. Converting between fp32 and fp16 is one
+fast instruction on every device, while a CPU converts eight-bit floats one by one, ten times
+slower.
 """
 
 import torch
@@ -19,11 +20,11 @@ _FP16_MANTISSA_BITS = 10
 
 
 def encode(values: Tensor, fmt: ElementFormat) -> Tensor:
-    """Values of a format as codes.
+    """Return the codes of values of a format.
 
     Args:
-        values: fp32, any shape; each a value of `fmt`, a format of at most 12 bits. NaN gets an
-            arbitrary code.
+        values: fp32, any shape. Each element is a value of `fmt`; NaN gets an arbitrary code.
+        fmt: a format of at most 12 bits.
     Returns:
         int16, same shape: the code in the low bits, zeros above.
     """
@@ -36,7 +37,7 @@ def encode(values: Tensor, fmt: ElementFormat) -> Tensor:
 
 
 def decode(codes: Tensor, fmt: ElementFormat) -> Tensor:
-    """The inverse of `encode`: integer codes (any integer dtype) to fp32 values. Bits above the
+    """Return the fp32 values of codes (any integer dtype): the inverse of `encode`. Bits above the
     code are ignored."""
     codes = codes.to(torch.int16)
     if fmt.is_integer:
@@ -50,13 +51,15 @@ def decode(codes: Tensor, fmt: ElementFormat) -> Tensor:
 
 
 def encode_scale(scale: Tensor) -> Tensor:
-    """Power-of-two scales (fp32, 2^-127 to 2^127, or NaN) as E8M0 bytes, uint8: the exponent + 127;
-    0xFF is NaN."""
+    """Return power-of-two scales (fp32, 2^-127 to 2^127, or NaN) as E8M0 bytes, uint8.
+
+    A byte is the exponent + 127; 0xFF is NaN.
+    """
     return ((scale.view(torch.int32) >> 23) & 0xFF).to(torch.uint8)
 
 
 def decode_scale(codes: Tensor) -> Tensor:
-    """E8M0 bytes (uint8) as fp32."""
+    """Return the fp32 scales of E8M0 bytes (uint8)."""
     exponent = codes.to(torch.int32)
     bits = torch.where(exponent == 0, 1 << 22, exponent << 23)  # 2^-127 is subnormal
     return torch.where(exponent == 0xFF, 0x7FC00000, bits).view(torch.float32)

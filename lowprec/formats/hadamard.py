@@ -1,15 +1,17 @@
 """The random Hadamard transform: an orthogonal mixing of neighbouring elements along the
 contraction axis.
 
-    T = diag(s) H_n / sqrt(n)        H_1 = [1],  H_2n = [[H_n, H_n], [H_n, -H_n]] (Sylvester),  s: n signs
+    T = diag(s) H_n / sqrt(n)        s: n signs
+    H_1 = [1],  H_2n = [[H_n, H_n], [H_n, -H_n]]        (Sylvester's construction)
 
-applied to every group of n elements of a row. An outlier is spread over its group, so that the
-group's largest magnitude, which decides the scale, falls towards a gaussian's. T T^t = 1: a product
-whose two operands were both transformed along the contraction axis is unchanged, (a T)(b T)^t = a
-b^t. Sources: arXiv 2502.20586, section 3.2; 2509.25149, section 4.2.
+T is applied to every group of n elements of a row. It spreads an outlier over its group, so that
+the group's largest magnitude, which decides the scale, falls towards that of gaussian values.
 
-The sums run as a butterfly, log2(n) levels of additions in a fixed order, not as a matrix product:
-the same bits on every device.
+T T^t = 1, so a product is unchanged if both operands are transformed along the contraction axis:
+(a T)(b T)^t = a b^t. Sources: arXiv 2502.20586, section 3.2; 2509.25149, section 4.2.
+
+The sums run as a butterfly: log2(n) levels of additions in a fixed order. A matrix product would
+not give the same bits on every device; the butterfly does.
 """
 
 from dataclasses import dataclass
@@ -20,15 +22,17 @@ from torch import Tensor
 SIZES = (16, 32, 64, 128)
 
 NVFP4_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
-"""The fixed signs of NVIDIA's recipe (arXiv 2509.25149)."""
+"""Fixed signs of NVIDIA's recipe (arXiv 2509.25149)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hadamard:
-    """A transform: its size and its signs, which both operands of a product share."""
+    """A Hadamard transform with its signs. Both operands of a product share one transform."""
 
     size: int
+    """Number n of elements in a group, one of `SIZES`."""
     signs: tuple[int, ...]
+    """The n signs s, each 1 or -1."""
 
     def __post_init__(self) -> None:
         if self.size not in SIZES:
@@ -42,7 +46,7 @@ class Hadamard:
 
     @classmethod
     def seeded(cls, size: int, seed: int = 0) -> "Hadamard":
-        """Random signs, the same for the same seed everywhere."""
+        """Return a transform with random signs. The same seed gives the same signs everywhere."""
         generator = torch.Generator().manual_seed(seed)
         return cls(
             size=size,
@@ -51,21 +55,23 @@ class Hadamard:
 
     @classmethod
     def plain(cls, size: int) -> "Hadamard":
-        """Without random signs."""
+        """Return a transform whose signs are all 1."""
         return cls(size=size, signs=(1,) * size)
 
     def __str__(self) -> str:
         return f"H{self.size}"
 
     def apply(self, x_RK: Tensor) -> Tensor:
-        """x T: fp32 [R, K'], K' being K rounded up to a multiple of the size (x is padded with
-        zeros, which the transform fills)."""
-        if x_RK.stride(0) < x_RK.stride(1):  # along the columns in memory
+        """Return x T, fp32 [R, K'], where K' is K rounded up to a multiple of the size.
+
+        x is padded with zeros, and the transform gives the padding non-zero values.
+        """
+        if x_RK.stride(0) < x_RK.stride(1):  # x is column-major in memory
             return self._apply(x_RK.t().to(torch.float32), dim=0).t()
         return self._apply(x_RK.to(torch.float32), dim=1)
 
     def invert(self, x_RK: Tensor, length: int) -> Tensor:
-        """x T^t, the first `length` columns of it: fp32 [R, length]."""
+        """Return the first `length` columns of x T^t, fp32 [R, length]."""
         groups = _butterfly(x_RK.to(torch.float32).unflatten(1, (-1, self.size)), 2).mul_(
             self.size**-0.5
         )
@@ -77,8 +83,8 @@ class Hadamard:
         groups = x.unflatten(dim, (-1, self.size))
         signs = self._signs(x.device)
         groups = groups * (signs[:, None] if dim == 0 else signs)
-        # Scaled at the end: a product before the additions would be fused with them into one
-        # rounding on some devices.
+        # The scale 1 / sqrt(n) is applied last. Some devices would fuse a product that comes before
+        # the additions with them (one rounding instead of two).
         return _butterfly(groups, dim + 1).mul_(self.size**-0.5).flatten(dim, dim + 1)
 
     def _signs(self, device: torch.device) -> Tensor:
@@ -86,8 +92,9 @@ class Hadamard:
 
 
 def _butterfly(x: Tensor, dim: int) -> Tensor:
-    """x H along `dim`, whose length is a power of two."""
-    size, half = x.shape[dim], 1
+    """Return x H along `dim`, whose length is a power of two."""
+    size = x.shape[dim]
+    half = 1
     while half < size:
         first, second = x.unflatten(dim, (-1, 2, half)).unbind(dim + 1)
         x = torch.stack((first + second, first - second), dim + 1).flatten(dim, dim + 2)

@@ -1,19 +1,21 @@
 """NVFP4's two levels of scales: one e4m3 scale for a block under one fp32 scale for the matrix.
 
-In Transformer Engine's order of operations, each in fp32 and correctly rounded (arXiv 2509.25149,
-appendix B):
+The order of operations is Transformer Engine's; each operation is in fp32 and correctly rounded
+(arXiv 2509.25149, appendix B). With amax_t of the matrix, amax_b of the block and bound = 6 * 448:
 
-    s_enc = min(bound / amax_t, FLT_MAX), 1 if amax_t = 0;  s_dec = 1 / s_enc       amax_t: of the matrix; bound = 6 * 448
-    S     = e4m3(min(amax_b * (s_enc * (1 / 6)), 448))                              amax_b: of the block
+    s_enc = min(bound / amax_t, FLT_MAX), or 1 if amax_t = 0
+    s_dec = 1 / s_enc
+    S     = e4m3(min(amax_b * (s_enc * (1 / 6)), 448))
     enc_b = min(1 / (S * s_dec), FLT_MAX)
-    q     = e2m1(clamp(x * enc_b, -6, 6)),  x_hat = q * S * s_dec
+    q     = e2m1(clamp(x * enc_b, -6, 6))
+    x_hat = q * S * s_dec
 
-Four over six (arXiv 2512.02010) has bound = 6 * 256, which leaves room for S4 = e4m3(3/2 amax_b
-...), under which the block's largest magnitude becomes 4 instead of 6; a block takes S4 if its
-squared error is strictly smaller.
+Four over six (arXiv 2512.02010) takes bound = 6 * 256. This leaves room for a second scale, S4 =
+e4m3(3/2 amax_b ...), under which the block's largest magnitude becomes 4 instead of 6. A block
+takes S4 if its squared error is strictly smaller.
 
-Zero blocks have S = 0 and codes of zero (enc_b is FLT_MAX). A matrix that holds NaN or infinity
-gets a NaN s_dec and is NaN as a whole.
+A block of zeros has S = 0 and codes of zero (enc_b is FLT_MAX). A matrix that holds NaN or infinity
+gets a NaN s_dec and dequantises to NaN as a whole.
 """
 
 import torch
@@ -30,7 +32,7 @@ _FOUR_OVER_SIX_LARGEST_SCALE = 256.0
 def tensor_scales(
     amax_t: Tensor, fmt: ElementFormat, scaling: BlockScaling
 ) -> tuple[Tensor, Tensor]:
-    """(s_enc, s_dec) from the matrix's amax, fp32 scalars."""
+    """Return (s_enc, s_dec), fp32 scalars, from the matrix's amax."""
     largest_scale = _FOUR_OVER_SIX_LARGEST_SCALE if scaling.four_over_six else E4M3.max
     s_enc = _over(torch.full_like(amax_t, fmt.max * largest_scale), amax_t).clamp(max=_FLT_MAX)
     s_enc = torch.where(amax_t == 0, 1.0, s_enc)
@@ -40,17 +42,17 @@ def tensor_scales(
 
 
 def block_scale(amax: Tensor, s_enc: Tensor, fmt: ElementFormat, stretch: float = 1.0) -> Tensor:
-    """S of each block; `stretch` 1.5 gives S4. fp32, values of e4m3."""
+    """Return S of each block, fp32 with values of e4m3. `stretch` 1.5 gives S4."""
     per_unit = s_enc * torch.tensor(1.0 / fmt.max, dtype=torch.float32, device=amax.device)
     base = (amax * per_unit).clamp(max=_FLT_MAX)
     return round_to_format(base * stretch if stretch != 1.0 else base, E4M3)
 
 
 def encoding_scale(scale: Tensor, s_dec: Tensor) -> Tensor:
-    """enc_b, by which elements are multiplied before they are rounded."""
+    """Return enc_b. Elements are multiplied by it before they are rounded."""
     return _over(torch.ones_like(scale), scale * s_dec).clamp(max=_FLT_MAX)
 
 
 def _over(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """fp32 quotient, correctly rounded on every device (see `scaling`)."""
+    """Return the fp32 quotient, correctly rounded on every device (see `scaling`)."""
     return (numerator.double() / denominator.double()).float()

@@ -1,9 +1,9 @@
-"""Packing codes whose width is no whole number of bytes: 4, 6 or 12 bits.
+"""Packing of codes that are not a whole number of bytes wide: 4, 6 or 12 bits.
 
-A row of codes is one string of bits, the lowest first: code j occupies bits [b j, b j + b), byte i
-holds bits [8 i, 8 i + 8). So two 4-bit codes make a byte with the even column in its low half, as
-every FP4 hardware and checkpoint format has it; four 6-bit codes make three bytes, two 12-bit codes
-as well. A row is padded with zero codes to a whole group.
+A row of codes is one string of bits, lowest bit first: code j of b bits occupies bits
+[b j, b j + b), and byte i holds bits [8 i, 8 i + 8). Two 4-bit codes therefore make one byte with
+the even column in its low half, as in every FP4 hardware and checkpoint format. Four 6-bit codes
+make three bytes, and so do two 12-bit codes. A row is padded with zero codes to a whole group.
 """
 
 import math
@@ -13,9 +13,9 @@ from torch import Tensor
 
 
 def pack(codes_RK: Tensor, bits: int) -> Tensor:
-    """Integer codes [R, K] -> uint8 [R, packed_length(K, bits)], in the memory order of `codes_RK`.
+    """Pack integer codes [R, K] into uint8 [R, packed_length(K, bits)].
 
-    What lies above the low `bits` of a code must be zero.
+    The result has the memory order of `codes_RK`. Bits above the low `bits` of a code must be zero.
     """
     group, size = _group(bits)
     codes, dim = _in_memory_order(codes_RK)
@@ -36,8 +36,10 @@ def pack(codes_RK: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed_RB: Tensor, bits: int, length: int) -> Tensor:
-    """uint8 [R, packed_length(length, bits)] -> int16 codes [R, length], in the memory order of
-    `packed_RB`."""
+    """Unpack uint8 [R, packed_length(length, bits)] into int16 codes [R, length].
+
+    The result has the memory order of `packed_RB`.
+    """
     group, size = _group(bits)
     packed, dim = _in_memory_order(packed_RB)
     parts = packed.unflatten(dim, (-1, size)).unbind(dim + 1)
@@ -52,18 +54,18 @@ def unpack(packed_RB: Tensor, bits: int, length: int) -> Tensor:
 
 
 def packed_length(length: int, bits: int) -> int:
-    """Bytes in a row of `length` codes."""
+    """Return the number of bytes in a row of `length` codes."""
     group, size = _group(bits)
     return -(-length // group) * size
 
 
 def _in_memory_order(x_RK: Tensor) -> tuple[Tensor, int]:
-    """x or its transpose, whichever is contiguous along the last axis, and the axis on which the
-    codes of a row then lie."""
+    """Return x or its transpose, whichever is contiguous along the last axis, and the axis on which
+    the codes of a row then lie."""
     return (x_RK.t(), 0) if x_RK.stride(0) < x_RK.stride(1) else (x_RK, 1)
 
 
 def _group(bits: int) -> tuple[int, int]:
-    """Codes and bytes in the smallest whole number of bytes."""
+    """Return the numbers of codes and of bytes in the smallest group that fills whole bytes."""
     width = math.lcm(bits, 8)
     return width // bits, width // 8

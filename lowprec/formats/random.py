@@ -1,12 +1,14 @@
-"""Random numbers for stochastic rounding: a function of a key and an element's place, nothing else.
+"""Random numbers for stochastic rounding, computed from a key and an element's row and column.
 
-    u[r, c] = floor(mix(mix(r + key_low) xor mix(mix(c + key_high) + 0x632BE5AB)) / 2^8) / 2^24                         in [0, 1)
+    h[r, c] = mix(mix(r + key_low) xor mix(mix(c + key_high) + 0x632BE5AB))
+    u[r, c] = floor(h[r, c] / 2^8) / 2^24        in [0, 1)
 
-So the draws are the same on every device, in eager and in compiled code, whatever the memory
-layout, and a fused kernel can make them where it needs them. `mix` is a bijection of 32-bit
-integers in which every input bit flips each output bit with a probability close to 1/2 (two
-multiplications and three xor-shifts; the constants are from Wellons' search, "Prospecting for Hash
-Functions", 2018).
+The draws depend on nothing else. They are the same on every device, in eager and in compiled code,
+and in every memory layout, and a fused kernel can compute each one where it needs it.
+
+`mix` is a bijection of 32-bit integers in which every input bit flips each output bit with a
+probability close to 1/2. It takes two multiplications and three xor-shifts; the constants are from
+Wellons' search, "Prospecting for Hash Functions", 2018.
 """
 
 import torch
@@ -14,14 +16,14 @@ from torch import Tensor
 
 
 def key_from_generator(generator: torch.Generator, device: torch.device) -> Tensor:
-    """A key, int64 [2], drawn from `generator`, on `device`."""
+    """Return a key, int64 [2] on `device`, drawn from `generator`."""
     return torch.randint(-(2**31), 2**31, (2,), generator=generator, device=generator.device).to(
         device
     )
 
 
 def derive_key(key: Tensor, number: int | Tensor) -> Tensor:
-    """Another key, int64 [2], for the `number`th use of `key`."""
+    """Return a new key, int64 [2], for the `number`th use of `key`."""
     words = key.to(torch.int32)
     number = number.to(torch.int32) if isinstance(number, Tensor) else number
     low = mix(words[0] + number)
@@ -29,27 +31,29 @@ def derive_key(key: Tensor, number: int | Tensor) -> Tensor:
 
 
 def uniform(key: Tensor, shape: tuple[int, int], *, transposed: bool = False) -> Tensor:
-    """u, fp32 [rows, cols]; multiples of 2^-24.
+    """Return u, fp32 [rows, cols], whose values are multiples of 2^-24.
 
     Args:
-        key: integers [2], 32 bits of which count.
-        transposed: lay it out in memory as the transpose (the numbers are the same).
+        key: integers [2]; the low 32 bits of each are used.
+        shape: (rows, cols).
+        transposed: store the result column-major (the numbers are the same).
     """
     rows, cols = (torch.arange(n, dtype=torch.int32, device=key.device) for n in shape)
     key = key.to(torch.int32)
-    row, col = mix(rows + key[0])[:, None], mix(mix(cols + key[1]) + 0x632BE5AB)[None, :]
+    row = mix(rows + key[0])[:, None]
+    col = mix(mix(cols + key[1]) + 0x632BE5AB)[None, :]
     bits = mix((row.t() ^ col.t()) if transposed else (row ^ col))
     u = (_shift(bits, 8)).to(torch.float32).mul_(2.0**-24)
     return u.t() if transposed else u
 
 
 def mix(x: Tensor) -> Tensor:
-    """int32 -> int32, elementwise; arithmetic wraps around."""
+    """Return a hash of each int32, as int32. Arithmetic wraps around."""
     x = (x ^ _shift(x, 16)) * 0x7FEB352D
     x = (x ^ _shift(x, 15)) * -0x7B935975  # 0x846CA68B as a signed number
     return x ^ _shift(x, 16)
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """x >> bits with zeros moving in."""
+    """Return x >> bits, a logical shift: zeros move in from the left."""
     return (x >> bits) & ((1 << (32 - bits)) - 1)
