@@ -43,7 +43,7 @@ TRAINING = (
 RANK = {part: rank for rank, row in enumerate(ORDER) for part in row}
 TRAINING_RANK = {part: rank for rank, row in enumerate(TRAINING) for part in row}
 
-HEAVY = ("torch", "transformers", "numpy", "pydantic", "yaml", "triton")
+HEAVY = ("torch", "transformers", "numpy", "pydantic", "ruamel", "triton")
 
 
 def imports(path: Path, package: Path) -> list[tuple[int, str]]:

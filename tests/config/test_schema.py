@@ -3,6 +3,8 @@
 import math
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import field_validator
 
 from lowprec.config.schema import StrictConfig, parse, parse_value
@@ -205,6 +207,57 @@ def test_what_is_no_yaml_is_one_line():
 def test_what_is_written_is_read_back(value):
     got = load(dump({"key": value}), "here")["key"]
     assert (got, type(got)) == (value, type(value))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+        max_leaves=6,
+    )
+)
+def test_any_plain_data_is_read_back(value):
+    assert repr(load(dump(value), "here")) == repr(value)
+
+
+@pytest.mark.parametrize(
+    "text, key, place",
+    [
+        ("a: 1\nb: 2\na: 3", "a", "line 3, column 1"),
+        ("a: {b: 1, 'b': 2}", "b", "line 1, column 11"),
+        ("1: a\n0x1: b", "0x1", "line 2, column 1"),  # the same number
+        ("a: &a {b: 1}\nc: {<<: *a, b: 2, b: 3}", "b", "line 2, column 19"),  # beside a merge key
+        ("{<<: {a: 1}, <<: {b: 2}}", "<<", "line 1, column 14"),
+    ],
+)
+def test_a_repeated_key_is_named_with_its_place(text, key, place):
+    with pytest.raises(UserError) as error:
+        load(text, "run.yaml")
+    assert str(error.value) == f"run.yaml: not YAML: the key '{key}' is given twice, {place}"
+
+
+def test_anchors_and_merge_keys():
+    text = "a: &a {x: 1, y: off}\nb: *a\nc: {<<: *a, x: 2}\nd: &d {<<: [*a, {z: 3}]}\ne: {<<: *d, y: 4}"
+    a = {"x": 1, "y": "off"}
+    assert load(text, "here") == {"a": a, "b": a, "c": {"x": 2, "y": "off"}, "d": {**a, "z": 3}, "e": {"x": 1, "y": 4, "z": 3}}
+
+
+def test_keys_are_scalars_of_any_type():
+    assert load("1: a\noff: b\n~: c\n1e-3: d", "here") == {1: "a", "off": "b", None: "c", 1e-3: "d"}
+
+
+def test_a_directive_changes_no_rule():
+    assert load("%YAML 1.1\n---\n{a: off, b: 010, c: 1e3, d: 1:30}", "here") == {"a": "off", "b": 10, "c": 1e3, "d": "1:30"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["!!python/name:os.getcwd ''", "!!python/object/new:dict {}", "!mine 1", "!!int many", "!!bool maybe", "{? [{a: 1}] : 2}", "[" * 500],
+)
+def test_tags_make_no_objects_and_odd_documents_are_one_line(text):
+    with pytest.raises(UserError, match=r"^here: not YAML: [^\n]+$"):
+        load(f"key: {text}", "here")
 
 
 def test_the_order_of_keys_is_kept():
