@@ -1,9 +1,9 @@
-"""Dynamic loss scaling of fp16 training, also for a GradScaler that somebody else owns.
+"""Dynamic loss scaling of fp16 training, also with a GradScaler that another library owns.
 
-Small gradients are zero in fp16: its smallest positive number is 2^-24. So the loss is multiplied
-by a large scale before the backward and the gradients are divided by it after (arXiv 1710.03740,
-section 3.2). The scale is dynamic: it falls when a gradient overflows, and that step is skipped; it
-rises after a while without.
+Small gradients become zero in fp16: its smallest positive number is 2^-24. So the loss is
+multiplied by a large scale before the backward, and the gradients are divided by it afterwards
+(arXiv 1710.03740, section 3.2). The scale is dynamic. If a gradient overflows, the step is skipped
+and the scale falls. After a number of steps without overflow it rises.
 """
 
 from collections import defaultdict
@@ -18,21 +18,27 @@ from torch.distributed.tensor import DTensor
 from lowprec.config.schema import StrictConfig
 from lowprec.errors import TrainingStopped, UserError
 
-NO_FP16_ON_A_CPU = "trainer.fp16: fp16 autocast with loss scaling needs CUDA; on a CPU use precision.recipe=fp16 to emulate its rounding"
+NO_FP16_ON_A_CPU = (
+    "trainer.fp16: fp16 autocast with loss scaling needs CUDA; on a CPU use precision.recipe=fp16 "
+    "to emulate its rounding"
+)
 
 
 class LossScalingConfig(StrictConfig):
-    """Dynamic loss scaling of fp16 training (torch.amp.GradScaler; arXiv 1710.03740, section
-    3.2)."""
+    """Settings of dynamic loss scaling for fp16 training (torch.amp.GradScaler; arXiv 1710.03740,
+    section 3.2)."""
 
     init_scale: float = Field(default=2.0**16, gt=0, le=2.0**126)
+    """Scale of the first step."""
     growth_factor: float = Field(default=2.0, gt=1)
+    """Factor by which the scale rises."""
     backoff_factor: float = Field(default=0.5, gt=0, lt=1)
+    """Factor by which the scale falls after an overflow."""
     growth_interval: int = Field(default=2000, ge=1)
-    """Steps without overflow after which the scale grows."""
+    """Number of steps without overflow after which the scale rises."""
     min_scale: float = Field(default=1.0, gt=0)
-    """Training stops with an error when the scale falls below it: gradients that overflow unscaled
-    are not a matter of the scale."""
+    """Floor of the scale: training stops with an error if the scale falls below it. Gradients that
+    overflow without scaling have another cause than the scale."""
 
     @model_validator(mode="after")
     def _starts_above_the_floor(self) -> "LossScalingConfig":
@@ -44,19 +50,19 @@ class LossScalingConfig(StrictConfig):
 
 
 class LossScaleError(TrainingStopped):
-    """The loss scale fell below its floor: the gradients overflow, or are NaN, at any scale."""
+    """The loss scale fell below its floor: gradients overflow, or are NaN, at any scale."""
 
 
 def configure(
     scaler: torch.amp.GradScaler, config: LossScalingConfig, *, resumed: bool = False
 ) -> None:
-    """Give a GradScaler the settings of `config`; a disabled one is left alone.
+    """Give a GradScaler the settings of `config`. A disabled scaler is not changed.
 
     Args:
-        scaler: anybody's, the Trainer's for one (`optimizer.scaler` of the optimizer that
-            Accelerate wrapped).
-        resumed: whether its state came from a checkpoint: the scale and the count of steps since it
-            last changed are kept then.
+        scaler: A scaler of any owner, such as the Trainer's (`optimizer.scaler` of the optimizer
+            that Accelerate wrapped).
+        resumed: Flag: the scaler's state came from a checkpoint, so its scale and its count of
+            steps since the scale last changed are kept.
     """
     if not scaler.is_enabled():
         return
@@ -70,12 +76,12 @@ def configure(
 
 
 def prepare_to_load(scaler: torch.amp.GradScaler, device: torch.device | str) -> None:
-    """Before a checkpoint is loaded, the scaler's own state last: make the scale that a scaler
-    makes when it is first used.
+    """Create the scale of a new scaler on `device`, before a checkpoint is loaded.
 
-    To load a sharded optimizer's state torch first takes an empty step of the optimizer
-    (torch.distributed.checkpoint.state_dict), in which the scaler of Accelerate's wrapping takes
-    part, and fails without a scale.
+    Before torch loads a sharded optimizer's state, it takes an empty step of the optimizer
+    (torch.distributed.checkpoint.state_dict). The scaler of Accelerate's wrapped optimizer takes
+    part in that step and fails without a scale, which it creates only on first use. Load the
+    scaler's own state after the optimizer's.
     """
     if scaler.is_enabled():
         scaler.scale(torch.ones((), device=device))
@@ -84,30 +90,28 @@ def prepare_to_load(scaler: torch.amp.GradScaler, device: torch.device | str) ->
 def check_floor(
     scaler: torch.amp.GradScaler, config: LossScalingConfig, step: int, skipped: int
 ) -> None:
-    """Stop where the loss scale is below `config.min_scale`. It reads the scale, which waits for
-    the device.
+    """Raise LossScaleError if the loss scale is below `config.min_scale`.
+
+    Reading the scale waits for the device.
 
     Args:
-        step: optimizer steps so far, for the message.
-        skipped: those of them that were skipped.
-    Raises:
-        LossScaleError: it is.
+        step: Number of optimizer steps so far, for the message.
+        skipped: Number of those steps that were skipped.
     """
     scale = scaler.get_scale()
     if scaler.is_enabled() and scale < config.min_scale:
         raise LossScaleError(
             f"the loss scale fell to {scale:g}, below its floor {config.min_scale:g}, at optimizer "
-            f"step {step} ({skipped} steps skipped): "
-            "train in bf16, lower the learning rate, or look for what is Inf or NaN in the model"
+            f"step {step} ({skipped} steps skipped): train in bf16, lower the learning rate, or "
+            "look for what is Inf or NaN in the model"
         )
 
 
 def check_weights(model: nn.Module) -> None:
-    """Whether loss scaling can train the model's weights.
+    """Raise UserError if a trainable parameter is fp16.
 
-    Raises:
-        UserError: a trainable parameter is fp16: its gradient would be, too, and can't be unscaled
-            without losing what scaling saved.
+    Its gradient would be fp16 too, and unscaling an fp16 gradient would lose the small values that
+    scaling saved.
     """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype == torch.float16:
@@ -118,19 +122,18 @@ def check_weights(model: nn.Module) -> None:
 
 
 class LossScaler(torch.amp.GradScaler):
-    """torch's GradScaler, for sharded gradients too: when a gradient of one rank overflows, all
-    ranks skip the step.
+    """A torch.amp.GradScaler that also takes sharded gradients.
 
-    A scaler serves all optimizers that step between two calls of `update`. Every rank of the
-    default process group has to take part.
+    If a gradient of one rank overflows, all ranks skip the step. A scaler serves all optimizers
+    that step between two calls of `update`. Every rank of the default process group must take part.
 
     Attributes:
-        steps: calls of `update` so far.
-        skipped_steps: those before which at least one optimizer's step was skipped.
-        skipped_in_a_row: how many of them were the last ones.
+        steps: Number of calls of `update` so far.
+        skipped_steps: Number of those calls before which at least one optimizer's step was skipped.
+        skipped_in_a_row: Number of skipped steps since the last step that was not skipped.
     Raises:
-        UserError: CUDA is asked for where there is none. (torch would warn, and train without
-            scaling.)
+        UserError: `device_type` is cuda and there is no CUDA device. (torch would warn, and train
+            without scaling.)
     """
 
     def __init__(self, config: LossScalingConfig | None = None, device_type: str = "cuda") -> None:
@@ -139,7 +142,9 @@ class LossScaler(torch.amp.GradScaler):
                 "loss scaling on cuda: there is no CUDA device; on a CPU say device_type='cpu'"
             )
         self.config = config or LossScalingConfig()
-        self.steps = self.skipped_steps = self.skipped_in_a_row = 0
+        self.steps = 0
+        self.skipped_steps = 0
+        self.skipped_in_a_row = 0
         super().__init__(
             device_type,
             init_scale=self.config.init_scale,
@@ -149,17 +154,24 @@ class LossScaler(torch.amp.GradScaler):
         )
 
     def _unscale_grads_(
-        self, optimizer: Any, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
+        self,
+        optimizer: torch.optim.Optimizer,
+        inv_scale: Tensor,
+        found_inf: Tensor,
+        allow_fp16: bool,
     ) -> dict[torch.device, Tensor]:
-        """torch's, on the local part of sharded gradients: it takes no list of sharded and plain
-        ones, and no optimizer without any."""
+        """Unscale the gradients, sharded ones in their local part. Return the Inf flag by device.
+
+        torch's method refuses a list of sharded and plain gradients, and an optimizer without
+        gradients.
+        """
         grads: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
-        for parameter in (
-            parameter
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-            if parameter.grad is not None
-        ):
+        parameters = (
+            parameter for group in optimizer.param_groups for parameter in group["params"]
+        )
+        for parameter in parameters:
+            if parameter.grad is None:
+                continue
             if parameter.grad.is_sparse:
                 parameter.grad = parameter.grad.coalesce()
             grad = _values(parameter.grad)
@@ -178,7 +190,7 @@ class LossScaler(torch.amp.GradScaler):
         return {found_inf.device: found_inf}
 
     def update(self, new_scale: float | Tensor | None = None) -> None:
-        """torch's, and the counts.
+        """Update the scale as torch does, and the counts.
 
         Raises:
             LossScaleError: the new scale is below the floor.
@@ -195,7 +207,8 @@ class LossScaler(torch.amp.GradScaler):
         check_floor(self, self.config, self.steps, self.skipped_steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's entries and the counts: numbers, which JSON holds too. After `update`."""
+        """Return torch's entries and the counts, after `update`. All are numbers that JSON can
+        hold."""
         counts = {
             "steps": self.steps,
             "skipped_steps": self.skipped_steps,
@@ -204,8 +217,10 @@ class LossScaler(torch.amp.GradScaler):
         return super().state_dict() | counts
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """From `state_dict`, or a GradScaler's. As there, the saved factors and interval take the
-        place of the configured ones."""
+        """Load the state of a LossScaler or of a torch.amp.GradScaler.
+
+        As in torch, the saved factors and interval replace the configured ones.
+        """
         super().load_state_dict(state_dict)
         self.steps = state_dict.get("steps", 0)
         self.skipped_steps = state_dict.get("skipped_steps", 0)
@@ -213,7 +228,7 @@ class LossScaler(torch.amp.GradScaler):
 
 
 def _values(grad: Tensor) -> Tensor:
-    """The memory that holds this rank's part of a gradient."""
+    """Return the tensor that holds this rank's values of a gradient."""
     if isinstance(grad, DTensor):
         return grad.to_local()
     return grad._values() if grad.is_sparse else grad

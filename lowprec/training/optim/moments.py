@@ -1,11 +1,10 @@
-"""torchao's 8- and 4-bit moments in optimizer states that are made of plain tensors, sharded or
-not.
+"""torchao's 8- and 4-bit moments as plain tensors in optimizer state dicts, sharded or not.
 
-torchao keeps a quantised moment as one tensor of a class of its own, inside of a DTensor where the
-weight is sharded. Those train, but the functions that load sharded checkpoints can't split or
-broadcast them. In a state dict a moment `exp_avg` is two plain tensors, therefore, `exp_avg.codes`
-(uint8) and `exp_avg.scale` (fp32, one for each block of values), which are sharded as the weight
-is.
+torchao keeps a quantised moment as one tensor of its own class, inside a DTensor if the weight is
+sharded. Such tensors can be trained with, but the functions that load sharded checkpoints can't
+split or broadcast them. So in a state dict a moment `exp_avg` becomes two plain tensors:
+`exp_avg.codes` (uint8) and `exp_avg.scale` (fp32, one for each block of values). Both are sharded
+as the weight is.
 """
 
 from typing import Any
@@ -15,16 +14,19 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-CODES, SCALE = ".codes", ".scale"
+CODES = ".codes"
+SCALE = ".scale"
 
 LEAST = 4096
-"""Of fewer values a parameter's moments are not quantised (arXiv 2110.02861, section 2.2: small
-tensors gain little)."""
+"""Least number of values of a parameter whose moments are quantised (arXiv 2110.02861, section 2.2:
+small tensors gain little)."""
 
 
 def can_be_quantised(parameter: Tensor, block: int) -> bool:
-    """Whether its moments can be kept in blocks of so many values: whole blocks on each rank, on
-    all ranks or on none."""
+    """Return True if the moments of `parameter` can be kept in blocks of `block` values.
+
+    Every rank must hold whole blocks. The answer is the same on all ranks.
+    """
     if parameter.numel() < LEAST or parameter.numel() % block:
         return False
     shards = _shards(parameter)
@@ -32,12 +34,13 @@ def can_be_quantised(parameter: Tensor, block: int) -> bool:
         return False
     rows = parameter.shape[0]
     if _rows_of_blocks(parameter, block):
-        return rows > (shards - 1) * -(-rows // shards)  # torch.chunk's shards, none of them empty
+        # torch.chunk cuts the rows into shards; none of them may be empty.
+        return rows > (shards - 1) * -(-rows // shards)
     return rows % shards == 0 and parameter.numel() // shards % block == 0
 
 
 def take_apart(state: dict[str, Any]) -> dict[str, Any]:
-    """A parameter's optimizer state with each quantised moment as its parts."""
+    """Return a parameter's optimizer state with each quantised moment as its codes and scale."""
     apart: dict[str, Any] = {}
     for name, value in state.items():
         moment = value.to_local() if isinstance(value, DTensor) else value
@@ -52,12 +55,13 @@ def take_apart(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def put_together(name: str, state: dict[str, Any], moment: Tensor) -> Tensor:
-    """The moment `name` of a state that was taken apart, in the memory of `moment`, a new one of
-    the parameter.
+    """Return the quantised moment `name` of a state that `take_apart` returned.
 
+    Args:
+        moment: A new moment of the parameter. The saved values are copied into its memory.
     Raises:
-        ValueError: the parts have other shapes: they are of another parameter, or of shards that
-            were cut otherwise.
+        ValueError: the parts have other shapes, so they belong to another parameter or to other
+            shards.
     """
     for suffix, part in zip((CODES, SCALE), _local_parts(moment), strict=True):
         saved = state[name + suffix]
@@ -71,11 +75,12 @@ def put_together(name: str, state: dict[str, Any], moment: Tensor) -> Tensor:
 
 
 def _local(tensor: Any) -> Tensor:
+    """Return this rank's part of a tensor, which is all of it unless it is a DTensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _shards(tensor: Tensor) -> int | None:
-    """How many pieces its rows are cut into; None if it is cut otherwise."""
+    """Return the number of shards of the rows of `tensor`; None if another dimension is sharded."""
     if not isinstance(tensor, DTensor):
         return 1
     cut = [
@@ -83,19 +88,23 @@ def _shards(tensor: Tensor) -> int | None:
         for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True)
         if placement != Replicate()
     ]
-    whole = all(placement in (Replicate(), Shard(0)) for placement in tensor.placements)
-    return (cut[0] if cut else 1) if whole and len(cut) <= 1 else None
+    by_rows = all(placement in (Replicate(), Shard(0)) for placement in tensor.placements)
+    if not by_rows or len(cut) > 1:
+        return None
+    return cut[0] if cut else 1
 
 
 def _rows_of_blocks(tensor: Tensor, block: int) -> bool:
-    """Whether each row is whole blocks, so that the parts are cut between rows as the tensor is,
-    evenly or not."""
+    """Return True if each row consists of whole blocks.
+
+    Codes and scale can be sharded by rows then, as the tensor is, evenly or not.
+    """
     return tensor.numel() // tensor.shape[0] % block == 0
 
 
 def _local_parts(moment: Any) -> tuple[Tensor, Tensor]:
-    """This rank's codes and scales, sharing their memory; [rows, ...] if rows are whole blocks and
-    flat if not."""
+    """Return views of this rank's codes and scale: [rows, ...] if each row consists of whole
+    blocks, else flat."""
     local: Any = _local(moment)
     rows = _rows_of_blocks(moment, local.block_size)
     codes, scale = (
@@ -106,15 +115,14 @@ def _local_parts(moment: Any) -> tuple[Tensor, Tensor]:
 
 
 def _whole(part: Tensor, moment: Tensor) -> torch.Size:
-    """The shape of all ranks' parts together."""
-    return torch.Size(
-        (moment.shape[0], part.shape[1])
-        if part.dim() == 2
-        else (part.numel() * (_shards(moment) or 1),)
-    )
+    """Return the shape of all ranks' parts together."""
+    if part.dim() == 2:
+        return torch.Size((moment.shape[0], part.shape[1]))
+    return torch.Size((part.numel() * (_shards(moment) or 1),))
 
 
 def _parts(moment: Any) -> tuple[Tensor, ...]:
+    """Return the codes and scale of a moment, as DTensors if the moment is one."""
     parts = _local_parts(moment)
     if not isinstance(moment, DTensor):
         return parts
@@ -122,6 +130,7 @@ def _parts(moment: Any) -> tuple[Tensor, ...]:
 
 
 def _sharded(part: Tensor, moment: DTensor) -> Tensor:
+    """Return this rank's `part` as a DTensor that is sharded as `moment` is."""
     stride = (part.shape[1], 1) if part.dim() == 2 else (1,)
     whole = DTensor.from_local(
         part,
@@ -131,4 +140,5 @@ def _sharded(part: Tensor, moment: DTensor) -> Tensor:
         shape=_whole(part, moment),
         stride=stride,
     )
-    return whole.to(moment.device)  # not the mesh's, where weights are offloaded
+    # from_local put it on the mesh's device. An offloaded moment is in host memory.
+    return whole.to(moment.device)

@@ -1,4 +1,4 @@
-"""AdamW whose weights and moments are not fp32. torchao compiles its step; but for two tests it runs as it is written."""
+"""AdamW whose weights and moments are not fp32. torchao compiles the step; most of these tests run it without compiling."""
 
 import copy
 import io
@@ -88,7 +88,7 @@ def test_in_fp32_weights_and_bf16_moments_only_the_moments_are_rounded():
     reference = copy.deepcopy(model)
     optimizer = build(config, model.parameters(), lr=1e-2, betas=BETAS)
     theirs = torch.optim.AdamW(reference.parameters(), lr=1e-2, betas=BETAS)
-    # torch's moments are rounded before each of its steps, as ours are where they were stored.
+    # torch's moments are rounded before each step; ours were rounded when they were stored.
     for step in range(5):
         for state in theirs.state.values():
             for name in ("exp_avg", "exp_avg_sq"):
@@ -96,8 +96,8 @@ def test_in_fp32_weights_and_bf16_moments_only_the_moments_are_rounded():
         _train(reference, theirs, 1, step)
         _train(model, optimizer, 1, step)
     for ours, expected in zip(model.parameters(), reference.parameters(), strict=True):
-        # The same numbers in another order of operations: a moment may fall on the other side of a bf16 tie, which moves the update, of
-        # size lr, by its relative step 2^-8 in each of the steps after the first.
+        # Both compute the same numbers in another order of operations: a moment may fall on the other side of a bf16 tie. That moves the
+        # update, which has size lr, by a relative 2^-8 in each step after the first.
         assert (ours - expected).abs().max() <= 4 * 1e-2 * 2**-8
         assert (ours - expected).abs().mean() < 1e-6
 
@@ -108,7 +108,7 @@ _PER_STEP, _STEPS, _ULP = 1e-4, 100, 2.0**-8
 
 
 def _drift(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> float:
-    """The mean weight after steps with gradient 1, each of which takes `_PER_STEP` off weights of 1."""
+    """Return the mean weight after `_STEPS` steps with gradient 1. Each step subtracts `_PER_STEP` on average; weights start at 1."""
     for _ in range(_STEPS):
         weight.grad = torch.ones_like(weight)
         optimizer.step()
@@ -124,7 +124,7 @@ def test_small_updates_add_up_in_bf16_weights():
     assert _drift(torch.optim.AdamW([nearest], lr=_PER_STEP, weight_decay=0.0), nearest) == 1.0
     ours = weight()
     mean = _drift(build(OptimizerConfig(weights="bf16"), [ours], lr=_PER_STEP, weight_decay=0.0), ours)
-    # Each step takes off one ulp with probability p, on average the update. Five standard deviations of the mean of all weights.
+    # Each step subtracts one ulp with probability p, on average the update. Tolerance: five standard deviations of the mean weight.
     p = _PER_STEP / _ULP
     deviation = _ULP * (_STEPS * p * (1 - p) / ours.numel()) ** 0.5
     assert mean == pytest.approx(1 - _STEPS * _PER_STEP, abs=5 * deviation)
@@ -156,7 +156,7 @@ def test_ranks_round_alike_and_keep_their_own_random_numbers():
 
 
 def test_all_processes_take_the_same_kernels_for_a_step(monkeypatch: pytest.MonkeyPatch):
-    """TorchInductor's timings would choose among kernels that round differently, on each of DDP's ranks and in a resumed run anew."""
+    """TorchInductor would choose by timing among kernels that round differently, anew on each DDP rank and in a resumed run."""
     found = []
 
     def step(function: Callable[..., None], **options: Any) -> Callable[..., None]:
@@ -182,7 +182,7 @@ def test_the_noise_differs_from_step_to_step():
         steps.append(weight.detach() != before)
         with torch.no_grad():
             weight.fill_(1.0)
-    # Of independent halves a quarter is in both; 8192 weights, five deviations of 0.005.
+    # Two independent halves of 8192 weights share a quarter of them; the tolerance is five deviations of 0.005.
     assert (steps[0] & steps[1]).float().mean().item() == pytest.approx(0.25, abs=0.025)
 
 
@@ -222,8 +222,8 @@ def test_the_state_of_another_optimizer_is_refused():
 
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("shape", [(16, 256), (64, 63)])
-def test_moments_that_were_cut_otherwise_are_refused(shape: tuple[int, int]):
-    """Of other blocks, or where there are none."""
+def test_moments_of_other_blocks_are_refused(shape: tuple[int, int]):
+    """The blocks are others, or the parameter has no whole blocks."""
     states = []
     for size in ((64, 64), shape):
         weight = nn.Parameter(torch.ones(size))
@@ -231,14 +231,14 @@ def test_moments_that_were_cut_otherwise_are_refused(shape: tuple[int, int]):
         optimizer = build(OptimizerConfig(moments="8bit"), [weight])
         optimizer.step()
         states.append(optimizer.state_dict())
-    with pytest.raises(UserError, match="quantised moments of this checkpoint were cut into other shards; go on with as many processes"):
+    with pytest.raises(UserError, match="quantised moments of this checkpoint were cut into other shards; resume with as many processes"):
         optimizer.load_state_dict(states[0])
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_scheduler_changes_the_learning_rate():
-    """Of what was compiled with another one."""
+    """The step was compiled with another learning rate."""
     config = OptimizerConfig(weights="bf16")
     model = _model(config)
     optimizer = build(config, model.parameters(), lr=1e-2)
@@ -295,12 +295,12 @@ def test_weights_of_another_dtype_are_refused():
 def test_bf16_moments_that_could_not_decay_are_refused():
     with pytest.raises(UserError, match=r"can't decay with beta2 = 0\.999; lower it to 0\.99 or less"):
         build(OptimizerConfig(moments="bf16"), nn.Linear(4, 2).parameters())
-    # The bound is where rounding to nearest begins to stop it.
+    # At this bound, rounding to nearest begins to stop the decay.
     assert all((torch.tensor(v).bfloat16() * 0.99).bfloat16() < v for v in (1.0, 1.0078125, 1.9921875))
     assert (torch.tensor(1.9921875).bfloat16().float() * (1 - 2**-9)).bfloat16() == 1.9921875
 
 
-def test_without_torchao_there_is_a_line_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
+def test_without_torchao_the_error_names_the_package_to_install(monkeypatch: pytest.MonkeyPatch):
     from lowprec.training.optim import adamw
 
     adamw._optimizer_class.cache_clear()
