@@ -40,7 +40,7 @@ from lowprec.training.checkpoint.recipe_state import (
     save_state,
 )
 from lowprec.training.control.controller import SETTLED, PrecisionController
-from lowprec.training.control.guard import GuardConfig
+from lowprec.training.control.guard import check_replay
 from lowprec.training.control.wandb_log import log_events, log_plan, log_scalars
 from lowprec.training.file_names import METRICS, PLAN
 from lowprec.training.log import show_log
@@ -58,23 +58,6 @@ STATE = "lowprec"
 """Where the callback's state is in `trainer_state.json`, under `stateful_callbacks`. It is not the
 class's name: the Trainer would make a new callback from what it finds under that, without a
 model."""
-
-
-def check_replay(guard: GuardConfig | None, args: Any) -> None:
-    """UserError if a guard is to go back to checkpoints that TrainingArguments don't let be
-    written, or not whole."""
-    if guard is None or guard.data != "replay":
-        return
-    if args.save_strategy == "no":
-        raise UserError(
-            "precision.guard.data: replay goes back to checkpoints, but save_strategy=no writes "
-            "none"
-        )
-    if args.save_only_model:
-        raise UserError(
-            "precision.guard.data: replay goes back to checkpoints, but save_only_model writes "
-            "them without the optimizer"
-        )
 
 
 def _set_aside_torn(directory: Path) -> None:

@@ -33,10 +33,12 @@ from lowprec.nn import share_histories
 from lowprec.observe import LayerProbe, Probe
 from lowprec.recipe import Recipe, library
 from lowprec.recipe.state import is_state
+from lowprec.training.control.blame import converted_layers, layers_to_raise
 from lowprec.training.control.events import Events
-from lowprec.training.control.guard import Breach, Guard, Observation, layers_meant, worst
+from lowprec.training.control.guard import Guard
 from lowprec.training.control.precision import PrecisionConfig, parse_precision
 from lowprec.training.control.schedule import Schedule, make_schedule
+from lowprec.training.control.signals import Breach, Observation
 from lowprec.training.control.snapshots import Snapshots
 from lowprec.training.control.step_stats import Watch
 from lowprec.training.file_names import EVENTS
@@ -344,8 +346,8 @@ class PrecisionController:
         recipes = recipes_of(self._model)
         # A norm's gradient is not finite because of a layer's behind it, whatever their order in
         # the model.
-        meant = layers_meant(recipes)
-        blamed = sorted(breach.layers, key=lambda name: not meant(name))
+        converted = converted_layers(recipes)
+        blamed = sorted(breach.layers, key=lambda name: not converted(name))
         self._events.tell(step, "breach", f"{breach.kind}: {breach.reason}", layers=blamed[:8])
         if self.recoveries >= config.max_recoveries:
             raise TrainingStopped(
@@ -354,7 +356,7 @@ class PrecisionController:
                 "look at the data and the learning rate, and go on from an earlier checkpoint"
             )
         self.recoveries += 1
-        changes = worst(breach, recipes, self._sqnr, config)
+        changes = layers_to_raise(breach, recipes, self._sqnr, config)
         self.raised |= changes
         if config.data == "replay":
             self.replay_before = step

@@ -40,8 +40,9 @@ from lowprec.errors import UserError
 from lowprec.files import keep_lines_until, write_atomically
 from lowprec.integrations.compile import compile_blocks
 from lowprec.integrations.liger import apply_liger, plan_liger
-from lowprec.training.callback import LowPrecisionCallback, check_replay
+from lowprec.training.callback import LowPrecisionCallback
 from lowprec.training.checkpoint import files as checkpoint_files
+from lowprec.training.control.guard import check_replay
 from lowprec.training.control.schedule import make_schedule
 from lowprec.training.data import DataConfig, LoadedData, load_data
 from lowprec.training.data.corpus import open_corpus

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from lowprec.recipe import Recipe, library
-from lowprec.training.control.guard import Breach, Guard, GuardConfig, Observation, ladder_step, worst
+from lowprec.training.control.blame import ladder_step, layers_to_raise
+from lowprec.training.control.guard import Guard, GuardConfig
+from lowprec.training.control.signals import Breach, Observation
 
 LAYERS = ("embed", "first", "second", "head")
 INF, NAN = math.inf, math.nan
@@ -235,7 +237,7 @@ def test_the_ladder():
 
 def _raised(layers: tuple[str, ...], recipes: dict[str, str], sqnr: dict[str, float] | None = None, share: float = 0.3) -> dict[str, str]:
     known: dict[str, Recipe] = {name: library.get(recipe) for name, recipe in recipes.items()}
-    raised = worst(Breach("loss", "", layers), known, sqnr, GuardConfig(raise_share=share))
+    raised = layers_to_raise(Breach("loss", "", layers), known, sqnr, GuardConfig(raise_share=share))
     return {name: recipe.name for name, recipe in raised.items()}
 
 
