@@ -1,1 +1,1 @@
-"""Several processes: sharding by FSDP2, and what ranks have to agree on."""
+"""Training in several processes: sharding by FSDP2, and decisions that all ranks share."""

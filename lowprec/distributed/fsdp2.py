@@ -1,11 +1,12 @@
-"""How a model may be spread over processes; FSDP2 as Accelerate sets it up, with sums in fp32."""
+"""Checks of how a model is spread over processes, and FSDP2 with gradients summed in fp32."""
 
 import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate import DistributedType
+from accelerate import Accelerator, DistributedType
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from transformers import TrainingArguments
@@ -13,18 +14,19 @@ from transformers.training_args import ParallelMode
 
 from lowprec.errors import UserError
 
-SUMS_IN_FP32 = "FSDP2: gradients are summed in fp32, and the loss stays in fp32 (by default Accelerate rounds both to 16 bits)"
+SUMS_IN_FP32 = (
+    "FSDP2: gradients are summed in fp32, and the loss stays in fp32 (by default Accelerate rounds "
+    "both to 16 bits)"
+)
+"""Message to log if `sum_in_fp32` changed the policy."""
 
 
-def check_strategy(accelerator: Any) -> None:
-    """UserError unless each process holds the whole model, or FSDP2's shards of its parameters,
-    which stay parameters of their layers.
+def check_strategy(accelerator: Accelerator | AcceleratorState) -> None:
+    """Raise UserError unless each process holds the whole model or FSDP2's shards of it.
 
-    FSDP version 1, DeepSpeed and Megatron-LM put others in their places: layers would lose what
-    they keep, the guard would see nothing.
-
-    Args:
-        accelerator: an accelerate.Accelerator, or its state.
+    FSDP2's shards stay parameters of their layers. FSDP version 1, DeepSpeed and Megatron-LM
+    replace the parameters by others: layers would lose their recipe state, and the guard would see
+    no parameters.
     """
     kind = DistributedType(accelerator.distributed_type)
     if kind == DistributedType.NO or kind.value.startswith("MULTI_") or accelerator.is_fsdp2:
@@ -34,103 +36,103 @@ def check_strategy(accelerator: Any) -> None:
 
 
 def shards(settings: Mapping[str, Any]) -> bool:
-    """Whether a run with these TrainingArguments is sharded: by their `fsdp`, or by the
+    """Return True if a run with these TrainingArguments is sharded, by their `fsdp` or by the
     launcher."""
-    return (
-        bool(settings.get("fsdp"))
-        or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    )
+    return bool(settings.get("fsdp")) or _is_true("ACCELERATE_USE_FSDP")
 
 
 def check_can_shard(args: TrainingArguments) -> None:
-    """UserError if this run is to be sharded where Accelerate can't: not by FSDP2, by one process
-    alone, or on a CPU (where it would train whole, in silence)."""
+    """Raise UserError if a run asks for sharding and Accelerate can't shard it.
+
+    Accelerate shards by FSDP2, in several processes, on GPUs. On a CPU it would train the whole
+    model without a word.
+    """
     if not shards({"fsdp": args.fsdp}):
         return
-    asked = "trainer.fsdp" if args.fsdp else "the launcher's FSDP"
-    version = (
-        args.fsdp_plugin_args["fsdp_version"]
-        if args.fsdp_plugin_args
-        else int(os.environ.get("FSDP_VERSION", "1"))
-    )
+    if args.fsdp:
+        requester = "trainer.fsdp"
+        version_setting = "version: 2 in trainer.fsdp_config"
+        cpu_remedy = "leave it out"
+    else:
+        requester = "the launcher's FSDP"
+        version_setting = "fsdp_version: 2 in fsdp_config of the launcher's file"
+        cpu_remedy = "take configs/accelerate/cpu.yaml"
+    if args.fsdp_plugin_args:
+        version = args.fsdp_plugin_args["fsdp_version"]
+    else:
+        version = int(os.environ.get("FSDP_VERSION", "1"))
     if version != 2:
-        key, where = (
-            ("version", "trainer.fsdp_config")
-            if args.fsdp
-            else ("fsdp_version", "fsdp_config of the launcher's file")
-        )
-        raise UserError(f"{asked}: low precision needs FSDP2; say {key}: 2 in {where}")
+        raise UserError(f"{requester}: low precision needs FSDP2; say {version_setting}")
     if args.device.type == "cpu":
-        remedy = "leave it out" if args.fsdp else "take configs/accelerate/cpu.yaml"
         raise UserError(
-            f"{asked}: Accelerate shards on GPUs only; on a CPU {remedy}, and each process has the "
-            "whole model"
+            f"{requester}: Accelerate shards on GPUs only; on a CPU {cpu_remedy}, and each process "
+            "has the whole model"
         )
     if args.parallel_mode is not ParallelMode.DISTRIBUTED:
         raise UserError(
-            f"{asked}: shards lie in processes that a launcher starts: torchrun --nproc-per-node N "
-            "-m lowprec train ..."
+            f"{requester}: shards lie in processes that a launcher starts: torchrun "
+            "--nproc-per-node N -m lowprec train ..."
         )
 
 
 def offloads(args: TrainingArguments) -> bool:
-    """Whether FSDP2 would keep this run's shards in host memory."""
+    """Return True if FSDP2 would keep this run's shards in host memory."""
     if args.fsdp:
         return bool((args.fsdp_plugin_args or {}).get("cpu_offload"))
-    return shards({}) and os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true"
+    return shards({}) and _is_true("FSDP_OFFLOAD_PARAMS")
 
 
-def is_offloaded(accelerator_state: Any) -> bool:
-    """Whether Accelerate has FSDP2 keep shards in host memory."""
-    return isinstance(
-        getattr(getattr(accelerator_state, "fsdp_plugin", None), "cpu_offload", None),
-        CPUOffloadPolicy,
-    )
+def _is_true(variable: str) -> bool:
+    """Return True if Accelerate's launcher has set this environment variable to true."""
+    return os.environ.get(variable, "false").lower() == "true"
+
+
+def is_offloaded(accelerator_state: AcceleratorState) -> bool:
+    """Return True if Accelerate lets FSDP2 keep shards in host memory."""
+    plugin = getattr(accelerator_state, "fsdp_plugin", None)
+    return isinstance(getattr(plugin, "cpu_offload", None), CPUOffloadPolicy)
 
 
 def check_offloaded(*, scaled: bool = False, low_bit: bool = False, keeps: bool = False) -> None:
-    """UserError for what does not go with shards in host memory.
+    """Raise UserError if a run uses something that does not work with shards in host memory.
 
     Args:
-        scaled: a loss scale: it fell and losses became NaN, on two GPUs (docs/experiments.md,
-            2026-11-26).
-        low_bit: an optimizer of `lowprec.training.optim.adamw` other than torch's, whose step
-            torch.compile can't compile there.
-        keeps: buffers of a recipe's, which stay on the GPU: torch loads no state dict into a model
-            on two devices.
+        scaled: Flag: the loss is scaled. On two GPUs the scale fell and losses became NaN
+            (docs/experiments.md, 2026-11-26).
+        low_bit: Flag: the optimizer is one of `lowprec.training.optim.adamw` other than torch's.
+            torch.compile can't compile its step there.
+        keeps: Flag: the recipe keeps state in buffers. They stay on the GPU, and torch loads no
+            state dict into a model on two devices.
     """
-    for found, what in (
+    for found, reason in (
         (scaled, "fp16's loss scale collapses; take bf16"),
         (low_bit, "optimizer.weights and optimizer.moments have to be fp32"),
         (
             keeps,
-            "a recipe that keeps something (amax histories, rounding keys) could not go on from a "
+            "a recipe that keeps state (amax histories, rounding keys) could not resume from a "
             "checkpoint; take fp8_blockwise",
         ),
     ):
         if found:
             raise UserError(
-                f"FSDP's offloading of parameters to host memory (cpu_offload): {what}, or turn it "
-                "off"
+                "FSDP's offloading of parameters to host memory (cpu_offload): "
+                f"{reason}, or turn it off"
             )
 
 
-def sum_in_fp32(accelerator_state: Any, model: nn.Module) -> bool:
-    """Let FSDP2 reduce gradients in fp32, and hand out the loss as it was computed; call it before
-    `model` is prepared.
+def sum_in_fp32(accelerator_state: AcceleratorState, model: nn.Module) -> bool:
+    """Let FSDP2 reduce gradients in fp32 and return the loss without rounding it.
 
-    Accelerate's policy for mixed precision gathers weights in bf16 or fp16, which stays, and also
-    rounds to it: gradients before they are summed over ranks and batches, and whatever a block or
-    the model returns. A loss of 2.5 is known to 1/64 then, and gradients of a loss that fp16
-    training scales by 65536, where it starts, overflow as it is handed back. Without mixed
-    precision, gradients of weights that are 16 bits wide themselves are summed in those.
+    Call this before Accelerate prepares `model`. Accelerate's policy for mixed precision gathers
+    weights in bf16 or fp16; that is kept. It also rounds to this dtype: gradients, before they are
+    summed over ranks and batches, and the outputs of each block and of the model. With that
+    rounding, a loss of 2.5 is exact to 1/64 only. In fp16 training, which starts with a loss scale of 65536, the
+    gradients of the scaled loss overflow when the loss is handed back. Without mixed precision,
+    FSDP2 sums the gradients of 16-bit weights in 16 bits.
 
-    Args:
-        accelerator_state: an accelerate.state.AcceleratorState (`accelerator.state`).
     Returns:
-        Whether anything was changed: not without FSDP2, nor where all is fp32, and no policy other
-            than Accelerate's own, which is
-        somebody's choice.
+        True if the policy was changed. It is not changed without FSDP2, if everything is fp32, or
+        if it is not Accelerate's own policy: another policy is the user's choice.
     """
     plugin = getattr(accelerator_state, "fsdp_plugin", None)
     if plugin is None or plugin.fsdp_version != 2:

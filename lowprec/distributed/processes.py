@@ -1,24 +1,27 @@
-"""The processes of a run, and the GPU of each."""
+"""The processes of a run, and the device of each process."""
 
 import os
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from transformers import TrainingArguments
 
 from lowprec.errors import UserError
 
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
 T = TypeVar("T")
 
 
 def world_size() -> int:
-    """How many processes this one was started with, itself included."""
+    """Return the number of processes of this run."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def distributed_state(device_type: str) -> Any:
-    """Accelerate's view of the processes, None if this is the only one."""
+def distributed_state(device_type: str) -> "PartialState | None":
+    """Return Accelerate's state of the processes; None if there is one process only."""
     if world_size() == 1:
         return None
     from accelerate import PartialState
@@ -26,9 +29,12 @@ def distributed_state(device_type: str) -> Any:
     return PartialState(cpu=device_type == "cpu")
 
 
-def on_main_process(state: Any, function: Callable[[], T]) -> T:
-    """What `function` returns on the main process, on every process; its UserError on every
-    process, too."""
+def on_main_process(state: "PartialState | None", function: Callable[[], T]) -> T:
+    """Call `function` on the main process and return its result on every process.
+
+    A UserError that it raises is raised on every process too. Without a `state` there is one
+    process only.
+    """
     if state is None:
         return function()
     from accelerate.utils import broadcast_object_list
@@ -46,9 +52,11 @@ def on_main_process(state: Any, function: Callable[[], T]) -> T:
 
 
 def use_one_gpu(args: TrainingArguments) -> int:
-    """How many GPUs this process has; it takes the first of several. (The Trainer's own choice,
-    nn.DataParallel, copies the model to all of them in every step, and what layers keep is lost
-    with the copies.)"""
+    """Let this process train on its first GPU. Return the number of GPUs that it has.
+
+    With several GPUs the Trainer would choose nn.DataParallel. That copies the model to all of them
+    in every step, and the recipe state of the layers is lost with the copies.
+    """
     found = args.n_gpu
     if found > 1:
         args._n_gpu = 1
@@ -56,11 +64,15 @@ def use_one_gpu(args: TrainingArguments) -> int:
 
 
 def name_the_cpu(args: TrainingArguments) -> None:
-    """Let the device of several processes on a CPU be `cpu`. Accelerate calls it `cpu:0`, which
-    torch can't load a checkpoint to."""
+    """Name the device of several processes on a CPU `cpu`.
+
+    Accelerate names it `cpu:0`, and torch can't load a checkpoint to that device.
+    """
     if (
         args.device.type == "cpu"
         and args.device.index is not None
         and args.distributed_state is not None
     ):
-        args.distributed_state.device = vars(args)["_setup_devices"] = torch.device("cpu")
+        cpu = torch.device("cpu")
+        args.distributed_state.device = cpu
+        vars(args)["_setup_devices"] = cpu

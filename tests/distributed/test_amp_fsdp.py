@@ -1,4 +1,4 @@
-"""Loss scaling in two processes: when a gradient of one overflows, both skip the step and stay in step."""
+"""Loss scaling in two processes: if a gradient overflows in one process, both skip the step."""
 
 import json
 import subprocess
@@ -105,7 +105,7 @@ os._exit(0)
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each rank found."""
+    """Return the results of each rank."""
     folder = tmp_path_factory.mktemp("amp")
     run_ranks(_SCRIPT, folder, str(folder / "found"))
     return [json.loads((folder / f"found.{rank}").read_text()) for rank in (0, 1)]
@@ -143,9 +143,9 @@ def test_bf16_weights_with_8_bit_moments_train_when_sharded(ranks: list[dict[str
 
 def test_sharded_plain_and_missing_gradients_under_one_scaler(ranks: list[dict[str, Any]]):
     for found in (rank["mixed"] for rank in ranks):
-        assert found["gradients"] == [[1.0] * 8, [1.0, 1.0]]  # unscaled on each
+        assert found["gradients"] == [[1.0] * 8, [1.0, 1.0]]  # unscaled on both ranks
         assert found["plain"] == [0.0, 0.0]
-        assert found["idle"] == [1.0, 1.0]  # its step was skipped, on both
+        assert found["idle"] == [1.0, 1.0]  # both ranks skipped its step
         assert found["skipped"] == 1
 
 
@@ -207,7 +207,7 @@ os._exit(0)
 
 
 def test_a_sharded_optimizer_is_loaded_beside_its_scaler(tmp_path: Path):
-    """As transformers loads it under FSDP2: without a scale that fails, with one the run goes on bit for bit."""
+    """The state is loaded as transformers does under FSDP2. Without a scale that fails; with one the run continues bit for bit."""
     process = subprocess.run(
         [sys.executable, "-c", _LOADED, str(tmp_path)], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120
     )

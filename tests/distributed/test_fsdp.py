@@ -53,8 +53,8 @@ if rank == 0:
     json.dump(results, open(out, "w"))
 dist.barrier()
 dist.destroy_process_group()
-# Everything is written and both are done. Python 3.11's shutdown kills threads of torch that ask for the interpreter just then, and with
-# them, seen once in sixty runs, the process ("terminate called without an active exception").
+# Both processes have finished and everything is written. Python 3.11's shutdown kills threads of torch that ask for the interpreter at
+# that time. Once in sixty runs this killed the process too ("terminate called without an active exception").
 os._exit(0)
 """
 
@@ -65,7 +65,7 @@ CASES += [f"mixtral:{recipe}" for recipe in ("fp32", "fp8_blockwise")]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict]:
-    """What one process gives for each of `CASES`, and what two give."""
+    """Return the results of one process and of two processes for each of `CASES`."""
     folder = tmp_path_factory.mktemp("fsdp")
     results = []
     for processes in (1, 2):
@@ -75,9 +75,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict]:
     return results[0], results[1]
 
 
-# Each rank holds 256 of the 512 tokens: whole blocks, so that every scale and code of fprop and dgrad is the same as in one process, and
-# wgrad's scales too. What differs is the order of the sums. That alone bounds the first loss at 1e-6; in later steps a last bit can flip
-# the rounding of a code. SGD, since Adam's first steps are the signs of gradients and blow such a bit up where a gradient is about zero.
+# Each rank holds 256 of the 512 tokens: whole blocks, so every scale and code of fprop and dgrad is the same as in one process, and so are
+# wgrad's scales. Only the order of the sums differs. That bounds the first loss at 1e-6; in later steps a last bit can flip the rounding of
+# a code. The optimizer is SGD: Adam's first steps are the signs of the gradients, which would amplify such a bit if a gradient is near zero.
 @pytest.mark.parametrize(("recipe", "tolerance"), [("fp32", 1e-6), ("bf16", 5e-5), ("fp8_blockwise", 1e-3), ("qat_int8dyn_int4", 1e-3)])
 def test_two_processes_equal_one(trained: tuple[dict, dict], recipe: str, tolerance: float) -> None:
     one, two = (results[f"llama:{recipe}"] for results in trained)
@@ -88,9 +88,9 @@ def test_two_processes_equal_one(trained: tuple[dict, dict], recipe: str, tolera
     assert one["losses"][-1] < one["losses"][0] - 0.3
 
 
-# An expert's tokens are not whole blocks: wgrad's scales differ.
+# The tokens of an expert are not whole blocks, so wgrad's scales differ.
 @pytest.mark.parametrize(("recipe", "tolerance"), [("fp32", 1e-5), ("fp8_blockwise", 1e-2)])
-def test_so_do_experts(trained: tuple[dict, dict], recipe: str, tolerance: float) -> None:
+def test_experts_in_two_processes_equal_one(trained: tuple[dict, dict], recipe: str, tolerance: float) -> None:
     one, two = (results[f"mixtral:{recipe}"] for results in trained)
     assert two["weight"] == "DTensor"
     assert one["converted"] == two["converted"] == 12

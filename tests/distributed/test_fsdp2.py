@@ -1,4 +1,4 @@
-"""What Accelerate's FSDP2 is told of dtypes; tests/distributed/test_sharding_fsdp.py has what comes of it."""
+"""The dtypes that Accelerate's FSDP2 is given, and the runs that it refuses. test_sharding_fsdp.py tests the effect of the dtypes."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,12 +59,12 @@ def test_gradients_of_bf16_weights_are_summed_in_fp32_without_mixed_precision():
     model[0].requires_grad_(False)
     model[1].float()
     state = SimpleNamespace(fsdp_plugin=_plugin(None))
-    assert not sum_in_fp32(state, model)  # what is trained is fp32
+    assert not sum_in_fp32(state, model)  # the trainable weights are fp32
     assert state.fsdp_plugin.mixed_precision_policy is None
 
 
 @pytest.mark.parametrize("own", [{"reduce_dtype": torch.bfloat16}, {"reduce_dtype": torch.bfloat16, "output_dtype": torch.float32}])
-def test_somebodys_own_policy_stays(own: dict[str, torch.dtype]):
+def test_a_policy_of_the_users_own_stays(own: dict[str, torch.dtype]):
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, **own)
     plugin = _plugin(mixed_precision_policy=policy)
     assert not sum_in_fp32(SimpleNamespace(fsdp_plugin=plugin), MODEL)
@@ -90,7 +90,7 @@ def test_the_callback_does_it_before_the_trainer_shards(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize(("kind", "name"), [(DistributedType.DEEPSPEED, "DEEPSPEED"), (DistributedType.FSDP, "FSDP version 1")])
-def test_the_callback_refuses_what_it_was_not_made_for(kind: DistributedType, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_callback_refuses_other_strategies(kind: DistributedType, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     state = SimpleNamespace(fsdp_plugin=_plugin(fsdp_version=1), distributed_type=kind, is_fsdp2=False)
     monkeypatch.setattr(lowprec.training.callback, "AcceleratorState", lambda: state)
     with pytest.raises(UserError, match=rf"^low precision needs one process, DDP or FSDP2 \(fsdp_version: 2\), not {name}$"):
@@ -133,7 +133,7 @@ ALONE, RANKS = ParallelMode.NOT_PARALLEL, ParallelMode.DISTRIBUTED
         ),
     ],
 )
-def test_where_no_run_can_be_sharded(args: Any, environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch):
+def test_runs_that_cannot_be_sharded(args: Any, environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch):
     if not args.fsdp:
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     for name, value in environment.items():
@@ -143,7 +143,7 @@ def test_where_no_run_can_be_sharded(args: Any, environment: dict[str, str], mes
     assert str(raised.value).startswith(message)
 
 
-def test_where_runs_can_be_sharded(monkeypatch: pytest.MonkeyPatch):
+def test_runs_that_can_be_sharded(monkeypatch: pytest.MonkeyPatch):
     check_can_shard(_args(True, "cuda", RANKS))
     check_can_shard(_args(False, "cpu", ALONE))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
@@ -151,20 +151,20 @@ def test_where_runs_can_be_sharded(monkeypatch: pytest.MonkeyPatch):
     check_can_shard(_args(False, "cuda", RANKS))
 
 
-def test_where_shards_would_be_offloaded(monkeypatch: pytest.MonkeyPatch):
+def test_runs_whose_shards_would_be_offloaded(monkeypatch: pytest.MonkeyPatch):
     args = _args(True, "cuda", RANKS)
     assert not offloads(args)
     args.fsdp_plugin_args["cpu_offload"] = True
     assert offloads(args)
     args = _args(False, "cuda", RANKS)
     monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
-    assert not offloads(args)  # not FSDP's
+    assert not offloads(args)  # FSDP is off
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert offloads(args)
 
 
 OFFLOADED = r"^FSDP's offloading of parameters to host memory \(cpu_offload\): "
-KEEPS = "a recipe that keeps something .* could not go on from a checkpoint; take fp8_blockwise, or turn it off$"
+KEEPS = "a recipe that keeps state .* could not resume from a checkpoint; take fp8_blockwise, or turn it off$"
 NOT_OFFLOADED = [
     ("fp8_delayed", OptimizerConfig(), KEEPS),
     ({"rules": [{"modules": ".*down_proj", "recipe": "mxfp4_aws"}]}, OptimizerConfig(), KEEPS),
@@ -178,7 +178,7 @@ NOT_OFFLOADED = [
 
 @pytest.mark.parametrize(("precision", "formats", "refused"), NOT_OFFLOADED)
 @pytest.mark.parametrize("loop", [False, True])
-def test_what_is_not_offloaded(
+def test_state_and_low_bit_optimizers_are_not_offloaded(
     precision: Any, formats: OptimizerConfig, refused: str | None, loop: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     accelerator, model = Accelerator(cpu=True), small_model()
@@ -213,7 +213,7 @@ def test_a_loss_scale_is_not_offloaded(monkeypatch: pytest.MonkeyPatch):
         prepare(accelerator, model, torch.optim.AdamW(model.parameters()), precision="fp16")
 
 
-def test_a_trainer_that_does_not_shard_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+def test_a_trainer_that_does_not_shard_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")  # Accelerate sets it
     monkeypatch.setattr(TrainingArguments, "parallel_mode", RANKS)  # alone, it refuses
     with caplog.at_level("WARNING", logger="lowprec"):
@@ -226,7 +226,7 @@ BF16 = library.get("bf16")
 
 @pytest.mark.parametrize("launched", [False, True])
 def test_bf16_weights_that_are_sharded_train_without_autocast(launched: bool, monkeypatch: pytest.MonkeyPatch):
-    """Under it Accelerate would make them fp32."""
+    """Accelerate would make them fp32 under autocast."""
     settings: dict[str, Any] = {} if launched else {"fsdp": True}
     if launched:
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")

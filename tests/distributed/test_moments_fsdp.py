@@ -1,4 +1,4 @@
-"""Optimizers with low-precision moments in two processes: what FSDP2's checkpoints hold of them, and going on from there."""
+"""Optimizers with low-precision moments in two processes: the contents of FSDP2's checkpoints, and resuming from them."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from torch import nn
 from lowprec.training.optim.adamw import OptimizerConfig, build
 from tests.training.runs import run_ranks
 
-# [33, 256]: rows of whole blocks, uneven shards; [64, 33]: its blocks cross rows, uneven, too, so fp32; [128, 64]: cross rows, even shards.
+# [33, 256]: rows of whole blocks, uneven shards. [64, 33]: blocks cross rows, uneven shards, so fp32. [128, 64]: blocks cross rows, even shards.
 SHAPES = ((256, 33), (33, 64), (64, 128), (128, 8))
 CASES = (("fp32", "8bit"), ("bf16", "8bit"), ("bf16", "4bit"), ("bf16", "bf16"))
 
@@ -102,7 +102,7 @@ os._exit(0)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where both ranks left what they found, and their checkpoints."""
+    """Return the folder of the results and checkpoints of both ranks."""
     folder = tmp_path_factory.mktemp("moments")
     run_ranks(f"SHAPES, CASES = {SHAPES}, {CASES}\n{_SCRIPT}", folder, str(folder))
     return folder
@@ -116,7 +116,7 @@ def ranks(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("way", ["broadcast", "read by all", "sharded"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_sharded_run_goes_on_bit_for_bit(case: tuple[str, str], way: str, ranks: list[dict[str, Any]]):
-    """Read by the first rank and broadcast, as by Accelerate on several GPUs, read by every rank, as on one, or sharded."""
+    """The checkpoint is read by the first rank and broadcast (Accelerate on several GPUs), read by every rank (on one GPU), or sharded."""
     for rank in ranks:
         equal, untrained = rank[" ".join(case)][way]
         assert equal
@@ -131,7 +131,7 @@ def test_moments_are_of_the_same_kind_on_both_ranks(case: tuple[str, str], kind:
 
 @pytest.mark.parametrize("case", CASES[:2])
 def test_the_gathered_state_is_that_of_one_process(case: tuple[str, str], folder: Path):
-    """Names, shapes and dtypes; and all are plain tensors."""
+    """Names, shapes and dtypes are equal, and all are plain tensors."""
     weights, moments = case
     _, gathered = torch.load(folder / "-".join(case), weights_only=True)
     model = nn.Sequential(*(nn.Linear(*shape) for shape in SHAPES)).to(torch.bfloat16 if weights == "bf16" else torch.float32)
@@ -142,7 +142,7 @@ def test_the_gathered_state_is_that_of_one_process(case: tuple[str, str], folder
         optimizer.step()
     mine = optimizer.state_dict()["state"]
     for number, (name, parameter) in enumerate(model.named_parameters()):
-        if name == "1.weight":  # quantised, but in uneven shards, whose blocks would cross them
+        if name == "1.weight":  # quantised here, but not in uneven shards, whose bounds its blocks would cross
             continue
         theirs = gathered["state"][name]
         expected = {key: (value.shape, value.dtype) for key, value in mine[number].items()}

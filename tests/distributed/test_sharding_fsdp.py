@@ -1,4 +1,4 @@
-"""FSDP2 by Accelerate's policy for mixed precision and by ours, two processes."""
+"""FSDP2 in two processes with Accelerate's policy for mixed precision, and with ours."""
 
 import json
 import math
@@ -30,7 +30,7 @@ class Model(nn.Module):
         nn.init.eye_(self.inner.weight)
 
     def forward(self, x):
-        # As transformers' losses, which upcast first, and average.
+        # Like transformers' losses: upcast first, then average.
         return (self.inner(x).float() * self.scale.float()).sum() / 64 + 2.501
 
 
@@ -77,11 +77,11 @@ def test_the_loss_is_handed_out_as_it_was_computed(dtype: str, found: dict[str, 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_gradients_are_summed_over_ranks_in_fp32(dtype: str, found: dict[str, Any]):
-    """Of 1 on one rank and 2**-12 on the other."""
+    """The gradient is 1 on one rank and 2**-12 on the other."""
     assert found[f"{dtype} True"]["mean"] == (1 + 2**-12) / 2
     assert found[f"{dtype} False"]["mean"] == 0.5
 
 
 def test_a_loss_that_fp16_scales_overflows_by_itself_under_accelerates_policy_alone(found: dict[str, Any]):
-    """2**16, where torch.amp.GradScaler starts, is beyond fp16's largest number."""
+    """torch.amp.GradScaler starts at a scale of 2**16, which is more than fp16's largest number."""
     assert [found[f"{dtype} {ours}"]["scaled"] for dtype in ("bf16", "fp16") for ours in (False, True)] == [1, 1, math.inf, 1]

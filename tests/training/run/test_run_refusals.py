@@ -131,7 +131,7 @@ def test_shards_that_no_run_can_have(override: str, message: str, corpus: Path, 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("precision.recipe=fp8_delayed", "a recipe that keeps something (amax histories, rounding keys) could not go on from a checkpoint"),
+        ("precision.recipe=fp8_delayed", "a recipe that keeps state (amax histories, rounding keys) could not resume from a checkpoint"),
         ("optimizer.moments=8bit", "optimizer.weights and optimizer.moments have to be fp32"),
     ],
 )
