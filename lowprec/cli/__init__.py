@@ -1,1 +1,2 @@
-"""The `lowprec` command."""
+"""The `lowprec` command: `main` is its entry, `app` the table of commands, and each command is one
+file."""

@@ -1,12 +1,13 @@
-"""Training steps of a preset on random tokens: tokens per second and memory of recipes, of bf16 and
-of other libraries, in one run.
+"""The measuring of `lowprec bench train`: training steps of a preset on random tokens, with tokens
+per second and memory of recipes, of bf16 and of other libraries in one run.
 
-A step is forward, loss, backward and AdamW, with weights and optimizer state in bf16. The blocks
-are compiled and Liger's kernels applied as a training run does it, the same for every row. The
-floor is the time of the linear layers' products alone, at the best rates measured for their shapes:
-attention, norms, the loss's softmax and the optimizer come on top.
+A step is forward, loss, backward and AdamW, with weights and optimizer state in bf16. Compiled
+blocks and Liger's kernels are those of a training run, the same for every row. The floor is the
+time of the linear layers' products alone, at the best rates measured for their shapes: attention,
+norms, the loss's softmax and the optimizer take further time.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -28,8 +29,8 @@ RIVALS = ("bf16", "torchao")
 
 _TORCHAO = ("tensorwise", "rowwise", "blockwise")
 _WARMUP = 4
-"""Steps before the first timed one: the first compiles, the second may compile again, the allocator
-settles."""
+"""Steps before the first timed one. The first compiles, the second may compile again, and the
+allocator settles."""
 
 
 def run(
@@ -47,22 +48,22 @@ def run(
     """Measure training steps of `batch` sequences of `seq` tokens.
 
     Args:
-        model: a preset's name.
-        recipes: by name; bf16 always runs, as the first row.
-        against: rivals to run as well, of `RIVALS`.
+        model: name of a preset.
+        recipes: names of recipes; bf16 always runs, as the first row.
+        against: names from `RIVALS` to run as well.
         vocab: size of the vocabulary.
         compiled: torch.compile each decoder block.
         liger: use the kernels of Liger that apply; UserError if none does.
-        steps: timed ones, at least 2.
+        steps: number of timed steps, at least 2.
     Returns:
         {"device", "threads", "torch", "model", "batch", "seq", "vocab", "compiled", "liger": names
         of its kernels, "parameters", "rows": [{"name", "tokens_per_second", "step": timing,
         "peak_memory_gib", "speedup": over bf16, "floor", "of_floor", "loss", "precision",
-        "failure"}], "ceilings"}; "failure" is None, or why there are no figures. Memory is None on
-        a CPU.
+        "failure"}], "ceilings"}; "failure" is None, or the reason for missing figures. Memory is
+        None on a CPU.
     Raises:
-        UserError: an unknown preset, recipe, rival or device, a missing rival, or kernels or a
-            compiler that can't be used.
+        UserError: a preset, recipe, rival or device is unknown, a rival is not installed, or the
+            kernels or the compiler can't be used.
     """
     place = open_device(device)
     rivals.check(against, RIVALS)
@@ -73,7 +74,7 @@ def run(
     for name, convert_model, _ in contenders:
         rows.append({"name": name} | case.measure(convert_model, steps))
         rivals.release_memory()
-    # After the steps, so that the ceilings' matrices are no part of their memory.
+    # After the steps, so that the memory of the ceilings' matrices does not count as theirs.
     ceilings = Ceilings(place, seconds=0.2)
     baseline = rows[0]["step"]
     for row, (_, _, recipe) in zip(rows, contenders, strict=True):
@@ -98,8 +99,8 @@ def run(
 
 
 Contender = tuple[str, Callable[[nn.Module], str], Recipe | None]
-"""A row's name; what converts the model and tells what it did; the recipe whose products are its
-floor, None for bf16."""
+"""A row's name; a function that converts the model and returns a summary; the recipe whose products
+are the floor, None for bf16."""
 
 
 def _contenders(
@@ -109,23 +110,14 @@ def _contenders(
     for name in dict.fromkeys(recipes):
         if name != "bf16":
             recipe = resolve_recipe(name)
-            found.append(
-                (
-                    name,
-                    lambda model, recipe=recipe: convert(
-                        model, recipe, device=device, **known
-                    ).summary(),
-                    recipe,
-                )
-            )
+
+            def convert_model(model: nn.Module, recipe: Recipe = recipe) -> str:
+                return convert(model, recipe, device=device, **known).summary()
+
+            found.append((name, convert_model, recipe))
     for kind in _TORCHAO if "torchao" in against else ():
-        found.append(
-            (
-                f"torchao {kind}",
-                lambda model, kind=kind: _convert_by_torchao(model, kind),
-                library.get("fp8_rowwise"),
-            )
-        )
+        by_torchao = functools.partial(_convert_by_torchao, kind=kind)
+        found.append((f"torchao {kind}", by_torchao, library.get("fp8_rowwise")))
     return found
 
 
@@ -138,7 +130,7 @@ def _convert_by_torchao(model: nn.Module, kind: str) -> str:
 
 
 class _Case:
-    """The model and its batch."""
+    """A model and its batch, which each row runs anew."""
 
     def __init__(
         self,
@@ -160,19 +152,17 @@ class _Case:
                 f"--seq: {seq} is longer than {preset}'s {self.config.max_position_embeddings} "
                 "positions"
             )
-        self.preset, self.device, self.batch, self.seq, self.compiled, self.liger = (
-            preset,
-            device,
-            batch,
-            seq,
-            compiled,
-            liger,
-        )
+        self.preset = preset
+        self.device = device
+        self.batch = batch
+        self.seq = seq
+        self.compiled = compiled
+        self.liger = liger
         self.parameters = 0
 
     def check(self) -> tuple[str, ...]:
-        """The names of the kernels of Liger in use; UserError if the options can't be had here.
-        Builds no weights."""
+        """Return the names of Liger's kernels in use; raise UserError if this machine can't do what
+        the options ask for. Builds no weights."""
         skeleton = self._skeleton()
         self.parameters = sum(parameter.numel() for parameter in skeleton.parameters())
         try:
@@ -181,18 +171,18 @@ class _Case:
             raise UserError(str(error).replace("kernels.liger: on, but", "--liger:")) from None
 
     def measure(self, convert_model: Callable[[nn.Module], str], steps: int) -> dict[str, Any]:
-        """The figures of one row, or why it failed."""
+        """Return the figures of one row, or why it failed."""
 
         def figures() -> dict[str, Any]:
             step, precision = self._prepare(convert_model)
             time = measure_steps(step, self.device, steps=steps, warmup=_WARMUP)
-            on_gpu = self.device.type == "cuda"
+            memory = None
+            if self.device.type == "cuda":
+                memory = torch.cuda.max_memory_allocated(self.device) / 2**30
             return {
                 "tokens_per_second": 1e3 * self.batch * self.seq / time.median,
                 "step": asdict(time),
-                "peak_memory_gib": torch.cuda.max_memory_allocated(self.device) / 2**30
-                if on_gpu
-                else None,
+                "peak_memory_gib": memory,
                 "loss": float(step()),
                 "precision": precision,
                 "failure": None,
@@ -206,7 +196,8 @@ class _Case:
         ) | {"failure": failure}
 
     def floor(self, recipe: Recipe | None, ceilings: Ceilings) -> Floor:
-        """Of the products of all linear layers; in bf16 those that `recipe` leaves alone."""
+        """Return the floor of all linear layers' products: in bf16 for the layers that `recipe`
+        keeps in high precision."""
         tokens = self.batch * self.seq
         chosen = recipe or library.get("bf16")
         plan = make_plan(
@@ -222,17 +213,17 @@ class _Case:
     def _prepare(
         self, convert_model: Callable[[nn.Module], str]
     ) -> tuple[Callable[[], torch.Tensor], str]:
-        """A function that runs one step and returns its loss, and what the model's precision is."""
-        torch._dynamo.reset()  # compiled code may hold on to the last row's model
+        """Return a function that runs one step and returns its loss, and a summary of the model's
+        precision."""
+        torch._dynamo.reset()  # Compiled code may keep the last row's model in memory.
         rivals.release_memory()
         torch.manual_seed(0)
         with self.device:
             model = build_model(
                 ModelConfig(preset=self.preset), self.config, attn_implementation="sdpa"
             ).train()
-        for parameter in (
-            model.parameters()
-        ):  # and not the buffers: a rotary embedding's frequencies stay in fp32
+        # Buffers keep their dtype: a rotary embedding's frequencies stay in fp32.
+        for parameter in model.parameters():
             parameter.data = parameter.data.to(torch.bfloat16)
         apply_liger(model, **self._liger_options())
         precision = convert_model(model)
@@ -254,7 +245,7 @@ class _Case:
         return step, precision
 
     def _liger_options(self) -> dict[str, Any]:
-        # Recipes leave the output head alone, and so do the rivals here.
+        # The output head stays in high precision, in our recipes and in the rivals here.
         mode = "on" if self.liger else "off"
         return {
             "mode": mode,
@@ -264,7 +255,7 @@ class _Case:
         }
 
     def _skeleton(self) -> Any:
-        """The model without weights."""
+        """Return the model without weights."""
         with torch.device("meta"):
             return build_model(
                 ModelConfig(preset=self.preset), self.config, attn_implementation="sdpa"

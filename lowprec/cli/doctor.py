@@ -1,14 +1,18 @@
-"""What this machine is and what it can do: `lowprec doctor` and `lowprec recipes`."""
+"""`lowprec doctor`: this machine and what it can do."""
 
 import importlib.metadata
+import json
 import os
 import platform
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+import click
 
-from lowprec.gemm import select
-from lowprec.recipe import GEMMS, Recipe, library
+from lowprec import __version__
+from lowprec.cli.common import JSON, answers
+
+if TYPE_CHECKING:
+    from lowprec.recipe import Recipe
 
 _REQUIRED = (
     "torch",
@@ -19,25 +23,38 @@ _REQUIRED = (
     "tokenizers",
     "safetensors",
 )
+# Distribution -> what it is for, and the extra that installs it.
 _OPTIONAL = {
-    "liger-kernel": ("Liger's fused kernels (kernels.liger)", "pip install 'lowprec[liger]'"),
-    "transformer-engine": ("Transformer Engine (`backend: te`)", "pip install 'lowprec[te]'"),
-    "torchao": (
-        "bf16 weights and moments of 16, 8 and 4 bits (`optimizer`)",
-        "pip install 'torchao>=0.18'",
-    ),
-    "wandb": (
-        "Weights & Biases logging (trainer.report_to: wandb)",
-        "pip install 'lowprec[wandb]'",
-    ),
+    "liger-kernel": ("Liger's fused kernels (kernels.liger)", "liger"),
+    "transformer-engine": ("Transformer Engine (`backend: te`)", "te"),
+    "torchao": ("bf16 weights and moments of 16, 8 and 4 bits (`optimizer`)", "torchao"),
+    "peft": ("LoRA and other adapters", "peft"),
+    "trl": ("supervised fine-tuning by SFTTrainer", "trl"),
+    "wandb": ("Weights & Biases logging (trainer.report_to: wandb)", "wandb"),
 }
 
 
+@click.command("doctor")
+@JSON
+@answers
+def command(as_json: bool) -> str:
+    """Show this machine: device, versions, which recipes run natively, what is missing and how to
+    install it."""
+    from lowprec.cli.tables import doctor_table
+
+    report = examine()
+    return json.dumps(report, indent=1) if as_json else doctor_table(report)
+
+
 def examine() -> dict[str, Any]:
-    """Device, versions, recipes and optional parts of this machine, as plain data."""
+    """Return this machine's device, versions, recipes and optional parts as plain data."""
+    import torch
+
+    from lowprec.recipe import library
+
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     return {
-        "lowprec": importlib.metadata.version("lowprec") if _version("lowprec") else "source tree",
+        "lowprec": __version__ if _version("lowprec") else "source tree",
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": _device(device_type),
@@ -50,24 +67,17 @@ def examine() -> dict[str, Any]:
                 "name": name,
                 "version": _version(name),
                 "what": what,
-                "install": None if _version(name) else install,
+                "install": None if _version(name) else f"pip install 'lowprec[{extra}]'",
             }
-            for name, (what, install) in _OPTIONAL.items()
+            for name, (what, extra) in _OPTIONAL.items()
         ],
     }
 
 
-def describe_recipes() -> list[dict[str, Any]]:
-    """Each named recipe: what it is, its GEMMs as equations, and what the rest of the model
-    computes in."""
-    return [
-        {"name": recipe.name, "about": recipe.about, "rest": recipe.rest.name}
-        | {gemm: recipe.equation(gemm) for gemm in GEMMS}
-        for recipe in map(library.get, library.names())
-    ]
+def _support(recipe: "Recipe", device_type: str) -> dict[str, Any]:
+    from lowprec.gemm import select
+    from lowprec.recipe import GEMMS
 
-
-def _support(recipe: Recipe, device_type: str) -> dict[str, Any]:
     supports = {
         gemm: select(*recipe.operands(gemm), device_type, sums=recipe.gemm(gemm).sums)
         for gemm in GEMMS
@@ -80,6 +90,8 @@ def _support(recipe: Recipe, device_type: str) -> dict[str, Any]:
 
 
 def _device(device_type: str) -> dict[str, Any]:
+    import torch
+
     if device_type == "cpu":
         return {
             "type": "cpu",

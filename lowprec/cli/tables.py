@@ -1,4 +1,4 @@
-"""Tables for the terminal."""
+"""Tables that the commands print on a terminal."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ _WIDTH = 110
 
 
 def summary_table(summary: dict[str, Any]) -> str:
-    """The end of a run."""
+    """Return the result of a run, from its summary."""
     recipe = summary["recipe"] or "high precision"
     table = Table(
         title=f"{recipe}: {summary['steps']} steps in {_duration(summary['wall_s'])}",
@@ -23,7 +23,7 @@ def summary_table(summary: dict[str, Any]) -> str:
     table.add_row("validation loss", f"{summary['val_loss']:.4f} nats per token")
     table.add_row(
         "bits per byte",
-        "unknown: the tokenizer does not tell the bytes of a token"
+        "unknown: the tokenizer does not give the bytes of a token"
         if bits is None
         else f"{bits:.4f}",
     )
@@ -40,7 +40,7 @@ def summary_table(summary: dict[str, Any]) -> str:
 
 
 def doctor_table(report: dict[str, Any]) -> str:
-    """The machine."""
+    """Return the machine, its recipes and its optional parts."""
     device = report["device"]
     machine = Table(show_header=False, title="machine", title_justify="left")
     machine.add_row("device", ", ".join(f"{key} {value}" for key, value in device.items()))
@@ -69,10 +69,13 @@ def doctor_table(report: dict[str, Any]) -> str:
 
 
 def bench_table(result: dict[str, Any], rivals: tuple[str, ...]) -> str:
-    """Quantise and dequantise: milliseconds, and how many times a rival's they are."""
+    """Return the times of quantising and dequantising, in ms, and the rivals' times over ours."""
     rows, columns = result["shape"]
     how = "compiled" if result["compiled"] else "eager"
-    title = f"quantise + dequantise {result['dtype']} {rows} x {columns} on {result['device']}, {how}; ms, median (p20-p80)"
+    title = (
+        f"quantise + dequantise {result['dtype']} {rows} x {columns} on {result['device']}, {how}; "
+        "ms, median (p20-p80)"
+    )
     against = [name for rival in rivals for name in (rival, "times", "same bits")]
     table = _bench(title, "operand", "notation", "lowprec", "copies", "floor", "of floor", *against)
     copy = result["copy"]["median"]
@@ -100,9 +103,12 @@ def bench_table(result: dict[str, Any], rivals: tuple[str, ...]) -> str:
 
 
 def gemm_table(result: dict[str, Any]) -> str:
-    """The products of each layer by each backend; below them the backends that take none, and what
-    failed."""
-    title = f"{result['recipe']} on {result['device']}, results in bf16; ms, median (p20-p80); error: of that, and of results in fp32"
+    """Return the times of each layer's products by each backend. Lines below the table name the
+    backends that take no product, and the failures."""
+    title = (
+        f"{result['recipe']} on {result['device']}, results in bf16; ms, median (p20-p80); "
+        "error: of that, and of results in fp32"
+    )
     table = _bench(
         title, "GEMM", "MxNxK", "by", "ms", "TFLOP/s", "floor", "of floor", "error", "in fp32"
     )
@@ -126,8 +132,12 @@ def gemm_table(result: dict[str, Any]) -> str:
 
 
 def linear_table(result: dict[str, Any]) -> str:
-    """Forward and backward of linear layers, shape by shape; below them what failed."""
-    title = f"linear layers on {result['device']}, {result['recipe']}: forward + backward in bf16 tensors; ms, median (p20-p80)"
+    """Return the times of linear layers' forward and backward, shape by shape. Lines below the
+    table name the failures."""
+    title = (
+        f"linear layers on {result['device']}, {result['recipe']}: "
+        "forward + backward in bf16 tensors; ms, median (p20-p80)"
+    )
     table = _bench(
         title, "MxNxK", "layer", "ms", "speed-up", "floor", "of floor", "error y", "dx", "dw"
     )
@@ -144,20 +154,25 @@ def linear_table(result: dict[str, Any]) -> str:
 
 
 def linear_row(row: dict[str, Any]) -> str:
-    """One of `linear_table`'s rows as a line, for whoever waits for the others."""
+    """Return one row of `linear_table` as a line, which is printed as soon as it is measured."""
+    name = f"{_by(row['shape'])} {row['name']}"
     if row["failure"]:
-        return f"{_by(row['shape'])} {row['name']}: failed: {row['failure']}"
-    return f"{_by(row['shape'])} {row['name']}: {_milliseconds(row['time'])} ms, {_times(row['speedup'])}"
+        return f"{name}: failed: {row['failure']}"
+    return f"{name}: {_milliseconds(row['time'])} ms, {_times(row['speedup'])}"
 
 
 def train_table(result: dict[str, Any]) -> str:
-    """Training steps; below them what each row's precision is, or why it failed."""
+    """Return the speed of training steps. Lines below the table give the precision of each row, or
+    why it failed."""
     how = [
         f"batch {result['batch']} x {result['seq']} tokens",
         "blocks compiled" if result["compiled"] else "eager",
     ]
     how.append(f"liger: {', '.join(result['liger']) or 'none'}")
-    title = f"{result['model']}, {result['parameters'] / 1e6:,.0f} M parameters in bf16, on {result['device']}; {', '.join(how)}"
+    title = (
+        f"{result['model']}, {result['parameters'] / 1e6:,.0f} M parameters in bf16, "
+        f"on {result['device']}; {', '.join(how)}"
+    )
     table = _bench(
         title,
         "precision",
@@ -195,6 +210,8 @@ def _bench(title: str, *columns: str) -> Table:
 
 
 def _failures(rows: list[dict[str, Any]], shape: str | None = None) -> list[str]:
+    """Return a line for each row that failed. `shape` is the key of the shape that names the
+    row."""
     failed = [row for row in rows if row["failure"]]
     places = [
         [*filter(None, [row.get("gemm")]), _by(row[shape])] if shape else [] for row in failed
@@ -221,7 +238,7 @@ def _floor(row: dict[str, Any]) -> str:
 
 
 def _of_floor(row: dict[str, Any]) -> str:
-    """The share of its floor that a row reaches."""
+    """Return the share of its floor that a row reaches."""
     return "-" if row["of_floor"] is None else f"{row['of_floor']:.0%}"
 
 
@@ -234,7 +251,7 @@ def _error(error: float | None) -> str:
 
 
 def recipes_table(recipes: list[dict[str, Any]]) -> str:
-    """The recipes, as equations."""
+    """Return the recipes as equations."""
     lines = []
     for recipe in recipes:
         lines += [

@@ -95,7 +95,8 @@ def load(text: str, where: str) -> Any:
         return _yaml().load(text)
     except MarkedYAMLError as error:
         raise UserError(f"{where}: not YAML: {_one_line(error)}") from None
-    # ruamel leaves some errors to Python: `!!int many`, `!!bool maybe`, a mapping in a key, nesting.
+    # ruamel leaves some errors to Python: `!!int many`, `!!bool maybe`, a mapping in a key, and
+    # deep nesting.
     except (YAMLError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
 

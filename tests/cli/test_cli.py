@@ -1,12 +1,16 @@
 """The command line: quick help, plans without weights, machine-readable output."""
 
+import importlib
 import json
+import pkgutil
 import subprocess
 import sys
 
+import click
 import pytest
 
 import lowprec
+from lowprec.cli.app import COMMANDS
 from tests.training.runs import CONFIG, ROOT
 from tests.training.runs import lowprec as command
 
@@ -15,11 +19,20 @@ def test_help_loads_nothing_heavy():
     code = (
         "import sys, contextlib\nfrom lowprec.cli.main import main\n"
         "with contextlib.suppress(SystemExit): main(['--help'])\n"
-        "print([name for name in ('torch', 'transformers', 'numpy', 'pydantic') if name in sys.modules])"
+        "print([name for name in ('torch', 'transformers', 'numpy', 'pydantic', 'ruamel') if name in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "[]"
     assert "train" in result.stdout
+
+
+def test_each_command_is_a_file_and_a_row():
+    modules = {name: importlib.import_module(f"lowprec.cli.{name}") for _, name, _ in pkgutil.iter_modules(lowprec.cli.__path__)}
+    commands = {name: module.command for name, module in modules.items() if isinstance(getattr(module, "command", None), click.Command)}
+    assert sorted(commands) == sorted(COMMANDS)
+    for name, found in commands.items():
+        assert found.name == name
+        assert found.help
 
 
 def test_plan_of_a_large_model_builds_no_weights():

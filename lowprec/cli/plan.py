@@ -1,0 +1,24 @@
+"""`lowprec plan`: the plan of a run, without its data and its weights."""
+
+import json
+
+import click
+
+from lowprec.cli.common import CONFIG, JSON, OVERRIDES, answers
+
+
+@click.command("plan")
+@CONFIG
+@OVERRIDES
+@JSON
+@answers
+def command(config: str, overrides: tuple[str, ...], as_json: bool) -> str:
+    """Show what CONFIG would run where: each linear layer's recipe and backend, native or emulated,
+    and why. Builds no weights."""
+    from lowprec.training.run.config import load_run
+
+    run, _ = load_run(config, overrides)
+    from lowprec.training.run.pretrain import plan_run
+
+    plan = plan_run(run)
+    return json.dumps(plan.to_dict(), indent=1, ensure_ascii=False) if as_json else str(plan)
