@@ -1,13 +1,14 @@
-"""What a model multiplies by: the weights of its linear layers and of its experts, by name, and
-what stands against converting them."""
+"""Find the weights that a model multiplies by, of linear layers and of experts, and the reasons
+against converting them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from lowprec.conversion.config import TE
+from lowprec.conversion.peft_names import name_without_peft
 from lowprec.nn import LowPrecisionLinear, experts
 from lowprec.nn.te_linear import DelayedTELinear, TELinear, why_not_shape
 from lowprec.recipe import Recipe
@@ -18,6 +19,9 @@ _HEADS = ("lm_head", "embed_out", "output_projection", "score", "classifier")
 
 _GATES = {"gate", "router", "shared_expert_gate"}
 """Names by which mixtures of experts call what decides between them."""
+
+_HEAD_STAYS = "the output head stays in high precision unless a rule names it"
+_GATE_STAYS = "a gate of experts stays in high precision unless a rule names it"
 
 CONVERTED = (LowPrecisionLinear, TELinear, DelayedTELinear)
 
@@ -66,6 +70,32 @@ def find_weights(model: nn.Module) -> Iterator[tuple[str, Weight]]:
         else:
             for stack in experts.stacks(module):
                 yield f"{name}.{stack}".lstrip("."), Weight(module, stack)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """The weights of a model and their names, as decisions need them under any precision."""
+
+    weights: Mapping[str, Weight]
+    """By full name, in the model's order."""
+    plain: Mapping[str, str]
+    """The name of each weight without PEFT's parts, by its full name."""
+    high_precision: Mapping[str, str]
+    """Reasons why layers stay in high precision unless a rule names them, by full name."""
+
+
+def survey(model: nn.Module) -> Survey:
+    """Return what there is to decide about `model`."""
+    weights = dict(find_weights(model))
+    found = {name: name_without_peft(model, name, weight.stack) for name, weight in weights.items()}
+    plain = {name: own for name, (own, _) in found.items()}
+    adapters = [name for name, (_, added) in found.items() if added]
+    high_precision = {
+        **dict.fromkeys(adapters, "adapter: small, and trained in high precision"),
+        **dict.fromkeys(expert_gates(model), _GATE_STAYS),
+        **dict.fromkeys(output_heads(model, weights, plain), _HEAD_STAYS),
+    }
+    return Survey(weights=weights, plain=plain, high_precision=high_precision)
 
 
 def why_not_convert(weight: Weight, recipe: Recipe, backend: str) -> str | None:

@@ -1,7 +1,7 @@
-"""Which MLPs of a model make the codes of down_proj's input from gate and up directly
-(`nn/swiglu.py`), in place, and back."""
+"""Find the MLPs whose SwiGLU makes the codes of down_proj's input from gate and up directly
+(`nn/swiglu.py`), and fuse them, in place."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
@@ -13,49 +13,32 @@ from lowprec.recipe import Recipe
 WHY = "silu(gate) * up goes to down_proj in FP8, from the kernel that computes it"
 
 
-def fusable(
-    model: nn.Module, recipes: Mapping[str, Recipe | None], device_type: str, backend: str
-) -> list[str]:
-    """The names of the MLPs that a conversion fuses.
-
-    Args:
-        recipes: of each linear layer by its name, None if it is left alone.
-    """
-    return [
-        name
-        for name, module in _candidates(model)
-        if _is_native(recipes.get(f"{name}.down_proj".lstrip(".")), device_type, backend)
-    ]
-
-
-def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def candidates(model: nn.Module) -> Iterator[str]:
+    """Yield the names of the MLPs that can be fused where down_proj `takes_gate`."""
     for name, module in model.named_modules():
         if swiglu.is_fused(module) or swiglu.is_swiglu(module):
             down = module.down_proj
             if isinstance(down, nn.Linear) and not swiglu.is_hooked(down):
-                yield name, module
+                yield name
 
 
-def _is_native(recipe: Recipe | None, device_type: str, backend: str) -> bool:
-    return (
-        recipe is not None
-        and device_type != "meta"
-        and _gemms(recipe, device_type, backend).pairs["x"] is not None
-    )
+def takes_gate(recipe: Recipe | None, device_type: str, backend: str) -> bool:
+    """Return whether a down_proj of this recipe quantises silu(gate) * up in one kernel; None is a
+    layer in high precision."""
+    if recipe is None or device_type == "meta":
+        return False
+    able = able_backend(recipe, backend, device_type)
+    return LinearGemms.on(device_type, recipe, able).pairs["x"] is not None
 
 
-def _gemms(recipe: Recipe, device_type: str, backend: str) -> LinearGemms:
-    return LinearGemms.on(device_type, recipe, able_backend(recipe, backend, device_type))
-
-
-def apply(model: nn.Module, names: list[str]) -> None:
-    """Fuse these, and no others."""
+def apply(model: nn.Module, names: Iterable[str]) -> None:
+    """Fuse the MLPs of these names, and no others."""
     for module in model.modules():
         swiglu.unfuse(module)
     for name in names:
         swiglu.fuse(model.get_submodule(name))
 
 
-def part(names: list[str]) -> PartPlan:
-    """What the plan says of it."""
+def part(names: Sequence[str]) -> PartPlan:
+    """Return the plan's row about fused MLPs."""
     return PartPlan(name="swiglu", choice=f"fused in {len(names)} MLPs", reason=WHY)

@@ -1,0 +1,95 @@
+"""Describe decisions as a Plan: the backend of each product, and what is emulated and why."""
+
+from lowprec.conversion import swiglu_fusion
+from lowprec.conversion.config import TE
+from lowprec.conversion.decide import Decision, Decisions
+from lowprec.conversion.discover import CONVERTED
+from lowprec.conversion.plan import GemmPlan, LayerPlan, Plan
+from lowprec.errors import UserError
+from lowprec.gemm import select
+from lowprec.nn.operands import gemm_size
+from lowprec.nn.te_linear import te_reason, why_not_te
+from lowprec.recipe import GEMMS, Recipe
+
+
+def describe(decisions: Decisions) -> Plan:
+    """Return the plan of `decisions`.
+
+    Raises:
+        UserError: the backend that the configuration asks for can't run a recipe, or `strict`
+            forbids what would happen.
+    """
+    device_type = decisions.facts.device
+    layers = tuple(
+        _describe_layer(name, decision, device_type) for name, decision in decisions.layers.items()
+    )
+    parts = (swiglu_fusion.part(decisions.fused),) if decisions.fused else ()
+    plan = Plan(device=device_type, layers=layers, parts=parts)
+    if decisions.config.strict:
+        _check_strict(plan)
+    return plan
+
+
+def _describe_layer(name: str, decision: Decision, device_type: str) -> LayerPlan:
+    weight, recipe = decision.weight, decision.recipe
+    gemms = ()
+    reason = decision.reason
+    if recipe is not None:
+        gemms = tuple(
+            _describe_gemm(recipe, gemm, device_type, decision.backend, weight.shape)
+            for gemm in GEMMS
+        )
+        reason = "; ".join(dict.fromkeys(gemm.reason for gemm in gemms if not gemm.native))
+    return LayerPlan(
+        name=name,
+        kind="Linear" if isinstance(weight.module, CONVERTED) else type(weight.module).__name__,
+        shape=weight.shape,
+        recipe=None if recipe is None else recipe.name,
+        rule=decision.rule,
+        gemms=gemms,
+        reason=reason,
+        blocked=decision.blocked,
+        experts=weight.experts,
+    )
+
+
+def _describe_gemm(
+    recipe: Recipe, gemm: str, device_type: str, backend: str, shape: tuple[int, int]
+) -> GemmPlan:
+    if backend == TE:
+        if (reason := why_not_te(recipe, device_type)) is not None:
+            raise UserError(
+                f"precision.backend: 'te' can't run recipe {recipe.name} on {device_type}: {reason}"
+            )
+        return GemmPlan(
+            gemm=gemm,
+            equation=recipe.equation(gemm),
+            backend=TE,
+            native=True,
+            reason=te_reason(recipe),
+        )
+    chosen, support = select(
+        *recipe.operands(gemm),
+        device_type,
+        backend,
+        recipe.gemm(gemm).sums,
+        gemm_size(gemm, *shape),
+    )
+    return GemmPlan(
+        gemm=gemm,
+        equation=recipe.equation(gemm),
+        backend=chosen.name,
+        native=support.native,
+        reason=support.reason,
+    )
+
+
+def _check_strict(plan: Plan) -> None:
+    for layer in plan.layers:
+        if layer.blocked:
+            raise UserError(f"precision.strict: {layer.name} can't be converted: {layer.reason}")
+        if layer.converted and not layer.native:
+            raise UserError(
+                f"precision.strict: {layer.name} would run {layer.recipe} emulated on "
+                f"{plan.device}: {layer.reason}"
+            )
