@@ -1,19 +1,21 @@
-"""Which kernel computes an attention mask fastest, and that computation on plain tensors.
+"""The choice of the fastest kernel for an attention mask, and attention on plain tensors.
 
 The method. Three kernels compute the same function:
 
-    sdpa   scaled_dot_product_attention(is_causal=True): the fused flash kernels of PyTorch, which know one mask, the causal one
-    flex   FlexAttention: the mask is compiled into the kernel and tiles in which nothing is visible are skipped
+    sdpa   scaled_dot_product_attention(is_causal=True): PyTorch's fused flash kernels. They know
+           one mask, the causal one.
+    flex   FlexAttention: the mask is compiled into the kernel, which skips the tiles in which
+           nothing is visible.
     dense  scaled_dot_product_attention with the boolean matrix [B, 1, Q, K]: any mask, any device,
-    but Q*K work and memory
+           but work and memory proportional to Q*K.
 
-Plain causal goes to SDPA, which has a fused kernel for it. Every other mask goes to FlexAttention
-on CUDA, where its cost is proportional to the tiles that are visible. FlexAttention has no backward
-on a CPU, so a CPU takes the dense matrix, for training and for inference alike so that both see the
-same numbers. `choose` returns the reason with the choice.
+Plain causal goes to SDPA, which has a fused kernel for it. On CUDA, every other mask goes to
+FlexAttention, whose cost is proportional to the number of visible tiles. FlexAttention has no
+backward on a CPU, so a CPU takes the dense matrix. It does so for training and for inference, so
+that both see the same numbers. `choose` returns the reason with the choice.
 
-Shapes: B batch, H query heads, Q and K lengths, D head dimension; keys and values may have fewer
-heads (grouped-query attention).
+Shapes: B batch, H query heads, G key and value heads, Q and K lengths, D head dimension. G may be
+smaller than H (grouped-query attention).
 """
 
 from collections.abc import Callable
@@ -26,18 +28,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from lowprec.attention.mask import Causal, Mask, parse
+from lowprec.attention.expression import parse
+from lowprec.attention.mask import Causal, Mask
 from lowprec.errors import UserError
 
 Kernel = Literal["sdpa", "flex", "dense"]
 
-# The tensor cores' smallest contraction axis, below which FlexAttention's kernel is not defined.
+# The smallest contraction axis of the tensor cores. FlexAttention's kernel is undefined below it.
 FLEX_MIN_HEAD_DIM = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """A kernel and why it was chosen."""
+    """A kernel and the reason for choosing it."""
 
     kernel: Kernel
     reason: str
@@ -49,8 +52,8 @@ class Choice:
 def choose(
     mask: Mask | str, device_type: str, *, requires_grad: bool = True, head_dim: int = 64
 ) -> Choice:
-    """The kernel for `mask` on a device of type `device_type` ("cuda", "cpu", ...), with the
-    reason. Pure: runs nothing."""
+    """Return the kernel for `mask` on a device of type `device_type` ("cuda", "cpu", ...), with the
+    reason. Nothing is run."""
     mask = parse(mask)
     if isinstance(mask, Causal):
         return Choice(kernel="sdpa", reason="plain causal: SDPA has a fused kernel for it")
@@ -66,7 +69,10 @@ def choose(
             kernel="dense", reason=f"'{mask}' on {device_type}: FlexAttention is used on CUDA only"
         )
     if head_dim < FLEX_MIN_HEAD_DIM:
-        reason = f"'{mask}': FlexAttention needs a head dimension of at least {FLEX_MIN_HEAD_DIM}, this one is {head_dim}"
+        reason = (
+            f"'{mask}': FlexAttention needs a head dimension of at least {FLEX_MIN_HEAD_DIM}, this "
+            f"one is {head_dim}"
+        )
         return Choice(kernel="dense", reason=reason)
     return Choice(
         kernel="flex", reason=f"'{mask}' on CUDA: FlexAttention skips the tiles that the mask hides"
@@ -76,12 +82,20 @@ def choose(
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask | str, *, scale: float | None = None
 ) -> Tensor:
-    """softmax(q k^T * scale, over the keys that `mask` shows) v, by the kernel that `choose` names.
+    """Return softmax(q k^T * scale) v, the softmax over the keys that `mask` shows.
 
-    q: [B, H, Q, D]; k, v: [B, G, K, D] with H a multiple of G; one floating dtype and device.
-    scale: 1/sqrt(D) by default. Returns [B, H, Q, D] in the dtype of q; a query that sees no key
-    gets zeros. Query i and key i are the same position. Raises UserError if the shapes do not fit
-    or the mask has a `document` without ids.
+    The kernel is the one that `choose` returns. Query i and key i are the same position.
+
+    Args:
+        q: [B, H, Q, D].
+        k: [B, G, K, D], with H a multiple of G; k and v have the dtype and device of q.
+        v: [B, G, K, D].
+        mask: a mask, or an expression that `parse` reads.
+        scale: 1/sqrt(D) by default.
+    Returns:
+        [B, H, Q, D] in the dtype of q; a query that sees no key gets zeros.
+    Raises:
+        UserError: the shapes do not fit, or the mask has a `document` without ids.
     """
     mask = parse(mask)
     _check(q, k, v)
@@ -102,19 +116,20 @@ def attention(
 def run_flex(
     q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, *, scale: float | None = None
 ) -> Tensor:
-    """FlexAttention with `block_mask`; shapes as in `attention`.
+    """Run FlexAttention with `block_mask`. Shapes are as in `attention`.
 
-    Inside an outer torch.compile (a compiled decoder block) the plain function is called, since a
-    compiled function may not nest.
+    Inside an outer torch.compile (a compiled decoder block) the plain function is called, because
+    compiled functions cannot be nested.
     """
     groups = q.shape[1] // k.shape[1]
     if groups & (groups - 1):
         # The kernel for short queries packs the group into a tile, whose sides are powers of two.
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        k = k.repeat_interleave(groups, dim=1)
+        v = v.repeat_interleave(groups, dim=1)
         groups = 1
     flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
-    # PyTorch would take its decoding kernel for fewer than 128 queries, which has no configuration
-    # for some shapes (and no backward).
+    # For fewer than 128 queries PyTorch would take its decoding kernel, which has no backward and,
+    # for some shapes, no configuration.
     options: Any = {"FORCE_USE_FLEX_ATTENTION": True} if q.is_cuda else None
     return flex(
         q, k, v, block_mask=block_mask, scale=scale, enable_gqa=groups > 1, kernel_options=options
@@ -123,8 +138,8 @@ def run_flex(
 
 @cache
 def _compiled_flex() -> Callable[..., Tensor]:
-    # fullgraph: without it, hitting the recompilation limit would fall back, in silence, to an
-    # unfused kernel.
+    # Without fullgraph, reaching the recompilation limit would silently fall back to an unfused
+    # kernel.
     return torch.compile(flex_attention, fullgraph=True)
 
 

@@ -1,30 +1,25 @@
 """Attention masks as an algebra: small predicates over (batch, head, query, key), combined with
 `&`, `|` and `~`.
 
-The method. Which key a query may look at is a boolean function m(b, h, q, kv) of four indices.
+The method. A boolean function m(b, h, q, kv) of four indices says which keys a query may look at.
 Every mask of a language model is a combination of a few such functions:
 
     causal             kv <= q
-    sliding_window(n)  q - kv < n      (says nothing about the future: write causal & sliding_window(n))
+    sliding_window(n)  q - kv < n      (the future stays visible: write causal & sliding_window(n))
     document           id[b, q] == id[b, kv]
-    prefix(n)          kv < n          (prefix language model: causal | prefix(n))
+    prefix(n)          kv < n          (a prefix language model is causal | prefix(n))
 
-and one function serves three kernels. On broadcast index tensors it gives the dense boolean matrix;
-on the scalars that `vmap` feeds it, FlexAttention compiles it into the attention kernel; and
-evaluated once per 128 x 128 tile it gives the `BlockMask` that lets the kernel skip the tiles in
-which nothing is visible, so the cost falls from Q*K to what is really attended to (Dong et al.,
-"Flex Attention", arXiv 2412.05496).
+One function serves three kernels:
+
+* On broadcast index tensors it gives the dense boolean matrix.
+* On the scalars that `vmap` passes to it, FlexAttention compiles it into the attention kernel.
+* Reduced over each tile of 128 x 128 it gives the `BlockMask`. The kernel then skips the tiles in
+  which nothing is visible, so the cost falls from Q*K to the number of visible tiles (Dong et al.,
+  "Flex Attention", arXiv 2412.05496).
 
 Indices are absolute: query 0 and key 0 are the same token. Shapes: B batch, Q and K lengths.
-
-    >>> mask = parse("causal & sliding_window(1024) & document")
-    >>> mask == causal() & sliding_window(1024) & document()
-    True
-    >>> str(mask)
-    'causal & sliding_window(1024) & document'
 """
 
-import ast
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cache
@@ -34,42 +29,42 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from lowprec.errors import UserError, nearest
+from lowprec.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mask:
-    """A predicate m(b, h, q, kv): may query q look at key kv? Immutable; combine with `&`, `|`,
-    `~`.
+    """A predicate m(b, h, q, kv), True if query q may look at key kv.
 
-    `str(mask)` is the expression that `parse` reads back (document ids are data of one batch and
-    are not part of it).
+    Masks are immutable; `&`, `|` and `~` combine them. `str(mask)` is the expression that `parse`
+    reads back. It does not hold document ids, which belong to one batch.
     """
 
     def mod(self, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        """The predicate. Arguments: integer tensors that broadcast (or vmapped scalars). Returns:
-        bool, of a shape that broadcasts to theirs (a mask that does not look at b has no batch
-        dimension)."""
+        """Evaluate the predicate.
+
+        The arguments are integer tensors that broadcast, or vmapped scalars. The result is bool, of
+        a shape that broadcasts to theirs: a mask that does not depend on b has no batch dimension.
+        """
         raise NotImplementedError
 
     @property
     def children(self) -> tuple["Mask", ...]:
-        """The masks that this one combines."""
+        """Masks that this one combines."""
         return tuple(
             value for field in fields(self) if isinstance(value := getattr(self, field.name), Mask)
         )
 
     @property
     def needs_documents(self) -> bool:
-        """Does a `document` occur in it, with or without ids?"""
+        """Flag: the mask contains a `document`, with or without ids."""
         return any(child.needs_documents for child in self.children)
 
     def bind(self, document_ids: Tensor) -> "Mask":
-        """This mask with `document_ids` (int [B, S], equal where the document is the same) in each
-        `document`.
+        """Return this mask with `document_ids` in each `document`.
 
-        Raises UserError for ids of another shape or type. A mask without `document` comes back
-        equal.
+        `document_ids` is int [B, S]; tokens of one document have one id. A mask without `document`
+        is returned as an equal mask. Raises UserError for ids of another shape or type.
         """
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(
@@ -84,8 +79,10 @@ class Mask:
     def dense(
         self, batch: int, q_len: int, kv_len: int, device: torch.device | str = "cpu"
     ) -> Tensor:
-        """The boolean matrix, True where visible: [B, 1, Q, K], or [1, 1, Q, K] if the mask does
-        not depend on the batch."""
+        """Return the boolean matrix, True where a key is visible.
+
+        It is [B, 1, Q, K], or [1, 1, Q, K] if the mask does not depend on the batch.
+        """
         rows = self._rows(batch, q_len, kv_len)
         b = torch.arange(rows, device=device)[:, None, None, None]
         h = torch.zeros((1, 1, 1, 1), dtype=torch.int64, device=device)
@@ -96,15 +93,18 @@ class Mask:
     def block_mask(
         self, batch: int, q_len: int, kv_len: int, device: torch.device | str = "cpu"
     ) -> BlockMask:
-        """The mask in 128 x 128 tiles for FlexAttention (torch.nn.attention.flex_attention); batch
-        size B or 1 as in `dense`."""
+        """Return the mask in tiles of 128 x 128 for FlexAttention
+        (torch.nn.attention.flex_attention). Its batch size is B or 1, as in `dense`."""
         return build_block_mask(
             self.function(), self._rows(batch, q_len, kv_len), q_len, kv_len, device
         )
 
     def function(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        """`mod` as a plain function. PyTorch counts the arguments of its code object to tell a mask
-        from a score modification, and a bound method has one more (self)."""
+        """Return `mod` as a plain function.
+
+        PyTorch counts the arguments of the code object to distinguish a mask from a score
+        modification, and a bound method has one argument more (self).
+        """
 
         def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
             return self.mod(b, h, q, kv)
@@ -134,7 +134,7 @@ class Mask:
 
 @dataclass(frozen=True, kw_only=True)
 class Causal(Mask):
-    """kv <= q."""
+    """The mask kv <= q: each token sees itself and the tokens before it."""
 
     def mod(self, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         return kv <= q
@@ -145,7 +145,7 @@ class Causal(Mask):
 
 @dataclass(frozen=True, kw_only=True)
 class SlidingWindow(Mask):
-    """q - kv < n: the token itself and the n - 1 before it."""
+    """The mask q - kv < n: each token sees itself, the n - 1 tokens before it, and later ones."""
 
     n: int
 
@@ -158,7 +158,7 @@ class SlidingWindow(Mask):
 
 @dataclass(frozen=True, kw_only=True)
 class Prefix(Mask):
-    """kv < n: the first n tokens are visible to all."""
+    """The mask kv < n: all tokens see the first n tokens."""
 
     n: int
 
@@ -169,12 +169,13 @@ class Prefix(Mask):
         return f"prefix({self.n})"
 
 
-# Equality and hash are written out: the generated ones would compare tensors element by element.
+# Equality and hash are written by hand. The generated ones would compare tensors elementwise.
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Document(Mask):
-    """id[b, q] == id[b, kv]; without ids a placeholder that each training batch fills in."""
+    """The mask id[b, q] == id[b, kv]: each token sees the tokens of its own document."""
 
     ids: Tensor | None = None
+    """Document ids, integer [B, S]; None makes the mask a placeholder for the ids of each batch."""
 
     def mod(self, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         if self.ids is None:
@@ -203,6 +204,8 @@ class Document(Mask):
 
 @dataclass(frozen=True, kw_only=True)
 class And(Mask):
+    """A mask that shows what both of its parts show."""
+
     left: Mask
     right: Mask
 
@@ -210,12 +213,14 @@ class And(Mask):
         return self.left.mod(b, h, q, kv) & self.right.mod(b, h, q, kv)
 
     def __str__(self) -> str:
-        # Parentheses on the right keep the shape of the tree: a & (b & c) reads back as itself.
+        # Parentheses on the right keep the tree's shape: `parse` reads a & (b & c) back as it was.
         return f"{_wrap(self.left, Or)} & {_wrap(self.right, Or, And)}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Or(Mask):
+    """A mask that shows what at least one of its parts shows."""
+
     left: Mask
     right: Mask
 
@@ -228,6 +233,8 @@ class Or(Mask):
 
 @dataclass(frozen=True, kw_only=True)
 class Not(Mask):
+    """A mask that shows what its part hides."""
+
     inner: Mask
 
     def mod(self, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
@@ -248,25 +255,31 @@ def _bound_ids(mask: Mask) -> list[Tensor]:
 
 
 def causal() -> Mask:
-    """Each token sees itself and what precedes it: kv <= q."""
+    """Return the mask kv <= q: each token sees itself and the tokens before it."""
     return Causal()
 
 
 def sliding_window(n: int) -> Mask:
-    """Each token sees at most the n - 1 tokens before it: q - kv < n. The future stays visible:
-    compose it with `causal()`."""
+    """Return the mask q - kv < n: each token sees itself and the n - 1 tokens before it.
+
+    Later tokens stay visible, so combine the mask with `causal()`.
+    """
     return SlidingWindow(n=_size("sliding_window", n))
 
 
 def prefix(n: int) -> Mask:
-    """The first n tokens are visible to every query: kv < n. A prefix language model is `causal() |
-    prefix(n)`."""
+    """Return the mask kv < n: all tokens see the first n tokens.
+
+    A prefix language model has the mask `causal() | prefix(n)`.
+    """
     return Prefix(n=_size("prefix", n))
 
 
 def document(ids: Tensor | None = None) -> Mask:
-    """Only tokens of the same document see each other. `ids`: integer tensor [B, S], or None for a
-    placeholder (`Mask.bind`)."""
+    """Return the mask under which only tokens of the same document see each other.
+
+    `ids` is an integer tensor [B, S], or None for a placeholder (see `Mask.bind`).
+    """
     if ids is not None and (
         not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point() or ids.is_complex()
     ):
@@ -281,78 +294,6 @@ def _size(name: str, n: Any) -> int:
     return n
 
 
-_FACTORIES: dict[str, Callable[..., Mask]] = {
-    "causal": causal,
-    "document": document,
-    "prefix": prefix,
-    "sliding_window": sliding_window,
-}
-_TAKES_SIZE = ("prefix", "sliding_window")
-_MAX_EXPRESSION = (
-    1000  # characters; keeps a hostile expression from exhausting the recursion of the parser
-)
-
-
-def parse(expression: "str | Mask") -> Mask:
-    """The mask that `expression` describes, e.g. "causal & sliding_window(1024) & document"; a Mask
-    is returned as it is.
-
-    Names: causal, document, prefix(n), sliding_window(n). Operators, by precedence: ~ & | and
-    parentheses, as in Python. The text is read with `ast` and only these nodes are accepted;
-    nothing is evaluated. Raises UserError for anything else.
-    """
-    if isinstance(expression, Mask):
-        return expression
-    if not isinstance(expression, str) or len(expression) > _MAX_EXPRESSION:
-        raise UserError(
-            "mask: expected an expression such as 'causal & document', got "
-            f"{str(expression)[:40]!r}"
-        )
-    try:
-        tree = ast.parse(expression.strip(), mode="eval")
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise UserError(
-            f"mask: cannot read {expression!r}; write it as in 'causal & sliding_window(1024) & "
-            "document'"
-        ) from None
-    return _from_node(tree.body, expression)
-
-
-def _from_node(node: ast.expr, text: str) -> Mask:
-    match node:
-        case ast.BinOp(left=left, op=ast.BitAnd(), right=right):
-            return _from_node(left, text) & _from_node(right, text)
-        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
-            return _from_node(left, text) | _from_node(right, text)
-        case ast.UnaryOp(op=ast.Invert(), operand=operand):
-            return ~_from_node(operand, text)
-        case ast.Name(id=name):
-            return _atom(name, [], text)
-        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]):
-            return _atom(name, args, text)
-        case ast.BoolOp() | ast.UnaryOp(op=ast.Not()):
-            raise UserError(
-                f"mask: write '&', '|' and '~' in place of 'and', 'or' and 'not' in {text!r}"
-            )
-        case _:
-            raise UserError(
-                f"mask: {ast.unparse(node)!r} in {text!r} is neither a mask nor one of the "
-                "operators & | ~"
-            )
-
-
-def _atom(name: str, args: list[ast.expr], text: str) -> Mask:
-    if name not in _FACTORIES:
-        raise UserError(f"mask: unknown name '{name}' in {text!r}{nearest(name, _FACTORIES)}")
-    if name not in _TAKES_SIZE:
-        if args:
-            raise UserError(f"mask: '{name}' takes no argument in an expression, got {text!r}")
-        return _FACTORIES[name]()
-    if len(args) != 1 or not isinstance(args[0], ast.Constant):
-        raise UserError(f"mask: {name}(n) takes one positive integer, got {text!r}")
-    return _FACTORIES[name](args[0].value)
-
-
 @cache
 def _compiled_create_block_mask() -> Callable[..., BlockMask]:
     return torch.compile(create_block_mask)
@@ -361,12 +302,12 @@ def _compiled_create_block_mask() -> Callable[..., BlockMask]:
 def build_block_mask(
     mod: Callable[..., Tensor], rows: int, q_len: int, kv_len: int, device: torch.device | str
 ) -> BlockMask:
-    """`create_block_mask` for the predicate `mod`, compiled on CUDA.
+    """Run `create_block_mask` for the predicate `mod`; on CUDA, compiled.
 
-    Uncompiled it writes the whole [rows, 1, Q, K] matrix to memory before it reduces it to tiles
-    (gigabytes at long lengths); compiled, the two steps are one kernel. On a CPU the compilation
-    costs more than it saves. Inside an outer `torch.compile` the plain function is right: the outer
-    one compiles it.
+    The uncompiled function writes the whole [rows, 1, Q, K] matrix to memory before it reduces the
+    matrix to tiles (gigabytes at long lengths). Compiled, the two steps are one kernel. On a CPU
+    the compilation costs more than it saves. Inside an outer `torch.compile` the plain function is
+    called, because the outer one compiles it.
     """
     compiled = torch.device(device).type == "cuda" and not torch.compiler.is_compiling()
     create = _compiled_create_block_mask() if compiled else create_block_mask

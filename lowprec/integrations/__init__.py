@@ -1,8 +1,7 @@
-"""Kernels from other projects, and the compiler: which of them apply to a model, and why the others
-do not.
+"""Kernels from other projects, and torch.compile.
 
-`liger` holds the choice of Liger's kernels, `compile` the compilation of the decoder blocks. Apply
-Liger first.
+`liger` chooses and applies Liger's kernels, with a reason for each; `compile` compiles the decoder
+blocks. Apply Liger first.
 """
 
 from lowprec.integrations.compile import (

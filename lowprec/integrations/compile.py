@@ -1,11 +1,10 @@
 """`torch.compile` for the repeated blocks of a model, one compilation for all of them.
 
 The method. A language model is a stack of identical blocks. Compiling the whole model traces every
-one of them; compiling the block traces it once, and the result serves all the layers, because they
-have the same code and the same shapes. That is much faster to compile and loses only the fusions
-across block boundaries, which are few (the residual stream is written there anyway).
-`Module.compile` is used, which keeps the module itself: parameter names, state dict and hooks stay
-as they are.
+one of them. Compiling the block traces it once, and the result serves all layers, because they have
+the same code and the same shapes. This compiles much faster and loses only the fusions across block
+boundaries, which are few (the residual stream is written there anyway). We use `Module.compile`,
+which keeps the module itself: parameter names, state dict and hooks stay as they are.
 """
 
 import contextlib
@@ -25,15 +24,17 @@ from lowprec.errors import UserError
 Mode = Literal["blocks", "off"]
 
 _BY_SHAPE = {"deterministic": True, "triton.autotune_pointwise": False}
-"""Settings of torch._inductor, which takes a second to import: not before it is needed."""
+"""Settings of torch._inductor.config, which is imported only when needed: it takes a second."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompileChoice:
-    """How many blocks are compiled, and why."""
+    """The number of compiled blocks, with the reason."""
 
     compiled: int
+    """Number of compiled blocks."""
     reason: str
+    """Reason for compiling or not compiling."""
 
     def __str__(self) -> str:
         return (
@@ -44,11 +45,10 @@ class CompileChoice:
 
 
 def compile_blocks(model: nn.Module, mode: Mode, device_type: str) -> CompileChoice:
-    """Compile the decoder blocks of `model` in place (lazily: at the first forward pass); "off"
-    does nothing.
+    """Compile the decoder blocks of `model` in place, at the first forward pass.
 
-    Raises UserError for a model without a stack of blocks, and on a CPU without the C++ compiler
-    that TorchInductor needs.
+    The mode "off" does nothing. Raises UserError for a model without a stack of blocks, and on a
+    CPU without the C++ compiler that TorchInductor needs.
     """
     if mode not in ("blocks", "off"):
         raise UserError(f"compile: expected 'blocks' or 'off', got {mode!r}")
@@ -58,7 +58,7 @@ def compile_blocks(model: nn.Module, mode: Mode, device_type: str) -> CompileCho
     if device_type == "cpu" and (missing := _missing_cpp_compiler()):
         raise UserError(
             f"compile: compiling for a CPU needs a C++ compiler and '{missing}' is not installed; "
-            "set it to off"
+            "set compile: off"
         )
     compile_deterministically()
     for block in blocks:
@@ -71,20 +71,22 @@ def compile_blocks(model: nn.Module, mode: Mode, device_type: str) -> CompileCho
 
 @contextlib.contextmanager
 def kernels_by_shape() -> Iterator[None]:
-    """What torch.compile compiles within takes kernels by their shapes alone, so that two processes
-    take the same ones.
+    """Make torch.compile choose kernels by shape alone within this context.
 
-    By itself TorchInductor times variants of a kernel and takes the fastest, of pointwise ones even
-    where deterministic algorithms are asked for (pytorch pull request 164905). Variants round
-    differently; one contracts a product and a sum to an FMA where another does not.
+    Two processes then take the same kernels. By default TorchInductor times variants of a kernel
+    and takes the fastest one. It does so for pointwise kernels even if deterministic algorithms are
+    requested (pytorch pull request 164905). Variants round differently: one contracts a product and
+    a sum to an FMA where another does not.
     """
     with importlib.import_module("torch._inductor.config").patch(_BY_SHAPE):
         yield
 
 
 def compile_deterministically() -> None:
-    """`kernels_by_shape` for all that this process compiles from now on, if
-    torch.use_deterministic_algorithms is on; else nothing."""
+    """Apply the settings of `kernels_by_shape` to the whole process, for all later compilations.
+
+    Does nothing unless torch.use_deterministic_algorithms is on.
+    """
     if torch.are_deterministic_algorithms_enabled():
         config = importlib.import_module("torch._inductor.config")
         for name, value in _BY_SHAPE.items():
@@ -92,12 +94,13 @@ def compile_deterministically() -> None:
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The name and the ModuleList of the repeated blocks.
+    """Return the name and the ModuleList of the repeated blocks.
 
-    It is the longest ModuleList whose children have one class, if possible a class that
-    transformers declares to be a layer (`_no_split_modules`, GradientCheckpointingLayer): a block
-    may itself hold a longer list, of experts say. Otherwise lists inside of another candidate do
-    not count. Raises UserError if there is none.
+    The candidates are the ModuleLists whose children all have one class, and the longest candidate
+    is returned. A block may itself hold a longer list, for example of experts. So if transformers
+    declares the class of some list to be a layer (`_no_split_modules`, GradientCheckpointingLayer),
+    only such lists count; otherwise, lists inside another candidate do not count. Raises UserError
+    if there is no candidate.
     """
     lists = [
         (name, module)
@@ -112,21 +115,22 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     candidates = layers or outermost
     if not candidates:
         raise UserError(
-            f"compile: {type(model).__name__} has no ModuleList of equal blocks to compile; set it "
-            "to off"
+            f"compile: {type(model).__name__} has no ModuleList of equal blocks to compile; set "
+            "compile: off"
         )
     return max(candidates, key=lambda item: len(item[1]))
 
 
 def _is_declared_layer(cls: type, declared: set[str]) -> bool:
-    # By name, so that a model from elsewhere does not make this import transformers.
+    # The class is compared by name, so that a model from elsewhere needs no import of transformers.
     return cls.__name__ in declared or any(
         base.__name__ == "GradientCheckpointingLayer" for base in cls.__mro__
     )
 
 
 def _missing_cpp_compiler() -> str | None:
-    """The C++ compiler that TorchInductor would call, if it is not there."""
+    """Return the name of the C++ compiler that TorchInductor needs and that is not installed, or
+    None."""
     default = {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
     compiler = os.environ.get("CXX", default)
     return None if shutil.which(compiler) else compiler

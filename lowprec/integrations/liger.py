@@ -1,21 +1,20 @@
-"""Liger's Triton kernels in a Hugging Face model: which apply, and why the others do not.
+"""Liger's Triton kernels in a Hugging Face model, with a reason for each kernel that is not used.
 
-The method. Outside of GEMMs and attention a decoder is bound by memory: RMSNorm, SwiGLU, rotary
+The method. Outside GEMMs and attention, a decoder is bound by memory: RMSNorm, SwiGLU, rotary
 embedding, and above all the loss, whose logits [tokens, vocabulary] are the largest tensor of the
-step. Liger (Hsu et al., "Liger Kernel", arXiv 2410.10989) fuses each of these;
-`fused_linear_cross_entropy` never writes the logits to memory at all. Three things limit their use
-here:
+step. Liger (Hsu et al., "Liger Kernel", arXiv 2410.10989) fuses each of these, and
+`fused_linear_cross_entropy` never writes the logits to memory. Three things limit their use here:
 
     - A compiled block needs none of the three small kernels. TorchInductor fuses the same
-      operations, across their borders too, and a Triton kernel from outside is a wall to it. Liger
-      0.8.5's RMSNorm even fails in a block compiled by PyTorch 2.11.
-    - `fused_linear_cross_entropy` multiplies by lm_head.weight itself and never calls lm_head. If
-      that is a low-precision layer, Liger would bypass it in silence; so it is left off.
-    - Liger patches more than the model: besides the instance it replaces classes and functions in
-      transformers' module. What can be undone is (see `apply_liger`); the rotary embedding is a
-      function of the module that all of its models share.
+      operations, and it fuses them with their neighbours too, which it cannot do with a Triton
+      kernel from outside. Liger 0.8.5's RMSNorm even fails in a block compiled by PyTorch 2.11.
+    - `fused_linear_cross_entropy` multiplies by lm_head.weight itself and never calls lm_head. It
+      would silently bypass a low-precision lm_head, so it is not used with one.
+    - Liger patches more than the model: besides the instance, it replaces classes and functions in
+      transformers' module. `apply_liger` undoes this except for the rotary embedding, which is a
+      function of the module that all models of that architecture share.
 
-`plan_liger` decides and changes nothing; `apply_liger` does what that plan says.
+`plan_liger` decides and changes nothing; `apply_liger` carries out that plan.
 """
 
 import importlib.util
@@ -40,11 +39,14 @@ INSTALL = "pip install 'lowprec[liger]'"
 
 @dataclass(frozen=True, kw_only=True)
 class KernelChoice:
-    """One of Liger's kernels, used or not, and why."""
+    """One of Liger's kernels, used or not, with the reason."""
 
     name: str
+    """Name of the kernel, one of `KERNELS`."""
     used: bool
+    """Flag: the kernel is used."""
     reason: str
+    """Reason for using or not using it."""
 
     def __str__(self) -> str:
         return f"{self.name}: {'liger' if self.used else 'no'}, {self.reason}"
@@ -58,7 +60,7 @@ class LigerPlan:
 
     @property
     def applied(self) -> tuple[str, ...]:
-        """The names of the kernels in use."""
+        """Names of the kernels in use."""
         return tuple(kernel.name for kernel in self.kernels if kernel.used)
 
     def __str__(self) -> str:
@@ -73,11 +75,14 @@ def plan_liger(
     compiled_blocks: bool,
     head_is_low_precision: bool,
 ) -> LigerPlan:
-    """Which of Liger's kernels `apply_liger` would use, with the reasons. Changes nothing.
+    """Return the kernels that `apply_liger` would use, with the reasons. Changes nothing.
 
-    model: a transformers model. mode: "off", "auto" (use what applies) or "on" (UserError if
-    nothing does). compiled_blocks: whether the decoder blocks are, or will be, compiled.
-    head_is_low_precision: whether lm_head computes in low precision.
+    Args:
+        model: a transformers model.
+        mode: "off", "auto" (use the kernels that apply) or "on" (UserError if no kernel applies).
+        device_type: type of the device that trains, such as "cuda".
+        compiled_blocks: True if the decoder blocks are, or will be, compiled.
+        head_is_low_precision: True if lm_head computes in low precision.
     """
     if mode not in ("auto", "on", "off"):
         raise UserError(f"kernels.liger: expected 'auto', 'on' or 'off', got {mode!r}")
@@ -105,12 +110,11 @@ def apply_liger(
     compiled_blocks: bool,
     head_is_low_precision: bool,
 ) -> LigerPlan:
-    """Use Liger's kernels in `model`, in place, as `plan_liger` (which see) decides; returns that
-    plan.
+    """Put Liger's kernels into `model`, in place, and return the plan.
 
-    Only this instance changes, but for `rope`: that replaces a function in the model's module of
-    transformers, for every model of that architecture in the process. Call it before the blocks are
-    compiled.
+    The arguments are those of `plan_liger`. Only this instance changes, with one exception:
+    `rope` replaces a function in the model's module of transformers, for every model of that
+    architecture in the process. Call this before the blocks are compiled.
     """
     plan = plan_liger(
         model,
@@ -125,13 +129,14 @@ def apply_liger(
 
 
 def _none(reason: str) -> LigerPlan:
+    """Return a plan that uses no kernel, for one reason."""
     return LigerPlan(
         kernels=tuple(KernelChoice(name=name, used=False, reason=reason) for name in KERNELS)
     )
 
 
 def _obstacle(model: nn.Module, device_type: str) -> str | None:
-    """What keeps every kernel away, if anything."""
+    """Return the reason why no kernel can be used, or None."""
     if device_type != "cuda":
         return f"Liger's kernels need CUDA, not {device_type}"
     if importlib.util.find_spec("liger_kernel") is None:
@@ -140,7 +145,8 @@ def _obstacle(model: nn.Module, device_type: str) -> str | None:
     if model_type not in _liger_functions():
         return f"Liger has no kernels for the model type '{model_type}'"
     if not type(model).__module__.startswith("transformers.models."):
-        return f"Liger patches transformers' own classes, and {type(model).__name__} is not one of them"
+        name = type(model).__name__
+        return f"Liger patches transformers' own classes, and {name} is not one of them"
     return None
 
 
@@ -169,18 +175,22 @@ def _choose(
 def _why_not(
     name: str, model: nn.Module, compiled_blocks: bool, head_is_low_precision: bool
 ) -> str | None:
+    """Return the reason why one kernel is not used, or None."""
     model_type = _model_type(model)
     parameter = inspect.signature(_liger_functions()[model_type]).parameters.get(name)
     if parameter is None:
         return f"Liger has none for the model type '{model_type}'"
     if parameter.default is False:
-        # So marked where the architecture differs from what the kernel computes.
+        # Liger's default is False where the architecture differs from what the kernel computes.
         return f"Liger leaves it off for the model type '{model_type}'"
     if name == "fused_linear_cross_entropy":
         return _why_not_fused_loss(model, head_is_low_precision)
     if compiled_blocks:
         if name == "rms_norm" and _torch_version() < (2, 12):
-            return "left to the compiler: Liger 0.8.5's fails in a block compiled by PyTorch < 2.12 ('float' object has no attribute 'to')"
+            return (
+                "left to the compiler: Liger 0.8.5's fails in a block compiled by PyTorch < 2.12 "
+                "('float' object has no attribute 'to')"
+            )
         return "left to the compiler, which fuses it with its neighbours"
     activation = getattr(_text_config(model), "hidden_act", None)
     if name == "swiglu" and activation not in ("silu", "swish"):
@@ -189,13 +199,15 @@ def _why_not(
 
 
 def _why_not_fused_loss(model: nn.Module, head_is_low_precision: bool) -> str | None:
+    """Return the reason why `fused_linear_cross_entropy` is not used, or None."""
     head = getattr(model, "lm_head", None)
     if not isinstance(head, nn.Module):
         return f"{type(model).__name__} has no lm_head"
+    bypass = "this kernel reads lm_head.weight directly, bypassing the layer"
     if head_is_low_precision:
-        return "lm_head is a low-precision layer, and this kernel reads lm_head.weight directly, bypassing the layer"
+        return f"lm_head is a low-precision layer, and {bypass}"
     if type(head) is not nn.Linear:
-        return f"lm_head is a {type(head).__name__}, and this kernel reads lm_head.weight directly, bypassing the layer"
+        return f"lm_head is a {type(head).__name__}, and {bypass}"
     if head.bias is not None:
         return "lm_head has a bias, which this kernel leaves out"
     if getattr(_text_config(model), "pretraining_tp", 1) > 1:
@@ -204,8 +216,8 @@ def _why_not_fused_loss(model: nn.Module, head_is_low_precision: bool) -> str | 
 
 
 def _patch(model: nn.Module, names: tuple[str, ...]) -> None:
-    """Call Liger's function for this model type, then undo what it changed outside of the instance
-    (but for rope)."""
+    """Call Liger's function for this model type, then undo its changes outside the instance (except
+    for rope)."""
     function = _liger_functions()[_model_type(model)]
     options = {
         name: False
@@ -214,22 +226,25 @@ def _patch(model: nn.Module, names: tuple[str, ...]) -> None:
     }
     options |= dict.fromkeys(names, True)
 
-    module, cls = sys.modules[type(model).__module__], type(model)
-    before, forward = dict(vars(module)), cls.__dict__.get("forward")
+    cls = type(model)
+    module = sys.modules[cls.__module__]
+    before = dict(vars(module))
+    forward = cls.__dict__.get("forward")
     function(model=model, **options)
 
     for name, value in before.items():
-        # Classes for models that are built later; the instance itself is patched through its own
-        # modules.
+        # Liger replaces classes for models that are built later. This instance is patched through
+        # its own modules, so the classes can be restored.
         if isinstance(value, type) and vars(module)[name] is not value:
             setattr(module, name, value)
     patched: Any = cls.__dict__.get("forward")
     if patched is not forward:
-        # Some model types have the loss patched into the class: move it to the instance.
+        # For some model types Liger patches the loss into the class. Move it to the instance.
         if forward is None:
             del cls.forward
         else:
-            setattr(cls, "forward", forward)  # noqa: B010  (a plain assignment is taken for a method override)
+            # Type checkers take a plain assignment for a method override.
+            setattr(cls, "forward", forward)  # noqa: B010
         model.forward = MethodType(patched, model)
 
 
@@ -249,8 +264,8 @@ def _torch_version() -> tuple[int, int]:
 
 @cache
 def _liger_functions() -> dict[Any, Callable[..., None]]:
-    # Liger's entry point _apply_liger_kernel_to_instance only logs an unknown model type, so its
-    # table is read instead.
+    # We read Liger's table, because its entry point _apply_liger_kernel_to_instance only logs an
+    # unknown model type.
     from liger_kernel.transformers import monkey_patch
 
     return dict(monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN)

@@ -1,4 +1,4 @@
-"""What low precision does to a model while it trains."""
+"""Measurements of what low precision does to a model while it trains."""
 
 from lowprec.observe.probe import LayerProbe, Probe
 

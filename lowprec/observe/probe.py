@@ -5,19 +5,21 @@
         model(**batch).loss.backward()
     probe.layers                    # {name: LayerProbe}
 
-x and w are measured as fprop quantises them, g, the gradient of the layer's output, as dgrad does:
-transformed where the recipe transforms them, and by the scales that the layer takes. Nothing else
-changes: what is measured are copies, draws of stochastic rounding have a key of their own, amax
-histories are read from a clone, so a probed step computes the same bits. Outside of sampled steps
-nothing is hooked.
+The probe quantises x and w as fprop does, and g, the gradient of the layer's output, as dgrad does:
+with the recipe's Hadamard transform, if it has one, and with the layer's scales.
 
-Compiled blocks do not run hooks that came after their compilation. A sampled step therefore runs
-eagerly (`torch.compiler.set_stance`), without compiling anything anew; it costs an eager step, and
-its sums may be rounded differently from a compiled one's.
+A probed step computes the same bits as any other step. The probe measures copies, its draws for
+stochastic rounding have a key of their own, and it reads amax histories from a clone. Outside
+sampled steps, no hook is installed.
 
-Of a layer that runs several times in a step (gradient accumulation, activation checkpointing, which
-repeats the forward) the first time counts. Of the experts of a mixture it is the one with the most
-tokens. Layers of Transformer Engine's are not measured: their codes are made out of sight.
+Compiled blocks do not run hooks that were added after their compilation. A sampled step therefore
+runs eagerly (`torch.compiler.set_stance`) and recompiles nothing. It costs as much as an eager
+step, and its sums may be rounded differently from those of a compiled step.
+
+If a layer runs several times in a step (gradient accumulation; activation checkpointing, which
+repeats the forward), the probe measures its first run. Of a mixture of experts, it measures the
+expert with the most tokens. It does not measure layers of Transformer Engine, which make their
+codes inside the library.
 """
 
 import math
@@ -37,23 +39,26 @@ from lowprec.quant import OperandSpec, quantize
 from lowprec.recipe.state import history_name
 
 SAMPLE = 1 << 20
-"""Elements of an operand to measure at most, in whole rows."""
+"""Maximum number of elements that are measured of an operand, in whole rows."""
 ROWS = 128
-"""Rows are taken in multiples of this, so that blocks stay whole; at least as many, however long
-they are."""
+"""Step of the number of measured rows, so that blocks stay whole. At least this many rows are
+measured, however long they are."""
 
+# x and w are measured as operands of fprop, g as an operand of dgrad: (gemm, side).
 _OPERANDS = {"x": ("fprop", "a"), "w": ("fprop", "b"), "g": ("dgrad", "a")}
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerProbe:
-    """Of one layer's operands x [M, K], w [N, K] and g [M, N], in one step.
+    """The quantisation errors of one layer's operands x [M, K], w [N, K] and g [M, N] in one step.
 
-    `sqnr` is the signal-to-quantisation-noise ratio 20 log10(|t| / |t - q(t)|) [dB]: infinite where
-    nothing is lost, as of an operand that the recipe leaves as it arrives, and of a gradient that
-    never came; NaN where the operand or its quantised form is not finite. `underflow` is the share
-    of values that are not zero but quantise to it, `saturated` that of values cut to the format's
-    largest, or turned into infinity by a format that overflows (fp16).
+    `sqnr` is the signal-to-quantisation-noise ratio 20 log10(|t| / |t - q(t)|) in dB. It is
+    infinite if nothing is lost, because the recipe does not quantise the operand or the layer got
+    no gradient. It is NaN if the operand or its quantised form is not finite.
+
+    `underflow` is the share of non-zero values that quantise to zero. `saturated` is the share of
+    values that are cut to the format's largest, or that become infinity in a format that overflows
+    (fp16).
     """
 
     sqnr_x: float = math.inf
@@ -68,17 +73,17 @@ class LayerProbe:
 
 
 class Probe:
-    """See the module.
+    """A probe that measures quantisation errors in single training steps (see the module).
 
     Args:
-        model: converted, wrapped (DDP, FSDP2) or not; which of its layers are converted is asked
-            anew at each `begin`.
+        model: a converted model, wrapped (DDP, FSDP2) or not. Each `begin` looks for its converted
+            layers again.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.layers: dict[str, LayerProbe] = {}
-        """What the last sampled step showed: layers that ran in training mode, in the model's
+        """Results of the last sampled step: the layers that ran in training mode, in the model's
         order."""
         self._handles: list[RemovableHandle] = []
         self._stance: Any = None
@@ -86,13 +91,15 @@ class Probe:
 
     @property
     def armed(self) -> bool:
-        """Between `begin` and `end`."""
+        """Flag: the hooks are installed, between `begin` and `end`."""
         return bool(self._handles)
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
-        """`begin`, and `end` in the end; after an error the hooks are removed and `layers` stays as
-        it was."""
+        """Measure the step that runs in this context: `begin` at its start, `end` at its end.
+
+        After an error, the hooks are removed and `layers` stays as it was.
+        """
         self.begin()
         try:
             yield
@@ -101,13 +108,12 @@ class Probe:
             self._disarm()
 
     def cancel(self) -> None:
-        """Remove the hooks of a step that was begun, and forget what they saw."""
+        """Remove the hooks of a step that was begun, and discard what they measured."""
         self._disarm()
         self._found = {}
 
     def begin(self) -> None:
-        """Hook into the layers: the step that follows is measured. If a step was begun already, it
-        is begun anew."""
+        """Install the hooks that measure the next step. A step already begun starts again."""
         self._disarm()
         self._found = {}
         for name, module in self.model.named_modules():
@@ -116,26 +122,31 @@ class Probe:
             elif experts.is_converted(module):
                 for stack, projection in experts.projections_of(module).items():
                     self._watch(f"{name}.{stack}".lstrip("."), projection)
-        # Who has not imported the compiler has compiled nothing, and importing it takes seconds.
+        # Importing the compiler takes seconds. If nobody imported it, nothing is compiled.
         if self._handles and "torch._dynamo" in sys.modules:
             self._stance = torch.compiler.set_stance("force_eager")
 
     def _watch(self, name: str, module: LowPrecisionLinear | ExpertProjection) -> None:
-        found = self._found[name] = {}
-        before, after = _measure_inputs(found), self._watch_gradient(found)
-        before.knows_gates = after.knows_gates = True  # see swiglu.is_hooked
+        found: dict[str, Tensor] = {}
+        self._found[name] = found
+        before = _measure_inputs(found)
+        after = self._watch_gradient(found)
+        # The hooks handle `times_silu_of`, so SwiGLU stays fused (see swiglu.is_hooked).
+        before.knows_gates = True
+        after.knows_gates = True
         self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         self._handles.append(module.register_forward_hook(after))
 
     def end(self) -> dict[str, LayerProbe]:
-        """Remove the hooks and read the results, the one synchronisation with the device. Returns
-        `layers`."""
+        """Remove the hooks, read the results and return `layers`.
+
+        Reading the results is the only synchronisation with the device.
+        """
         self._disarm()
         found = {name: operands for name, operands in self._found.items() if operands}
         rows = [row for operands in found.values() for row in operands.values()]
-        values = iter(
-            torch.stack([row.to(rows[0].device) for row in rows]).tolist() if rows else ()
-        )
+        table = torch.stack([row.to(rows[0].device) for row in rows]).tolist() if rows else []
+        values = iter(table)
         self.layers = {
             name: _layer_probe({operand: next(values) for operand in operands})
             for name, operands in found.items()
@@ -152,8 +163,11 @@ class Probe:
             self._stance = None
 
     def _watch_gradient(self, found: dict[str, Tensor]) -> Any:
-        """A forward hook. The first output that has a gradient is not always the first one:
-        reentrant checkpointing makes that without."""
+        """Return a forward hook that measures the gradient of the first output that has one.
+
+        This is not always the first output: reentrant checkpointing makes its first without a
+        gradient.
+        """
         watched = False
 
         def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
@@ -161,14 +175,16 @@ class Probe:
             if watched or not output.requires_grad or not module.training or not output.numel():
                 return
             watched = True
-            rows = _busiest(args[1])[1] if isinstance(module, ExpertProjection) else slice(None)
+            rows = slice(None)
+            if isinstance(module, ExpertProjection):
+                _, rows = _busiest_expert(args[1])
             self._handles.append(output.register_hook(lambda g: _keep(found, "g", g[rows], module)))
 
         return hook
 
 
 def _measure_inputs(found: dict[str, Tensor]) -> Any:
-    """A forward pre-hook: x as the layer takes it, after autocast and SwiGLU's product, and w."""
+    """Return a forward pre-hook that measures w, and x after autocast and SwiGLU's product."""
 
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x: Tensor = args[0] if args else kwargs["input"]
@@ -176,7 +192,7 @@ def _measure_inputs(found: dict[str, Tensor]) -> Any:
             return
         if isinstance(module, ExpertProjection):
             _, counts, weight, _, transposed = args
-            number, rows = _busiest(counts)
+            number, rows = _busiest_expert(counts)
             _keep(found, "x", x[rows], module)
             _keep(found, "w", weight[number].t() if transposed else weight[number], module)
             return
@@ -184,7 +200,8 @@ def _measure_inputs(found: dict[str, Tensor]) -> Any:
         with torch.no_grad():
             if torch.is_autocast_enabled(x.device.type):
                 dtype = torch.get_autocast_dtype(x.device.type)
-                x, gate = x.to(dtype), None if gate is None else gate.to(dtype)
+                x = x.to(dtype)
+                gate = None if gate is None else gate.to(dtype)
             if gate is not None:
                 x = nn.functional.silu(gate) * x
             _keep(found, "x", x, module)
@@ -193,21 +210,26 @@ def _measure_inputs(found: dict[str, Tensor]) -> Any:
     return hook
 
 
-def _busiest(counts: list[int]) -> tuple[int, slice]:
-    """The expert with the most tokens, and where they are."""
+def _busiest_expert(counts: list[int]) -> tuple[int, slice]:
+    """Return the number of the expert with the most tokens, and the slice of its rows."""
     number = max(range(len(counts)), key=lambda expert: counts[expert])
     start = sum(counts[:number])
     return number, slice(start, start + counts[number])
 
 
 @torch.no_grad()
-def _keep(found: dict[str, Tensor], operand: str, t: Tensor, module: Any) -> None:
+def _keep(
+    found: dict[str, Tensor],
+    operand: str,
+    t: Tensor,
+    module: LowPrecisionLinear | ExpertProjection,
+) -> None:
+    """Measure the operand x, w or g of a layer, and put its figures into `found`."""
     gemm, side = _OPERANDS[operand]
     spec = module.recipe.gemm(gemm)
     source = getattr(spec, side)
-    if (
-        type(t).__name__ == "DTensor"
-    ):  # a layer that is a unit of FSDP2 by itself is not gathered yet: its own shard
+    if type(t).__name__ == "DTensor":
+        # A layer that is an FSDP2 unit by itself is not gathered yet. Measure this rank's shard.
         t = t.to_local()  # pyright: ignore[reportAttributeAccessIssue]
     t = t.detach().reshape(-1, t.shape[-1])
     if not isinstance(source, OperandSpec) or not t.numel():
@@ -220,13 +242,15 @@ def _keep(found: dict[str, Tensor], operand: str, t: Tensor, module: Any) -> Non
 
 
 def _figures(t_RK: Tensor, spec: OperandSpec, history: Tensor | None) -> Tensor:
-    """Squares of signal and noise, shares of underflow and saturation: fp64 [4], on t's device."""
+    """Return the sums of squares of signal and noise and the shares of underflow and saturation,
+    fp64 [4] on t's device."""
     sample, rows = _sample(t_RK, spec)
     key = torch.zeros(2, dtype=torch.int64, device=t_RK.device) if spec.stochastic else None
     q = quantize(sample, spec, key=key, history=history, decoded=True, saturation=True)
-    plain, value = sample[:rows].to(torch.float32), q.dequantize()[:rows]
+    plain = sample[:rows].to(torch.float32)
+    value = q.dequantize()[:rows]
     cut = value.isinf() & plain.isfinite() if q.saturated is None else q.saturated[:rows]
-    # fp64 throughout: squares of small gradients leave fp32's range.
+    # fp64, because squares of small gradients leave fp32's range.
     wide = plain.double()
     noise = (wide - value.double()).square_().sum()
     underflow = ((value == 0) & (plain != 0)).double().mean()
@@ -234,8 +258,10 @@ def _figures(t_RK: Tensor, spec: OperandSpec, history: Tensor | None) -> Tensor:
 
 
 def _sample(t_RK: Tensor, spec: OperandSpec) -> tuple[Tensor, int]:
-    """The leading rows to measure and their number. Where a scale spans all rows, two more rows
-    have the extremes of each column."""
+    """Return the leading rows to measure and their number.
+
+    If a scale spans all rows, the sample has two more rows with the extremes of each column.
+    """
     rows = max(ROWS, SAMPLE // t_RK.shape[1] // ROWS * ROWS)
     if rows >= t_RK.shape[0]:
         return t_RK, t_RK.shape[0]
@@ -246,6 +272,7 @@ def _sample(t_RK: Tensor, spec: OperandSpec) -> tuple[Tensor, int]:
 
 
 def _layer_probe(operands: dict[str, list[float]]) -> LayerProbe:
+    """Return the LayerProbe of the figures of x, w and g."""
     fields = {}
     for operand, (signal, noise, underflow, saturated) in operands.items():
         fields |= {
@@ -257,6 +284,7 @@ def _layer_probe(operands: dict[str, list[float]]) -> LayerProbe:
 
 
 def _decibels(signal: float, noise: float) -> float:
+    """Return 10 log10(signal / noise): infinite without noise, NaN if one of them is not finite."""
     if not math.isfinite(signal) or not math.isfinite(noise):
         return math.nan
     if noise == 0.0:
