@@ -1,38 +1,29 @@
 """The masks inside a tiny Llama: against transformers' own implementations and against running each document alone."""
 
 import re
+from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from lowprec.attention import attach, causal, describe, document, parse, register
 from lowprec.errors import UserError
+from tests.builders import tiny_llama
 
 VOCAB, LENGTH = 64, 24
 LENGTHS = [7, 1, 16]  # of the packed documents
 
 
-def tiny_llama(**config) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    settings = {
-        "vocab_size": VOCAB,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": None,
-    }
-    return LlamaForCausalLM(LlamaConfig(**(settings | config))).eval()
+def llama(**config: Any) -> LlamaForCausalLM:
+    sizes = {"vocab_size": VOCAB, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    settings = {"max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "use_cache": True}
+    return tiny_llama(**(sizes | settings | config)).eval()
 
 
 @pytest.fixture
 def model() -> LlamaForCausalLM:
-    return tiny_llama()
+    return llama()
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import pytest
 
 import lowprec
 from lowprec.cli.app import COMMANDS
-from tests.training.runs import CONFIG, ROOT
-from tests.training.runs import lowprec as command
+from tests.runs import CONFIG, ROOT
+from tests.runs import lowprec as command
 
 
 def test_help_loads_nothing_heavy():

@@ -5,33 +5,24 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import lowprec
 from lowprec.conversion.convert import convert, make_plan, revert
 from lowprec.errors import UserError
 from lowprec.nn import LowPrecisionLinear
 from lowprec.recipe import library
+from tests.builders import tiny_llama
 
 PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 LAYERS = [f"model.layers.{i}.{part}" for i in range(12) for part in PARTS]
 
 
-def tiny_llama(*, tied: bool = False, layers: int = 12, device: str = "cpu") -> LlamaForCausalLM:
-    """Twelve layers, so that layers.1 is a part of layers.10 and layers.11."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=tied,
-        use_cache=False,
-    )
+def deep_llama(*, tied: bool = False, layers: int = 12, device: str = "cpu") -> LlamaForCausalLM:
+    """Return a Llama of twelve layers, so that layers.1 is a part of layers.10 and layers.11."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": layers, "num_key_value_heads": 1}
     with torch.device(device):
-        return LlamaForCausalLM(config)
+        return tiny_llama(**sizes, tie_word_embeddings=tied)
 
 
 class Narrow(nn.Linear):
@@ -60,7 +51,7 @@ def run(model: nn.Module) -> Tensor:
 
 
 def test_every_linear_but_the_head_takes_the_recipe():
-    model = tiny_llama()
+    model = deep_llama()
     plan = convert(model, "fp8_blockwise")
     assert converted(model) == dict.fromkeys(LAYERS, "fp8_blockwise")
     assert [layer.name for layer in plan.layers] == [*LAYERS, "lm_head"]
@@ -72,20 +63,20 @@ def test_every_linear_but_the_head_takes_the_recipe():
 
 
 def test_the_head_takes_the_recipe_of_a_rule_that_names_it():
-    model = tiny_llama(layers=1)
+    model = deep_llama(layers=1)
     convert(model, {"recipe": "fp8_blockwise", "rules": [{"modules": "lm_head", "recipe": "bf16"}]})
     assert converted(model)["lm_head"] == "bf16"
 
 
 @pytest.mark.parametrize("rule", [".*", r".*head"])
 def test_a_rule_may_name_the_head_by_an_expression(rule):
-    model = tiny_llama(layers=1)
+    model = deep_llama(layers=1)
     convert(model, {"recipe": "none", "rules": [{"modules": rule, "recipe": "mxfp8"}]})
     assert "lm_head" in converted(model)
 
 
 def test_a_tied_head_stays_too():
-    model = tiny_llama(tied=True, layers=1)
+    model = deep_llama(tied=True, layers=1)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     plan = convert(model, "fp8_blockwise")
     assert plan.layers[-1].name == "lm_head"
@@ -145,7 +136,7 @@ def test_a_subclass_of_linear_is_left_alone():
 
 
 def test_a_recipe_of_none_touches_nothing():
-    model = tiny_llama(layers=1)
+    model = deep_llama(layers=1)
     plan = convert(model, "none")
     assert converted(model) == {}
     assert {layer.reason for layer in plan.layers} == {"the recipe is 'none'"}
@@ -171,7 +162,7 @@ def test_a_module_in_two_places_is_one_layer():
 
 
 def test_the_first_rule_that_matches_decides():
-    model = tiny_llama()
+    model = deep_llama()
     rules = [
         {"modules": r"model\.layers\.1\..*", "recipe": "none"},
         {"modules": r"model\.layers\.(1|2)\.mlp\..*", "recipe": "mxfp8"},
@@ -220,7 +211,7 @@ def test_the_first_rule_that_matches_decides():
     ],
 )  # fmt: skip
 def test_wrong_precision_is_one_line_and_leaves_the_model_alone(precision, message):
-    model = tiny_llama()
+    model = deep_llama()
     for function in (convert, make_plan):
         with pytest.raises(UserError) as error:
             function(model, precision)
@@ -244,7 +235,7 @@ def test_nothing_is_converted_when_a_later_layer_can_not_be():
 
 
 def test_strict_refuses_emulation():
-    model = tiny_llama(layers=1)
+    model = deep_llama(layers=1)
     with pytest.raises(UserError) as error:
         convert(model, {"recipe": "fp8_blockwise", "strict": True})
     assert str(error.value).startswith(
@@ -271,7 +262,7 @@ def test_strict_accepts_what_is_native_or_meant_to_be_left_alone():
 
 
 def test_parameters_names_and_hooks_survive():
-    model = tiny_llama(layers=2)
+    model = deep_llama(layers=2)
     parameters, modules, keys = dict(model.named_parameters()), dict(model.named_modules()), list(model.state_dict())
     q_proj, seen = linear(model, "model.layers.0.self_attn.q_proj"), []
     q_proj.register_forward_hook(lambda module, args, out: seen.append(module))
@@ -290,7 +281,7 @@ def test_parameters_names_and_hooks_survive():
 
 
 def test_revert_restores_the_model_bit_for_bit():
-    model = tiny_llama(layers=2)
+    model = deep_llama(layers=2)
     expected = run(model)
     convert(model, "mxfp4")
     assert not torch.equal(run(model), expected)
@@ -301,7 +292,7 @@ def test_revert_restores_the_model_bit_for_bit():
 
 
 def test_converting_again_replaces_the_precision():
-    model, fresh = tiny_llama(layers=2), tiny_llama(layers=2)
+    model, fresh = deep_llama(layers=2), deep_llama(layers=2)
     convert(model, "mxfp4")
     precision = {"recipe": "fp8_blockwise", "rules": [{"modules": r"model\.layers\.0\..*", "recipe": "none"}]}
     plan, expected = convert(model, precision), convert(fresh, precision)
@@ -311,19 +302,19 @@ def test_converting_again_replaces_the_precision():
 
 
 def test_state_dicts_cross_between_converted_and_plain_models():
-    plain, model = tiny_llama(layers=1), tiny_llama(layers=1)
+    plain, model = deep_llama(layers=1), deep_llama(layers=1)
     convert(model, "fp8_blockwise")
     with torch.no_grad():
         for parameter in plain.parameters():
             parameter.mul_(1.5)
     model.load_state_dict(plain.state_dict())
-    other = tiny_llama(layers=1)
+    other = deep_llama(layers=1)
     other.load_state_dict(model.state_dict())
     assert torch.equal(run(other), run(plain))
 
 
 def test_save_pretrained_writes_a_plain_checkpoint(tmp_path):
-    model = tiny_llama(layers=1)
+    model = deep_llama(layers=1)
     convert(model, "fp8_blockwise")
     model.save_pretrained(tmp_path)
     loaded = LlamaForCausalLM.from_pretrained(tmp_path)
@@ -332,7 +323,7 @@ def test_save_pretrained_writes_a_plain_checkpoint(tmp_path):
 
 
 def test_a_converted_model_can_be_copied():
-    model = tiny_llama(layers=1)
+    model = deep_llama(layers=1)
     convert(model, "fp8_blockwise")
     twin = copy.deepcopy(model)
     assert converted(twin) == converted(model)
@@ -343,16 +334,16 @@ def test_a_converted_model_can_be_copied():
 
 
 def test_a_plan_on_the_meta_device_equals_the_real_one():
-    meta = tiny_llama(device="meta")
+    meta = deep_llama(device="meta")
     plan = make_plan(meta, "fp8_blockwise", device="cpu")
-    assert plan == make_plan(tiny_llama(), "fp8_blockwise")
+    assert plan == make_plan(deep_llama(), "fp8_blockwise")
     assert converted(meta) == {}
     assert convert(meta, "fp8_blockwise", device="cpu") == plan  # a model may be converted before it has any memory
     assert len(converted(meta)) == len(LAYERS)
 
 
 def test_the_plan_is_what_convert_does():
-    model = tiny_llama()
+    model = deep_llama()
     precision = {"recipe": "fp8_blockwise", "rules": [{"modules": ".*down_proj", "recipe": "mxfp8"}]}
     plan = make_plan(model, precision)
     assert converted(model) == {}

@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from lowprec.conversion.convert import convert, make_plan, revert
 from lowprec.errors import UserError
 from lowprec.nn import LowPrecisionLinear
+from tests.builders import tiny_llama
 
 TARGETS = ["q_proj", "down_proj"]
 TOKENS = torch.arange(24).view(2, 12)
@@ -21,9 +22,7 @@ PREFIX = "base_model.model.model.layers."
 
 
 def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-    return LlamaForCausalLM(config)
+    return tiny_llama(hidden_size=32, intermediate_size=64, use_cache=True)
 
 
 def with_adapters(model: nn.Module | None = None, **settings: Any) -> Any:

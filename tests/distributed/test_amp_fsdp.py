@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.training.runs import run_ranks
+from tests.runs import run_ranks
 
 _SCRIPT = """
 import json, os, sys
@@ -157,7 +157,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
-from tests.training.hf import small_model
+from tests.builders import tiny_llama
 from lowprec.training.optim.loss_scaling import prepare_to_load
 
 torch.set_num_threads(1)
@@ -166,7 +166,7 @@ Accelerator(cpu=True)
 batch, whole = torch.arange(64).repeat(2).view(4, 32), StateDictOptions(full_state_dict=True)
 
 def build(seed):
-    model = small_model(seed)
+    model = tiny_llama(seed)
     for block in model.model.layers:
         fully_shard(block)
     fully_shard(model)

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from tests.training.runs import run_ranks
+from tests.runs import run_ranks
 
 _SCRIPT = """
 import json, os, sys
@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
-from tests.training.hf import prose, small_model
+from tests.builders import prose, tiny_llama
 from lowprec.training.control.controller import PrecisionController
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 rank = dist.get_rank()
-model = small_model()
+model = tiny_llama()
 controller = PrecisionController({
     "recipe": "mxfp4_aws",
     "schedule": [{"until": "4 steps", "recipe": "bf16"}, {}],

@@ -4,14 +4,15 @@ import json
 
 import pytest
 
-from tests.training.runs import run_ranks
+from tests.runs import run_ranks
 
 _SCRIPT = """
 import json, os, sys
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM
+from tests.builders import tiny_llama
 import lowprec
 from lowprec.conversion.discover import recipes_of
 
@@ -23,7 +24,7 @@ def train(kind, recipe):
     torch.manual_seed(0)
     sizes = dict(vocab_size=96, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2)
     if kind == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**sizes))
+        model = tiny_llama(**sizes)
     else:
         model = MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4))
     plan = lowprec.convert(model, recipe)

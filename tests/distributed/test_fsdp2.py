@@ -22,7 +22,7 @@ from lowprec.recipe import library
 from lowprec.training.accelerate import prepare
 from lowprec.training.optim.adamw import OptimizerConfig, build
 from lowprec.training.run.training_args import autocast_settings
-from tests.training.hf import small_model, small_trainer
+from tests.builders import small_trainer, tiny_llama
 
 MODEL = nn.Linear(4, 4)
 
@@ -98,7 +98,7 @@ def test_the_callback_refuses_other_strategies(kind: DistributedType, name: str,
 
 
 def test_a_loop_of_ones_own_does_it_before_accelerate_shards(caplog: pytest.LogCaptureFixture):
-    accelerator, plugin, model = Accelerator(cpu=True), _plugin(), small_model()
+    accelerator, plugin, model = Accelerator(cpu=True), _plugin(), tiny_llama()
     accelerator.state.fsdp_plugin = plugin
     with caplog.at_level("INFO", logger="lowprec"):
         prepare(accelerator, model, torch.optim.AdamW(model.parameters()), precision="fp8_blockwise")
@@ -181,7 +181,7 @@ NOT_OFFLOADED = [
 def test_state_and_low_bit_optimizers_are_not_offloaded(
     precision: Any, formats: OptimizerConfig, refused: str | None, loop: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    accelerator, model = Accelerator(cpu=True), small_model()
+    accelerator, model = Accelerator(cpu=True), tiny_llama()
     optimizer = build(formats, model.parameters())
     plugin = _plugin(None, cpu_offload=True)
     if loop:
@@ -206,7 +206,7 @@ def test_state_and_low_bit_optimizers_are_not_offloaded(
 
 
 def test_a_loss_scale_is_not_offloaded(monkeypatch: pytest.MonkeyPatch):
-    accelerator, model = Accelerator(cpu=True), small_model()
+    accelerator, model = Accelerator(cpu=True), tiny_llama()
     accelerator.state.fsdp_plugin = _plugin(None, cpu_offload=True)
     monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
     with pytest.raises(UserError, match=OFFLOADED + "fp16's loss scale collapses; take bf16, or turn it off$"):
@@ -246,7 +246,7 @@ def test_bf16_weights_of_one_process_train_under_autocast():
 
 @pytest.mark.parametrize(("weights", "moments", "refused"), [("bf16", "8bit", True), ("fp32", "8bit", False), ("bf16", "torch's", False)])
 def test_a_loops_bf16_weights_are_not_made_fp32_in_silence(weights: str, moments: str, refused: bool, monkeypatch: pytest.MonkeyPatch):
-    accelerator, model = Accelerator(cpu=True, mixed_precision="bf16"), small_model()
+    accelerator, model = Accelerator(cpu=True, mixed_precision="bf16"), tiny_llama()
     monkeypatch.setattr(Accelerator, "is_fsdp2", True)
     monkeypatch.setattr(accelerator, "prepare", lambda *given: given)  # sharding needs a GPU
     if weights == "bf16":

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowprec.training.control.step_stats import Watch
-from tests.training.runs import run_ranks
+from tests.builders import tiny_llama
+from tests.runs import run_ranks
 
 _SCRIPT = """
 import json, os, sys
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import LlamaConfig, LlamaForCausalLM
+from tests.builders import tiny_llama
 import lowprec
 from lowprec.training.control.snapshots import Snapshots
 from lowprec.training.control.step_stats import Watch
@@ -28,8 +28,7 @@ results = {}
 
 
 def build(recipe="fp32"):
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2))
+    model = tiny_llama(vocab_size=96, intermediate_size=96)
     lowprec.convert(model, recipe)
     return model
 
@@ -133,8 +132,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def _alone(seed: int, count: int) -> tuple[float, float, dict[str, float]]:
     """What the watch reads in one process for the whole batches."""
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2))
+    model = tiny_llama(vocab_size=96, intermediate_size=96)
     watch = Watch(model.train())
     for batch in torch.randint(0, 96, (count, 4, 32), generator=torch.Generator().manual_seed(seed)):
         model(input_ids=batch, labels=batch, use_cache=False).loss.backward()

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from tests.training.runs import run_ranks
+from tests.runs import run_ranks
 
 _SCRIPT = """
 import copy, json, os, sys
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from lowprec.nn import share_histories
-from tests.training.hf import prose, small_model
+from tests.builders import prose, tiny_llama
 from lowprec.training.control import controller as controlling
 from lowprec.training.control.controller import PrecisionController
 
@@ -33,7 +33,7 @@ def watched(model):
 controlling.share_histories = watched
 
 def begin():
-    model = small_model()
+    model = tiny_llama()
     controller = PrecisionController({"recipe": "fp8_delayed"})
     controller.convert(model, "cpu")
     for block in model.model.layers:

@@ -48,14 +48,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, FullyShardedDataParallelPlugin, skip_first_batches
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM
+from tests.builders import tiny_llama
 from lowprec.training.accelerate import controller, prepare
 from lowprec.training.optim.adamw import OptimizerConfig, build, prepare_weights
 
 killed, folder, mixed_precision = sys.argv[1:]
 folder, steps, saved = Path(folder), STEPS, SAVED
 torch.use_deterministic_algorithms(True)
-torch.manual_seed(0)
 accelerator = Accelerator(
     mixed_precision=mixed_precision,
     fsdp_plugin=FullyShardedDataParallelPlugin(
@@ -64,8 +63,7 @@ accelerator = Accelerator(
     dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=0),
 )
 rank, ranks = accelerator.process_index, accelerator.num_processes
-config = LlamaConfig(vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, use_cache=False)
-model = LlamaForCausalLM(config).to(accelerator.device)
+model = tiny_llama(vocab_size=256, hidden_size=256, intermediate_size=512, num_attention_heads=4).to(accelerator.device)
 # Without mixed precision the weights are bf16.
 kept = OptimizerConfig(weights="bf16", moments="8bit") if mixed_precision == "no" else OptimizerConfig()
 prepare_weights(model, kept)

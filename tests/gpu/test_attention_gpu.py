@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from lowprec.attention import attach, attention, choose, hf, parse
 from lowprec.integrations import compile_blocks
+from tests.builders import tiny_llama
 
 pytestmark = [
     pytest.mark.gpu,
@@ -148,23 +149,10 @@ def positions(lengths: list[int]) -> torch.Tensor:
     return torch.cat([torch.arange(n) for n in lengths])[None]
 
 
-def tiny_llama():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config).train()
+def llama():
+    sizes = {"vocab_size": VOCAB, "hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
+    settings = {"max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "use_cache": True}
+    return tiny_llama(**sizes, **settings).train()
 
 
 def step(model, ids, lengths) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -199,7 +187,7 @@ def block_masks(monkeypatch) -> list:
 
 @pytest.mark.parametrize("expression", ["causal & document", "causal & sliding_window(40) & document", "(causal | prefix(9)) & document"])
 def test_llama_trains_as_on_the_cpu(expression, block_masks):
-    reference = tiny_llama()
+    reference = llama()
     model = copy.deepcopy(reference).cuda()
     ids = torch.randint(2, VOCAB, (1, 300))
     attach(reference, expression)
@@ -213,7 +201,7 @@ def test_llama_trains_as_on_the_cpu(expression, block_masks):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("expression", ["causal & document", "causal & sliding_window(40) & document"])
 def test_llama_with_compiled_blocks(expression, checkpointing, block_masks):
-    reference = tiny_llama()
+    reference = llama()
     model = copy.deepcopy(reference).cuda()
     attach(reference, expression)
     attach(model, expression)
@@ -230,7 +218,7 @@ def test_llama_with_compiled_blocks(expression, checkpointing, block_masks):
 
 
 def test_plain_causal_batches_never_pay_for_flex(block_masks):
-    model = tiny_llama().cuda()
+    model = llama().cuda()
     ids = torch.randint(2, VOCAB, (1, 300))
     attach(model, "causal & document")
     with_documents = step(model, ids, [300])  # one document fills the row
@@ -243,7 +231,7 @@ def test_plain_causal_batches_never_pay_for_flex(block_masks):
 
 @torch.no_grad()
 def test_padding(block_masks):
-    reference = tiny_llama().eval()
+    reference = llama().eval()
     model = copy.deepcopy(reference).cuda()
     ids = torch.randint(2, VOCAB, (2, 150))
     padding = torch.ones_like(ids)
@@ -259,7 +247,7 @@ def test_padding(block_masks):
 @torch.no_grad()
 @pytest.mark.parametrize("expression", ["causal & sliding_window(20)", "causal & document", "causal | prefix(9)"])
 def test_generation_as_on_the_cpu(expression):
-    reference = tiny_llama().eval()
+    reference = llama().eval()
     model = copy.deepcopy(reference).cuda()
     prompt = torch.randint(2, VOCAB, (2, 140))
     settings = {"max_new_tokens": 6, "do_sample": False}

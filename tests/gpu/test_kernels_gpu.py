@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lowprec.integrations import apply_liger, compile_blocks, plan_liger
+from tests.builders import tiny_llama
 
 pytest.importorskip("liger_kernel")
 
@@ -35,20 +36,9 @@ def _fresh(monkeypatch):
     torch._dynamo.reset()
 
 
-def tiny_llama():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        use_cache=False,
-    )
-    return LlamaForCausalLM(config).cuda().train()
+def llama():
+    sizes = {"vocab_size": VOCAB, "hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return tiny_llama(seed=None, **sizes, max_position_embeddings=256).cuda().train()
 
 
 def step(model, ids) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -84,7 +74,7 @@ def head_calls():
 
 
 def test_all_kernels_train_as_without(ids, head_calls):
-    model = tiny_llama()
+    model = llama()
     expected = step(model, ids)
     patched = copy.deepcopy(model)
     plan = apply_liger(patched, "on", device_type="cuda", compiled_blocks=False, head_is_low_precision=False)
@@ -97,7 +87,7 @@ def test_all_kernels_train_as_without(ids, head_calls):
 def test_all_kernels_in_bf16(ids):
     # Neither is exact in bf16: both are measured against the same weights in fp32, and Liger may be off by twice as much as
     # transformers, or by two rounding units of bf16 (2^-8 each), whichever is larger.
-    model = tiny_llama().bfloat16()
+    model = llama().bfloat16()
     exact = step(copy.deepcopy(model).float(), ids)
     plain = step(model, ids)
     patched = copy.deepcopy(model)
@@ -110,7 +100,7 @@ def test_all_kernels_in_bf16(ids):
 
 
 def test_compiled_blocks_train_as_without(ids):
-    model = tiny_llama()
+    model = llama()
     expected = step(model, ids)
     compiled = copy.deepcopy(model)
     assert compile_blocks(compiled, "blocks", "cuda").compiled == 2
@@ -119,7 +109,7 @@ def test_compiled_blocks_train_as_without(ids):
 
 
 def test_liger_with_compiled_blocks(ids, head_calls):
-    model = tiny_llama()
+    model = llama()
     expected = step(model, ids)
     both = copy.deepcopy(model)
     plan = apply_liger(both, "auto", device_type="cuda", compiled_blocks=True, head_is_low_precision=False)
@@ -132,7 +122,7 @@ def test_liger_with_compiled_blocks(ids, head_calls):
 
 
 def test_low_precision_head_is_called(ids, head_calls):
-    model = tiny_llama()
+    model = llama()
     expected = step(model, ids)
     patched = copy.deepcopy(model)
     plan = apply_liger(patched, "auto", device_type="cuda", compiled_blocks=False, head_is_low_precision=True)
@@ -143,7 +133,7 @@ def test_low_precision_head_is_called(ids, head_calls):
 
 
 def test_other_models_of_the_architecture_are_not_patched(ids):
-    model, other = tiny_llama(), tiny_llama()
+    model, other = llama(), llama()
     plan = plan_liger(model, "auto", device_type="cuda", compiled_blocks=True, head_is_low_precision=False)
     assert apply_liger(model, "auto", device_type="cuda", compiled_blocks=True, head_is_low_precision=False) == plan
     expected = step(other, ids)

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lowprec import LowPrecisionCallback
 from lowprec.distributed.processes import use_one_gpu
 from lowprec.integrations.compile import compile_blocks
 from lowprec.training.amp import Amp
 from lowprec.training.optim.loss_scaling import LossScalingConfig
+from tests.builders import tiny_llama
 from tests.gpu.killed_runs import FSDP2, Case, check_equal, processes, records, start_all
 
 pytestmark = pytest.mark.gpu
@@ -69,9 +70,7 @@ def test_weights_have_the_dtype_that_was_asked_for_under_fsdp2(runs: dict[str, F
 
 
 def _llama(use: str = "cuda") -> Any:
-    torch.manual_seed(0)
-    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=256, use_cache=False, **shape)).to(use)
+    return tiny_llama(vocab_size=256, hidden_size=256, intermediate_size=512, num_attention_heads=4).to(torch.device(use))
 
 
 def _trainer(folder: Path, model: Any, *callbacks: TrainerCallback, **settings: Any) -> Trainer:

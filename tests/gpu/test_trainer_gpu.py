@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._inductor import config as inductor
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 from torch._inductor.utils import fresh_cache
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from lowprec import LowPrecisionCallback, convert
 from lowprec.distributed.processes import use_one_gpu
@@ -25,6 +25,7 @@ from lowprec.observe import LayerProbe, Probe
 from lowprec.recipe import library
 from lowprec.training.data.tokenizer import END, byte_tokenizer
 from lowprec.training.optim.adamw import OptimizerConfig, build
+from tests.builders import tiny_llama
 
 pytestmark = pytest.mark.gpu
 
@@ -45,9 +46,7 @@ def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def llama(vocabulary: int = 256) -> Any:
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **sizes))
+    return tiny_llama(vocab_size=vocabulary, hidden_size=256, intermediate_size=512, num_attention_heads=4, use_cache=True)
 
 
 def train(model: Any, *, probed: bool) -> tuple[list[float], list[dict[str, LayerProbe]]]:

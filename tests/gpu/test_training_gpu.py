@@ -15,6 +15,7 @@ from lowprec.integrations.compile import compile_blocks
 from lowprec.nn import LowPrecisionLinear
 from lowprec.quant import quantize
 from lowprec.testing import sqnr_db
+from tests.builders import tiny_llama
 
 pytestmark = pytest.mark.gpu
 
@@ -121,15 +122,12 @@ def test_compiled_linear(name: str, autocast: torch.dtype | None):
 
 @pytest.mark.parametrize("name", ["bf16", "fp8_blockwise", "mxfp4", "nvfp4"])
 def test_compiled_blocks_of_a_converted_llama(name: str):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4)
+    sizes = {"vocab_size": 256, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}
     torch.manual_seed(1)
     ids = torch.randint(0, 256, (4, 128), device="cuda")
 
     def gradient(recipe: str | None, mode: str, autocast: bool) -> tuple[float, torch.Tensor]:
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config).cuda()
+        model = tiny_llama(**sizes).cuda()
         if recipe:
             lowprec.convert(model, {"recipe": recipe, "skip_slow": False})
         compile_blocks(model, mode, "cuda")

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 from torch._inductor import config as inductor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from lowprec.errors import UserError
 from lowprec.integrations import compile_blocks, compile_deterministically
 from lowprec.integrations.compile import find_blocks
 from lowprec.training.control.controller import PrecisionController
+from tests.builders import tiny_llama
 
 pytestmark = [
     # Both come from inside PyTorch: from importing Dynamo and Inductor, and from Dynamo looking at a block's input.
@@ -20,19 +21,8 @@ pytestmark = [
 ]
 
 
-def tiny_llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            use_cache=False,
-        )
-    )
+def three_blocks() -> LlamaForCausalLM:
+    return tiny_llama(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_key_value_heads=1)
 
 
 def compiled_modules(model: nn.Module) -> set[str]:
@@ -57,7 +47,7 @@ class Block(nn.Module):
 
 
 def test_llama_layers_are_compiled_in_place():
-    model = tiny_llama()
+    model = three_blocks()
     names = list(model.state_dict())
     choice = compile_blocks(model, "blocks", "cpu")
     assert choice.compiled == 3
@@ -67,7 +57,7 @@ def test_llama_layers_are_compiled_in_place():
 
 
 def test_off_does_nothing():
-    model = tiny_llama()
+    model = three_blocks()
     choice = compile_blocks(model, "off", "cpu")
     assert (choice.compiled, choice.reason) == (0, "compile: off")
     assert compiled_modules(model) == set()
@@ -84,17 +74,17 @@ def test_errors(monkeypatch):
     with pytest.raises(UserError, match="Linear has no ModuleList of equal blocks"):
         compile_blocks(nn.Linear(2, 2), "blocks", "cpu")
     with pytest.raises(UserError, match="expected 'blocks' or 'off', got 'model'"):
-        compile_blocks(tiny_llama(), "model", "cpu")
+        compile_blocks(three_blocks(), "model", "cpu")
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match="needs a C\\+\\+ compiler and 'no-such-compiler' is not installed"):
-        compile_blocks(tiny_llama(), "blocks", "cpu")
-    assert compile_blocks(tiny_llama(), "blocks", "cuda").compiled == 3
+        compile_blocks(three_blocks(), "blocks", "cpu")
+    assert compile_blocks(three_blocks(), "blocks", "cuda").compiled == 3
 
 
 # A backend that only traces keeps this fast; the real one is tested where it is used, on CUDA.
 def test_one_trace_serves_all_layers():
     torch._dynamo.reset()
-    model = tiny_llama()
+    model = three_blocks()
     ids = torch.arange(20).view(2, 10)
     expected = model(ids, labels=ids).loss
     graphs = []
@@ -131,7 +121,7 @@ def start_a_run():
     controller.start(model, torch.optim.SGD(model.parameters()), total_steps=1)
 
 
-@pytest.mark.parametrize("act", [compile_deterministically, start_a_run, lambda: compile_blocks(tiny_llama(), "blocks", "cuda")])
+@pytest.mark.parametrize("act", [compile_deterministically, start_a_run, lambda: compile_blocks(three_blocks(), "blocks", "cuda")])
 def test_where_deterministic_algorithms_are_asked_for_no_kernel_is_chosen_by_timing(
     kernels: Callable[[], list[bool]], act: Callable[[], object]
 ):

@@ -1,6 +1,7 @@
 """Which of Liger's kernels are chosen. Nothing here runs them: they need CUDA."""
 
 import importlib.util
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ from transformers import (
     GemmaForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
-    LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
     OPTConfig,
@@ -20,6 +20,7 @@ from transformers.models.llama import modeling_llama
 
 from lowprec.errors import UserError
 from lowprec.integrations import apply_liger, liger, plan_liger
+from tests.builders import tiny_config, tiny_llama
 
 SIZES = {
     "vocab_size": 64,
@@ -35,9 +36,8 @@ ALL = ("rope", "rms_norm", "swiglu", "fused_linear_cross_entropy")
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="Liger is not installed")
 
 
-def tiny_llama(**config) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES, **config)).eval()
+def llama(**config: Any) -> LlamaForCausalLM:
+    return tiny_llama(**SIZES, use_cache=True, **config).eval()
 
 
 def reasons(plan) -> dict[str, str]:
@@ -45,20 +45,20 @@ def reasons(plan) -> dict[str, str]:
 
 
 def test_all_apply_to_a_plain_llama():
-    plan = plan_liger(tiny_llama(), "auto", **EAGER)
+    plan = plan_liger(llama(), "auto", **EAGER)
     assert plan.applied == ALL
     assert "for the whole process" in reasons(plan)["rope"]
     assert "this instance only" in reasons(plan)["rms_norm"]
-    assert plan == plan_liger(tiny_llama(), "on", **EAGER)
+    assert plan == plan_liger(llama(), "on", **EAGER)
     assert str(plan).count("\n") == 3
 
 
 def test_off():
-    plan = plan_liger(tiny_llama(), "off", **EAGER)
+    plan = plan_liger(llama(), "off", **EAGER)
     assert plan.applied == ()
     assert set(reasons(plan).values()) == {"kernels.liger: off"}
     with pytest.raises(UserError, match="expected 'auto', 'on' or 'off', got True"):
-        plan_liger(tiny_llama(), True, **EAGER)
+        plan_liger(llama(), True, **EAGER)
 
 
 def obstacle(model, match: str, **settings) -> None:
@@ -73,12 +73,12 @@ def obstacle(model, match: str, **settings) -> None:
 
 
 def test_needs_cuda():
-    obstacle(tiny_llama(), "Liger's kernels need CUDA, not cpu", device_type="cpu")
+    obstacle(llama(), "Liger's kernels need CUDA, not cpu", device_type="cpu")
 
 
 def test_needs_liger(monkeypatch):
     monkeypatch.setattr(liger.importlib.util, "find_spec", lambda name: None)
-    obstacle(tiny_llama(), "pip install 'lowprec[liger]'")
+    obstacle(llama(), "pip install 'lowprec[liger]'")
 
 
 def test_needs_a_known_model():
@@ -91,41 +91,41 @@ def test_needs_a_known_model():
     class MyLlama(LlamaForCausalLM):
         pass
 
-    obstacle(MyLlama(LlamaConfig(**SIZES)), "MyLlama is not one of them")
+    obstacle(MyLlama(tiny_config(**SIZES)), "MyLlama is not one of them")
 
 
 def test_compiled_blocks_leave_the_small_kernels_to_the_compiler(monkeypatch):
     settings = EAGER | {"compiled_blocks": True}
     for version, has_note in (("2.11.0+cu130", True), ("2.12.1", False)):
         monkeypatch.setattr(torch, "__version__", version)
-        plan = plan_liger(tiny_llama(), "auto", **settings)
+        plan = plan_liger(llama(), "auto", **settings)
         assert plan.applied == ("fused_linear_cross_entropy",)
         assert all("left to the compiler" in reasons(plan)[name] for name in ("rope", "rms_norm", "swiglu"))
         assert ("'float' object has no attribute 'to'" in reasons(plan)["rms_norm"]) is has_note
 
 
 def test_low_precision_head_is_not_bypassed():
-    plan = plan_liger(tiny_llama(), "auto", **(EAGER | {"head_is_low_precision": True}))
+    plan = plan_liger(llama(), "auto", **(EAGER | {"head_is_low_precision": True}))
     assert plan.applied == ("rope", "rms_norm", "swiglu")
     assert "bypassing the layer" in reasons(plan)["fused_linear_cross_entropy"]
     with pytest.raises(UserError, match="on, but no kernel applies"):
-        plan_liger(tiny_llama(), "on", device_type="cuda", compiled_blocks=True, head_is_low_precision=True)
+        plan_liger(llama(), "on", device_type="cuda", compiled_blocks=True, head_is_low_precision=True)
 
 
 def test_heads_that_the_fused_loss_does_not_compute():
     class Head(nn.Linear):
         pass
 
-    model = tiny_llama()
+    model = llama()
     model.lm_head = Head(32, 64, bias=False)
     assert "lm_head is a Head" in reasons(plan_liger(model, "auto", **EAGER))["fused_linear_cross_entropy"]
     model.lm_head = nn.Linear(32, 64)
     assert "has a bias" in reasons(plan_liger(model, "auto", **EAGER))["fused_linear_cross_entropy"]
-    assert "has no lm_head" in reasons(plan_liger(LlamaModel(LlamaConfig(**SIZES)), "auto", **EAGER))["fused_linear_cross_entropy"]
+    assert "has no lm_head" in reasons(plan_liger(LlamaModel(tiny_config(**SIZES)), "auto", **EAGER))["fused_linear_cross_entropy"]
 
 
 def test_what_the_architecture_does_not_have():
-    gelu = plan_liger(tiny_llama(hidden_act="gelu"), "auto", **EAGER)
+    gelu = plan_liger(llama(hidden_act="gelu"), "auto", **EAGER)
     assert "swiglu" not in gelu.applied
     assert "is gelu, not silu" in reasons(gelu)["swiglu"]
     gemma = plan_liger(GemmaForCausalLM(GemmaConfig(**SIZES, head_dim=16)), "auto", **EAGER)
@@ -135,7 +135,7 @@ def test_what_the_architecture_does_not_have():
 
 
 def test_planning_and_off_change_nothing():
-    model = tiny_llama()
+    model = llama()
     before = dict(vars(modeling_llama))
     plan_liger(model, "auto", **EAGER)
     apply_liger(model, "off", **EAGER)
@@ -148,7 +148,7 @@ def test_planning_and_off_change_nothing():
 def test_only_the_instance_is_patched(monkeypatch):
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb)  # put back afterwards
     before = dict(vars(modeling_llama))
-    model, other = tiny_llama(), tiny_llama()
+    model, other = llama(), llama()
     assert apply_liger(model, "auto", **EAGER).applied == ALL
     layer = model.model.layers[1]
     for module in (model, model.model.norm, layer.input_layernorm, layer.post_attention_layernorm, layer.mlp):
@@ -160,7 +160,7 @@ def test_only_the_instance_is_patched(monkeypatch):
 
 def test_fused_loss_alone_keeps_the_logits_of_evaluation():
     ids = torch.arange(12).view(1, 12)
-    model = tiny_llama()
+    model = llama()
     expected = model(ids, labels=ids)
     plan = apply_liger(model, "auto", **(EAGER | {"compiled_blocks": True}))
     assert plan.applied == ("fused_linear_cross_entropy",)

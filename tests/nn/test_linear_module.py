@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, MixtralConfig
+from transformers import MixtralConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -17,6 +17,7 @@ from lowprec.conversion.convert import make_plan
 from lowprec.nn import LowPrecisionLinear, codes, swiglu
 from lowprec.recipe import library
 from lowprec.testing import gaussian
+from tests.builders import tiny_config
 from tests.nn.native import on_cpu
 
 
@@ -178,7 +179,7 @@ def test_a_change_of_recipe_drops_kept_codes(change: Any, monkeypatch: pytest.Mo
 
 def mlp() -> Any:
     torch.manual_seed(0)
-    module = LlamaMLP(LlamaConfig(hidden_size=128, intermediate_size=256))
+    module = LlamaMLP(tiny_config(hidden_size=128, intermediate_size=256))
     lowprec.convert(module, "fp8_blockwise")
     assert swiglu.is_fused(module)
     return module

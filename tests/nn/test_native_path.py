@@ -3,11 +3,12 @@
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import lowprec
 from lowprec.nn import codes, operands
 from lowprec.quant import OperandSpec, fake, quantize, triton_quantize
+from tests.builders import tiny_llama
 from tests.nn.native import on_cpu
 
 IDS = torch.randint(0, 512, (2, 128), generator=torch.Generator().manual_seed(0))
@@ -19,9 +20,7 @@ COMPILING = [
 
 
 def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    shape = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=512, use_cache=False, **shape))
+    return tiny_llama(vocab_size=512, hidden_size=256, intermediate_size=384, num_attention_heads=4, num_key_value_heads=2)
 
 
 def step(module: nn.Module, ids: Tensor = IDS) -> tuple[float, dict[str, Tensor]]:

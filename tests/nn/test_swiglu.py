@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig
 from transformers.models.gemma.modeling_gemma import GemmaMLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.mistral.modeling_mistral import MistralMLP
@@ -15,9 +14,10 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 import lowprec
 from lowprec.nn import swiglu
 from lowprec.testing import gaussian
+from tests.builders import tiny_config
 from tests.nn.native import on_cpu
 
-CONFIG = LlamaConfig(hidden_size=256, intermediate_size=384)
+CONFIG = tiny_config(hidden_size=256, intermediate_size=384)
 
 
 def mlp() -> LlamaMLP:
@@ -179,7 +179,7 @@ def test_other_formulas_and_activations_are_left_alone():
             return 2 * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
     assert not swiglu.is_swiglu(Scaled(CONFIG))
-    assert not swiglu.is_swiglu(GemmaMLP(LlamaConfig(hidden_size=64, intermediate_size=64, hidden_act="gelu")))
+    assert not swiglu.is_swiglu(GemmaMLP(tiny_config(intermediate_size=64, hidden_act="gelu")))
     assert not swiglu._has_formula(Phi3MLP)
     patched = mlp()
     patched.forward = lambda x: x

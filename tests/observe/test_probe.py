@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GptOssConfig, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import GptOssConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -18,15 +18,14 @@ from lowprec.observe import LayerProbe, Probe, probe
 from lowprec.quant import quantize
 from lowprec.recipe import library
 from lowprec.testing import sqnr_db
+from tests.builders import tiny_llama
 
 RECIPES = ["bf16", "fp8_tensorwise", "fp8_delayed", "fp8_blockwise", "mxfp4", "nvfp4", "mxfp4_quartet", "int8", "qat_int8dyn_int4"]
 BATCH = torch.randint(0, 64, (2, 32), generator=torch.Generator().manual_seed(3))
 
 
 def llama(recipe: str, layers: int = 2) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=2)
-    model = LlamaForCausalLM(config).train()
+    model = tiny_llama(num_hidden_layers=layers, use_cache=True).train()
     convert(model, recipe)
     return model
 

@@ -20,8 +20,8 @@ from lowprec import UserError
 from lowprec.nn import LowPrecisionLinear
 from lowprec.training.accelerate import controller, prepare
 from lowprec.training.optim.loss_scaling import LossScaleError
-from tests.training.hf import prose, small_model
-from tests.training.runs import ROOT, run_ranks
+from tests.builders import prose, tiny_llama
+from tests.runs import ROOT, run_ranks
 
 LAYER = "model.layers.1.mlp.down_proj"
 GUARD = {"snapshot_every": 2, "warmup": 4, "window": 8}
@@ -58,7 +58,7 @@ class Loop:
         self.accelerator: Any = Accelerator(cpu=True, gradient_accumulation_steps=accumulate, dataloader_config=seeded)
         if scaler:  # Accelerate makes one on a GPU only; it serves as well here
             self.accelerator.scaler = torch.amp.GradScaler("cpu")
-        self.module = small_model()
+        self.module = tiny_llama()
         optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-3, fused=fused)
         loader: Any = DataLoader(prose(60), batch_size=2, shuffle=True)  # pyright: ignore[reportArgumentType]
         rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
@@ -279,8 +279,8 @@ def _run(precision: Any = "fp8_blockwise", model: Any = None, optimizer: Any = N
     accelerator = Accelerator(cpu=True)
     if change is not None:
         change(accelerator)
-    model = small_model() if model is None else model
-    optimizer = torch.optim.SGD(small_model().parameters(), lr=0.1) if optimizer is None else optimizer
+    model = tiny_llama() if model is None else model
+    optimizer = torch.optim.SGD(tiny_llama().parameters(), lr=0.1) if optimizer is None else optimizer
     prepare(accelerator, model, optimizer, precision=precision, **settings)
 
 
@@ -298,7 +298,7 @@ def _run(precision: Any = "fp8_blockwise", model: Any = None, optimizer: Any = N
     ],
 )
 def test_wrong_input_is_one_line_and_leaves_the_model_alone(arguments: dict[str, Any], message: str):
-    model = small_model()
+    model = tiny_llama()
     with pytest.raises(UserError) as caught:
         _run(**{"model": model, **arguments})
     assert message in str(caught.value)
@@ -320,7 +320,7 @@ def test_fp16_needs_other_weights_and_another_device():
         accelerator.state._mixed_precision = "fp16"
 
     with pytest.raises(UserError, match=r"parameter 'model.embed_tokens.weight' is float16 already; load the model in float32"):
-        _run(model=small_model().half(), change=fp16)
+        _run(model=tiny_llama().half(), change=fp16)
     with pytest.raises(UserError, match="mixed_precision: Accelerate has neither fp16 autocast nor loss scaling on cpu; take bf16"):
         _run(change=fp16)
 
@@ -338,7 +338,7 @@ def test_one_accelerator_has_one_precision():
         controller(Accelerator(cpu=True))
     loop = Loop("fp8_blockwise")
     with pytest.raises(UserError, match="make another Accelerator for another model"):
-        prepare(loop.accelerator, small_model(), torch.optim.SGD(loop.module.parameters(), lr=0.1), precision="bf16")
+        prepare(loop.accelerator, tiny_llama(), torch.optim.SGD(loop.module.parameters(), lr=0.1), precision="bf16")
 
 
 _TWO = """
@@ -346,12 +346,12 @@ import json, os, sys
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from tests.training.hf import prose, small_model
+from tests.builders import prose, tiny_llama
 from lowprec.training.accelerate import controller, prepare
 
 torch.set_num_threads(1)
 accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-model = small_model()
+model = tiny_llama()
 layer = model.get_submodule("model.layers.1.mlp.down_proj")
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 loader = torch.utils.data.DataLoader(prose(128), batch_size=2)

@@ -6,22 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers import LlamaForCausalLM, Trainer, set_seed
 
 from lowprec import LowPrecisionCallback, UserError
 from lowprec.nn import LowPrecisionLinear
 from lowprec.training.optim.loss_scaling import LossScaleError
-from tests.training.hf import losses, small_model, small_trainer
+from tests.builders import losses, small_trainer, tiny_llama
 
 
 def _trainer(folder: Path, *callbacks: LowPrecisionCallback, **arguments: object) -> Trainer:
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
-    rows = [{"input_ids": row, "labels": row} for row in torch.arange(64).repeat(16).view(32, 32)]
-    settings = {"max_steps": 12, "learning_rate": 1e-2, "per_device_train_batch_size": 4, "report_to": "none", "logging_steps": 1}
-    settings |= {"use_cpu": True, "dataloader_pin_memory": False, "disable_tqdm": True, **arguments}
-    args = TrainingArguments(output_dir=str(folder), **settings)
-    return Trainer(LlamaForCausalLM(config), args, train_dataset=rows, callbacks=list(callbacks))  # pyright: ignore[reportArgumentType]
+    settings = {"learning_rate": 1e-2, "save_strategy": "steps", **arguments}
+    return small_trainer(folder, *callbacks, model=tiny_llama(use_cache=True), **settings)
 
 
 def _converted(trainer: Trainer) -> list[str]:
@@ -144,12 +139,12 @@ def test_a_finished_model_is_saved_without_what_the_recipe_keeps_and_a_checkpoin
     trainer = small_trainer(tmp_path, LowPrecisionCallback(recipe), max_steps=4, save_strategy="steps", save_steps=2)
     trainer.train()
     trainer.save_model(str(tmp_path / "model"))
-    plain = set(small_model().state_dict())
+    plain = set(tiny_llama().state_dict())
     assert set(load_file(tmp_path / "model" / "model.safetensors")) == plain
     assert set(load_file(tmp_path / "checkpoint-4" / "model.safetensors")) > plain
     expected = {step: loss for step, loss in losses(trainer).items() if step > 2}
     kept = {name: buffer.clone() for name, buffer in trainer.model.named_buffers()}
-    set_seed(trainer.args.seed)  # the data's order comes from it, and small_model() has drawn from the same generator
+    set_seed(trainer.args.seed)  # the data's order comes from it, and tiny_llama() has drawn from the same generator
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))  # the same Trainer once more
     assert {step: loss for step, loss in losses(trainer).items() if step > 2} == expected
     assert all(torch.equal(buffer, kept[name]) for name, buffer in trainer.model.named_buffers())

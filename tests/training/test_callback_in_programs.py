@@ -20,8 +20,8 @@ from lowprec.observe import LayerProbe
 from lowprec.recipe.state import is_state
 from lowprec.training.control import controller as controlling
 from lowprec.training.control.controller import PrecisionController
+from tests.builders import losses, prose, small_trainer, tiny_llama
 from tests.training.control.test_guard_in_training import GUARD, NaNGradient
-from tests.training.hf import losses, prose, small_model, small_trainer
 
 
 def test_two_callbacks_in_one_trainer(tmp_path: Path):
@@ -35,14 +35,14 @@ def test_several_gpus_in_one_process(tmp_path: Path):
     args._n_gpu = 2  # what they say of a machine with two
     assert args.parallel_mode is ParallelMode.NOT_DISTRIBUTED
     with pytest.raises(UserError, match=r"2 GPUs.*nn\.DataParallel.*CUDA_VISIBLE_DEVICES=0"):
-        Trainer(small_model(), args, callbacks=[LowPrecisionCallback("mxfp8")])
+        Trainer(tiny_llama(), args, callbacks=[LowPrecisionCallback("mxfp8")])
     assert use_one_gpu(args) == 2
     assert args.parallel_mode is ParallelMode.NOT_PARALLEL
-    Trainer(small_model(), args, callbacks=[LowPrecisionCallback("mxfp8")])
+    Trainer(tiny_llama(), args, callbacks=[LowPrecisionCallback("mxfp8")])
 
 
 def test_one_callback_in_two_trainers_one_after_the_other(tmp_path: Path):
-    model = small_model()
+    model = tiny_llama()
     callback = LowPrecisionCallback({"recipe": "mxfp4", "guard": GUARD})
     small_trainer(tmp_path / "1", callback, NaNGradient(model, 15), model=model, max_steps=18).train()
     assert callback.controller.raised
@@ -75,7 +75,7 @@ def test_a_finished_model_that_goes_on_is_saved_with_its_state(tmp_path: Path):
     assert not any(map(is_state, model.state_dict()))
     small_trainer(tmp_path / "2", model=model, **saves).train()
     saved = load_file(tmp_path / "2" / "checkpoint-2" / "model.safetensors")
-    fresh = small_model(seed=7)
+    fresh = tiny_llama(seed=7)
     lowprec.convert(fresh, "fp8_delayed")
     fresh.load_state_dict(saved)
     kept = dict(model.named_buffers())
@@ -95,7 +95,7 @@ def test_a_model_that_model_init_makes(recipe: str, tmp_path: Path):
 
     def trainer() -> Trainer:
         made = small_trainer(tmp_path, **saves)
-        return Trainer(None, made.args, model_init=lambda: small_model(), train_dataset=prose(20), callbacks=[LowPrecisionCallback(recipe)])
+        return Trainer(None, made.args, model_init=lambda: tiny_llama(), train_dataset=prose(20), callbacks=[LowPrecisionCallback(recipe)])
 
     first = trainer()
     first.train()
@@ -119,7 +119,7 @@ def test_a_loss_that_the_model_does_not_return_is_told_of(tmp_path: Path, caplog
 
 def test_a_probe_that_is_not_read_is_taken_away(monkeypatch: pytest.MonkeyPatch):
     """Its hooks, and what it says to the compiler."""
-    model = small_model()
+    model = tiny_llama()
     controller = PrecisionController({"recipe": "mxfp8", "probe_every": 2})
     controller.convert(model)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -145,7 +145,7 @@ def test_a_probe_that_is_not_read_is_taken_away(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_one_snapshot_at_least_has_settled():
-    model = small_model()
+    model = tiny_llama()
     controller = PrecisionController({"recipe": "mxfp8", "guard": {**GUARD, "snapshot_every": 1}})
     controller.convert(model)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -176,7 +176,7 @@ def test_quantisation_errors_are_in_the_state():
 
 def test_ranks_that_measured_other_layers_reduce_the_same(monkeypatch: pytest.MonkeyPatch):
     """An expert may have had tokens on one rank alone."""
-    model, reduced = small_model(), []
+    model, reduced = tiny_llama(), []
     controller = PrecisionController({"recipe": "mxfp8", "guard": True})
     controller.convert(model, "cpu")
     names = list(recipes_of(model))

@@ -24,10 +24,10 @@ import lowprec
 from lowprec import LowPrecisionCallback
 from lowprec.training.checkpoint import hf_names
 from lowprec.training.checkpoint.hf_names import accept_original_names
-from tests.training.hf import losses, prose, small_model, small_trainer
-from tests.training.runs import CONFIG, make_corpus, overrides
-from tests.training.runs import losses as run_losses
-from tests.training.runs import lowprec as command
+from tests.builders import losses, prose, small_trainer, tiny_config, tiny_llama
+from tests.runs import CONFIG, make_corpus, overrides
+from tests.runs import losses as run_losses
+from tests.runs import lowprec as command
 
 SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 PHASES = [{"until": "50%", "recipe": "bf16"}, {"recipe": "mxfp4_aws"}]
@@ -115,7 +115,7 @@ def test_what_has_its_names_or_can_not_have_them_is_left_alone(tmp_path: Path):
     result = model.load_state_dict(strange, strict=False)
     assert result.unexpected_keys == ["adapter.weight"]
     assert set(result.missing_keys) == set(model.state_dict())
-    plain: LlamaForCausalLM = small_model()
+    plain: LlamaForCausalLM = tiny_llama()
     accept_original_names(plain)
     assert not plain.load_state_dict(saved(plain, tmp_path)).missing_keys
 
@@ -155,7 +155,7 @@ class OwnModel(PreTrainedModel):
 @pytest.mark.parametrize("kind", ["own", "llama"])
 def test_a_resumed_run_with_another_recipe_builds_no_second_model(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def model() -> Any:
-        return OwnModel(LlamaConfig(hidden_size=64)) if kind == "own" else small_model()
+        return OwnModel(tiny_config()) if kind == "own" else tiny_llama()
 
     settings: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     small_trainer(tmp_path, LowPrecisionCallback("fp8_delayed"), model=model(), **settings).train()
@@ -169,7 +169,7 @@ def test_a_resumed_run_with_another_recipe_builds_no_second_model(kind: str, tmp
 
 
 def test_a_model_of_somebodys_own_has_no_other_names():
-    model = OwnModel(LlamaConfig(hidden_size=64))
+    model = OwnModel(tiny_config())
     accept_original_names(model)
     state = model.state_dict()
     state["center.weight"] = state.pop("middle.weight")

@@ -18,8 +18,8 @@ from lowprec import LowPrecisionCallback
 from lowprec.nn import LowPrecisionLinear
 from lowprec.training.callback import STATE
 from lowprec.training.checkpoint import files as checkpoint_files
-from tests.training.hf import losses, prose, small_model, small_trainer
-from tests.training.runs import ROOT
+from tests.builders import losses, prose, small_trainer, tiny_llama
+from tests.runs import ROOT
 
 PHASES = [{"until": "25%", "recipe": "bf16"}, {"until": "75%"}, {"recipe": {"base": "mxfp4_aws", "fprop": "bf16"}}]
 GUARD = {"snapshot_every": 4, "warmup": 4, "window": 8}
@@ -45,7 +45,7 @@ def test_a_resumed_run_is_the_same_run(recipe: str, tmp_path: Path):
     first = trainer_of(tmp_path, recipe, max_steps=6)
     first.train()
     torch.manual_seed(99)  # of no importance to a run that is resumed exactly
-    again = trainer_of(tmp_path, recipe, model=small_model(seed=7), max_steps=6)
+    again = trainer_of(tmp_path, recipe, model=tiny_llama(seed=7), max_steps=6)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert_same_run(first, again, 4)
 
@@ -55,7 +55,7 @@ def test_in_the_middle_of_each_phase_and_at_its_ends(tmp_path: Path):
     first = trainer_of(tmp_path, precision, max_steps=12, save_steps=1, save_total_limit=20)
     first.train()
     for step in (1, 3, 6, 8, 9, 11):
-        again = trainer_of(tmp_path, precision, model=small_model(seed=7), max_steps=12, save_strategy="no")
+        again = trainer_of(tmp_path, precision, model=tiny_llama(seed=7), max_steps=12, save_strategy="no")
         again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert_same_run(first, again, step)
 
@@ -77,7 +77,7 @@ def test_the_guards_memory_is_in_the_checkpoint(step: int, tmp_path: Path):
     precision = {"recipe": "mxfp4_aws", "guard": GUARD}
 
     def run(seed: int, checkpoint: str | None = None, **settings: Any) -> Trainer:
-        model = small_model(seed)
+        model = tiny_llama(seed)
         trainer = trainer_of(tmp_path, precision, NaNOnce(model, 8), model=model, max_steps=13, **settings)
         trainer.train(resume_from_checkpoint=checkpoint)
         return trainer
@@ -115,7 +115,7 @@ _KILLED_WHILE_WRITING = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from tests.training.hf import small_trainer, prose
+from tests.builders import small_trainer, prose
 from lowprec import LowPrecisionCallback
 
 torch.set_num_threads(1)

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     EarlyStoppingCallback,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     Trainer,
@@ -28,6 +27,7 @@ from lowprec.nn import LowPrecisionLinear
 from lowprec.recipe.state import is_state
 from lowprec.training.checkpoint import files as checkpoint_files
 from lowprec.training.data.tokenizer import END, byte_tokenizer
+from tests.builders import tiny_llama
 
 TEXTS = [f"{number}: " + "the quick brown fox jumps over the lazy dog. " * 2 for number in range(32)]
 LORA = peft.LoraConfig(r=8, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -65,17 +65,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=257,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        bos_token_id=256,
-        eos_token_id=256,
-    )
-    return LlamaForCausalLM(config)
+    return tiny_llama(vocab_size=257, bos_token_id=256, eos_token_id=256, use_cache=True)
 
 
 def lora_model() -> Any:

@@ -11,7 +11,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainerCall
 from lowprec import LowPrecisionCallback, UserError
 from lowprec.errors import TrainingStopped
 from lowprec.nn import LowPrecisionLinear
-from tests.training.hf import losses, prose, small_model, small_trainer
+from tests.builders import losses, prose, small_trainer, tiny_llama
 
 GUARD = {"snapshot_every": 10, "warmup": 8, "window": 16}
 STEPS = 150
@@ -66,7 +66,7 @@ class Forgetting(Fault):
 
 
 def run(folder: Path, guard: Any, fault: type[Fault] | None = None, *steps: int, recipe: Any = "mxfp4", **settings: Any) -> Trainer:
-    model = small_model()
+    model = tiny_llama()
     callbacks: list[Any] = [LowPrecisionCallback({"recipe": recipe, "guard": guard})]
     if fault is not None:
         callbacks.append(fault(model, *steps))
@@ -100,7 +100,7 @@ def test_without_a_guard_a_nan_ends_the_run(tmp_path: Path):
 
 
 def test_a_jump_while_the_loss_still_falls(tmp_path: Path):
-    model = small_model()
+    model = tiny_llama()
     callback = LowPrecisionCallback({"recipe": "mxfp4", "guard": {**GUARD, "window": 64}})
     trainer = small_trainer(tmp_path, callback, Forgetting(model, 26), model=model, max_steps=50, lr_scheduler_type="constant")
     trainer.train()
@@ -157,7 +157,7 @@ def test_what_comes_again_goes_up_the_ladder_and_then_stops_the_run(tmp_path: Pa
 
 
 def test_the_precision_that_was_raised_holds_in_later_phases_where_it_is_higher(tmp_path: Path):
-    model = small_model()
+    model = tiny_llama()
     schedule = [{"until": "30 steps", "recipe": "mxfp4"}, {"until": "35 steps", "recipe": "bf16"}, {"recipe": "mxfp8"}]
     callback = LowPrecisionCallback({"schedule": schedule, "guard": {**GUARD, "ladder": ["mxfp4", "fp8_blockwise"]}})
     seen = []
@@ -173,7 +173,7 @@ def test_the_precision_that_was_raised_holds_in_later_phases_where_it_is_higher(
 @pytest.mark.parametrize("first", [False, True])
 def test_the_step_of_a_breach_is_not_saved(first: bool, tmp_path: Path):
     """It would take the place of the checkpoint to go back to."""
-    model = small_model()
+    model = tiny_llama()
     callback = LowPrecisionCallback({"recipe": "mxfp4", "guard": {**GUARD, "data": "replay"}})
     saves = {"save_strategy": "steps", "save_steps": 4, "save_total_limit": 1}
     trainer = small_trainer(tmp_path, callback, NaNGradient(model, 15), model=model, max_steps=20, **saves)
@@ -186,7 +186,7 @@ def test_the_step_of_a_breach_is_not_saved(first: bool, tmp_path: Path):
 
 
 def test_another_run_knows_nothing_of_the_one_before(tmp_path: Path):
-    model = small_model()
+    model = tiny_llama()
     callback = LowPrecisionCallback({"recipe": "mxfp4", "guard": GUARD})
     trainer = small_trainer(tmp_path, callback, NaNGradient(model, 15), model=model, max_steps=18)
     trainer.train()

@@ -9,8 +9,8 @@ from transformers import Trainer, TrainerCallback
 
 from lowprec import LowPrecisionCallback, UserError
 from lowprec.errors import TrainingStopped
+from tests.builders import prose, small_trainer, tiny_llama
 from tests.training.control.test_guard_in_training import LAYER, Fault, NaNGradient, events
-from tests.training.hf import prose, small_model, small_trainer
 
 REPLAY = {"snapshot_every": 10, "warmup": 4, "window": 8, "data": "replay"}
 
@@ -26,7 +26,7 @@ class Poison(Fault):
 
 def run(folder: Path, fault: type[Fault] | None, *steps: int, resume: Any = None, **settings: Any) -> tuple[Trainer, list[str]]:
     """The Trainer, and the checkpoints that it went on from."""
-    model = small_model()
+    model = tiny_llama()
     callback = LowPrecisionCallback({"recipe": "mxfp4", "guard": REPLAY})
     faults = [] if fault is None else [fault(model, *steps)]
     settings = {"save_strategy": "steps", "save_steps": 4, "max_steps": 16, **settings}
@@ -98,7 +98,7 @@ def test_no_checkpoint_yet(tmp_path: Path):
 
 @pytest.mark.parametrize("by", ["callback", "trainer"])
 def test_a_run_begun_after_one_that_stopped_to_go_back_knows_nothing_of_it(by: str, tmp_path: Path):
-    model = small_model()
+    model = tiny_llama()
     callback = LowPrecisionCallback({"recipe": "mxfp4", "guard": REPLAY})
     settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4, "max_steps": 6, "data": prose(100)}
     trainer = small_trainer(tmp_path, callback, NaNGradient(model, 2), model=model, **settings)
@@ -119,7 +119,7 @@ def test_a_run_begun_after_one_that_stopped_to_go_back_knows_nothing_of_it(by: s
 
 
 def test_a_replay_by_the_trainer_itself_keeps_what_it_has_learnt(tmp_path: Path):
-    model = small_model()
+    model = tiny_llama()
     callback = LowPrecisionCallback({"recipe": "mxfp4", "guard": REPLAY})
     settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4, "max_steps": 10, "data": prose(100)}
     trainer = small_trainer(tmp_path, callback, NaNGradient(model, 8), model=model, **settings)
@@ -140,7 +140,7 @@ def test_a_replay_to_the_very_beginning_keeps_what_it_has_learnt(tmp_path: Path)
                 trainer._save_checkpoint(trainer.model, None)
                 callback.on_save(args, state, control, model=trainer.model)
 
-    model = small_model()
+    model = tiny_llama()
     callback = LowPrecisionCallback({"recipe": "mxfp4", "guard": REPLAY})
     data = prose(100)
     trainer = small_trainer(

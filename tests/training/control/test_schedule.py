@@ -13,7 +13,7 @@ from lowprec import LowPrecisionCallback, UserError
 from lowprec.nn import LowPrecisionLinear
 from lowprec.training.control.precision import parse_precision
 from lowprec.training.control.schedule import Until, make_schedule
-from tests.training.hf import losses, small_model, small_trainer
+from tests.builders import losses, small_trainer, tiny_llama
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:`torch\.jit\.script_method` is deprecated:DeprecationWarning"),
@@ -164,7 +164,7 @@ def test_the_state_of_all_phases_is_there_from_the_start(tmp_path: Path):
 
 def test_a_phase_compiles_once(tmp_path: Path):
     """One compilation for all blocks, in each phase; none when a phase's recipe comes again."""
-    model, counter = small_model(), CompileCounterWithBackend("aot_eager")
+    model, counter = tiny_llama(), CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     for block in model.model.layers:
         block.compile(backend=counter)

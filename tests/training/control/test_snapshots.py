@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import lowprec
 from lowprec.nn import LowPrecisionLinear
 from lowprec.training.control.snapshots import Snapshots
+from tests.builders import tiny_llama
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
@@ -21,9 +22,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 def _model(recipe: str | None = None) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2)
-    model = LlamaForCausalLM(config).train()
+    model = tiny_llama(num_hidden_layers=1, use_cache=True).train()
     if recipe is not None:
         lowprec.convert(model, recipe)
     return model

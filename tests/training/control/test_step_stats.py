@@ -8,20 +8,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import lowprec
 from lowprec.training.control import step_stats as watching
 from lowprec.training.control.step_stats import Watch
+from tests.builders import tiny_llama
 
 # Norms of fp32 gradients, summed in another order: relative rounding errors of 2^-24 that at most add up over a few thousand values.
 CLOSE = 1e-5
 
 
 def _model(**config: Any) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    settings = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(**settings, **config)).train()
+    return tiny_llama(use_cache=True, **config).train()
 
 
 def _batch(seed: int = 0) -> Tensor:

@@ -12,8 +12,8 @@ from transformers import Trainer, TrainerCallback
 from lowprec import LowPrecisionCallback
 from lowprec.nn import LowPrecisionLinear
 from lowprec.training.control.wandb_log import log_plan, log_scalars
-from tests.training.hf import losses, small_model, small_trainer
-from tests.training.runs import CONFIG, lowprec, make_corpus, overrides, read_metrics, wandb_history
+from tests.builders import losses, small_trainer, tiny_llama
+from tests.runs import CONFIG, lowprec, make_corpus, overrides, read_metrics, wandb_history
 
 wandb = pytest.importorskip("wandb")
 
@@ -138,7 +138,7 @@ def test_an_untouched_trainer_whose_wandb_comes_first(tmp_path: Path, offline: N
 
 
 def test_a_breach_is_told_line_by_line_and_the_plan_shows_what_was_raised(tmp_path: Path, offline: None):
-    model = small_model()
+    model = tiny_llama()
     precision = {"recipe": "mxfp4", "guard": {"snapshot_every": 2, "warmup": 2}}
     trainer = small_trainer(tmp_path, LowPrecisionCallback(precision), NaNGradient(model, 4), model=model, max_steps=6, report_to="wandb")
     trainer.train()
@@ -165,7 +165,7 @@ def watched(trainer: Trainer) -> list[str]:
 
 def test_without_a_run_nothing_is_logged_and_none_is_started():
     callback = LowPrecisionCallback("mxfp8")
-    log_plan(callback.controller.convert(small_model()))
+    log_plan(callback.controller.convert(tiny_llama()))
     log_scalars({"phase": 1.0}, 1)
     assert wandb.run is None
 

@@ -14,10 +14,10 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.fsdp import OffloadPolicy
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowprec.config.yaml import load_mapping
-from tests.training.runs import ROOT, losses, make_corpus, overrides, read_metrics
+from tests.builders import tiny_llama
+from tests.runs import ROOT, losses, make_corpus, overrides, read_metrics
 
 FOLDER = ROOT / "configs" / "accelerate"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -46,7 +46,7 @@ def test_two_processes_on_the_cpu_train_as_one_on_their_batches(tmp_path: Path):
     corpus, two, one = make_corpus(tmp_path / "corpus"), tmp_path / "two", tmp_path / "one"
     _, _, *arguments = command_of(FOLDER / "cpu.yaml")
     run("accelerate.commands.launch", *arguments, *small(corpus, two, 4), "trainer.save_steps=2")
-    run("trainers.cli", "train", arguments[-1], *small(corpus, one, 8))
+    run("lowprec", "train", arguments[-1], *small(corpus, one, 8))
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (two, one)]
     assert [summary["steps"] for summary in summaries] == [3, 3]
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
@@ -102,7 +102,7 @@ def test_fsdp2_shards_each_block(monkeypatch: pytest.MonkeyPatch):
     assert plugin.fsdp_version == 2
     assert plugin.reshard_after_forward is True
     assert plugin.cpu_offload == OffloadPolicy()  # none
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2))
+    model = tiny_llama(num_hidden_layers=3)
     wraps = fsdp2_prepare_auto_wrap_policy(plugin, model)
     assert wraps is not None
     assert [name for name, module in model.named_modules() if wraps(module)] == ["model.layers.0", "model.layers.1", "model.layers.2"]

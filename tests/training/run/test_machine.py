@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from lowprec.training.run.machine import flops_per_token
+from tests.builders import tiny_llama
 
 SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 ATTENTION = 4 * 32 * 32
@@ -16,7 +17,7 @@ NORMS = 2 * 2 * 32 + 32
 
 def test_operations_of_a_token():
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**SIZES))
+        model = tiny_llama(**SIZES)
     weights = 2 * (ATTENTION + 3 * 32 * 48) + NORMS + 64 * 32  # the head; the embedding is looked up
     assert flops_per_token(model, 128) == 6 * weights + 12 * 2 * 32 * 128
 

@@ -13,10 +13,12 @@ from lowprec.training.run import directory as run_directory
 from lowprec.training.run import resume_checks
 from lowprec.training.run.models import ModelConfig, build_config
 from lowprec.training.run.training_args import total_steps
-from tests.training.hf import counting, small_trainer
-from tests.training.runs import CONFIG, losses, lowprec, make_corpus, overrides
+from tests.builders import counting, small_trainer, tiny_config
+from tests.runs import CONFIG, losses, lowprec, make_corpus, overrides
 
-TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+def config(vocab_size: int = 256, layers: int = 1) -> LlamaConfig:
+    return tiny_config(vocab_size=vocab_size, num_hidden_layers=layers, use_cache=True)
 
 
 def checkpoint_of(run: Path, data: dict[str, Any] | None = None, *, step: int = 4, optimizer: bool = True) -> Path:
@@ -24,7 +26,7 @@ def checkpoint_of(run: Path, data: dict[str, Any] | None = None, *, step: int = 
     path = run / f"checkpoint-{step}"
     path.mkdir(parents=True)
     (path / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    LlamaConfig(vocab_size=256, **TINY).save_pretrained(path)
+    config().save_pretrained(path)
     if optimizer:
         (path / "optimizer.pt").write_bytes(b"")
     if data is not None:
@@ -68,21 +70,21 @@ def test_steps_on_several_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 )
 def test_the_same_model_in_other_words(model: dict[str, Any], tmp_path: Path):
     checkpoint = checkpoint_of(tmp_path, {"model": {"path": "o1/model"}})
-    LlamaConfig(vocab_size=256, **TINY).save_pretrained(tmp_path / "model")
+    config().save_pretrained(tmp_path / "model")
     model = {**model, "path": model["path"].format(folder=tmp_path)}
     resume_checks.check_same_model(checkpoint, build_config(ModelConfig(**model), 256), {"model": model})
 
 
 def test_another_model(tmp_path: Path):
     checkpoint = checkpoint_of(tmp_path, {"model": {"path": "model"}})
-    LlamaConfig(vocab_size=256, **TINY).save_pretrained(tmp_path / "model")
+    config().save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text((tmp_path / "model" / "config.json").read_text().replace("256", "512"))
     same = {"model": {"path": "model"}}  # in the same words
     with pytest.raises(UserError, match="is of another model: vocab_size is 256 there, 512 here"):
         resume_checks.check_same_model(checkpoint, build_config(ModelConfig(path=str(tmp_path / "model")), 256), same)
-    resume_checks.check_same_model(checkpoint, LlamaConfig(vocab_size=512, **TINY), same, any_vocabulary=True)
+    resume_checks.check_same_model(checkpoint, config(vocab_size=512), same, any_vocabulary=True)
     with pytest.raises(UserError, match="num_hidden_layers is 1 there, 2 here"):
-        resume_checks.check_same_model(checkpoint, LlamaConfig(vocab_size=256, **{**TINY, "num_hidden_layers": 2}), same)
+        resume_checks.check_same_model(checkpoint, config(layers=2), same)
     (checkpoint / "config.json").unlink()  # a sharded one
     with pytest.raises(UserError, match="is of another model"):
         resume_checks.check_same_model(checkpoint, None, {"model": {"preset": "llama-tiny"}})

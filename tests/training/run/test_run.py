@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.training.runs import CONFIG, ROOT, SMALL, losses, lowprec, make_corpus, overrides, read_metrics, wandb_history
+from tests.runs import CONFIG, ROOT, SMALL, losses, lowprec, make_corpus, overrides, read_metrics, wandb_history
 
 
 @pytest.fixture(scope="module")

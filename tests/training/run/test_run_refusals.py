@@ -15,7 +15,7 @@ from lowprec.cli.main import main
 from lowprec.training.checkpoint import files as checkpoint_files
 from lowprec.training.run import directory as run_directory
 from lowprec.training.run.models import ModelConfig, build_config
-from tests.training.runs import CONFIG, losses, lowprec, make_corpus, overrides
+from tests.runs import CONFIG, losses, lowprec, make_corpus, overrides
 
 Refused = Callable[..., str]
 
