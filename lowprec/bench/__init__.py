@@ -1,2 +1,2 @@
-"""What the parts cost, measured: medians with their spread, the floor beside them, rivals in the
-same run."""
+"""Benchmarks of the parts: medians with their spread, the floor of each row, and rivals measured in
+the same run."""

@@ -1,8 +1,8 @@
-"""Quantising and dequantising a matrix: every kind of operand, beside a copy of it and beside other
-libraries in the same run.
+"""Benchmark of quantising and dequantising a matrix, for every kind of operand, against a copy of
+the matrix and against other libraries in the same run.
 
-On a GPU with kernels for them also making the codes alone, of a matrix and of its transpose from
-one read, as FP8 layers do.
+On a GPU with fused kernels, it also measures making the codes alone. Such a kernel makes the codes
+of a matrix and of its transpose from one read, as FP8 layers do.
 """
 
 import importlib
@@ -35,7 +35,7 @@ OPERANDS = {
     "int8 rows": "int8[row fp32 asymmetric]",
     "int4 groups": "int4[1x32 fp32]",
 }
-"""What is measured: a name, and the operand in the notation of `quant/spec.py`."""
+"""The measured operands: a name, and the operand in the notation of `quant/spec.py`."""
 
 CODES = {
     "fp8 tiles, x and xᵀ": ("e4m3[1x128 fp32]", "e4m3[1x128 fp32]", 1),
@@ -44,8 +44,8 @@ CODES = {
     "fp8 tiles, x": ("e4m3[1x128 fp32]", None, 1),
     "silu(x) · y, fp8 tiles both ways": ("e4m3[1x128 fp32]", "e4m3[1x128 fp32]", 2),
 }
-"""Codes made by fused kernels: a name, the operands along the rows and of the transpose, and the
-number of matrices read."""
+"""The measured fused kernels: a name, the operand of the matrix, the operand of its transpose, and
+the number of matrices that are read."""
 
 RIVALS = ("torchao",)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -58,19 +58,19 @@ def run(
     compiled: bool = False,
     dtype: str = "fp32",
 ) -> dict[str, Any]:
-    """Measure all of `OPERANDS` on a random matrix, and where there are kernels for them all of
-    `CODES`.
+    """Measure `OPERANDS` on a random matrix, and `CODES` too if the device has the kernels.
 
     Args:
-        dtype: of the matrix and of what is dequantised: fp32 or bf16.
-        against: rivals to run as well, of `RIVALS`; eager if ours is.
-        compiled: put both through torch.compile.
+        against: rivals from `RIVALS` to run as well.
+        shape: rows and columns of the matrix.
+        compiled: put our functions and the rivals' through torch.compile; otherwise both are eager.
+        dtype: dtype of the matrix and of the dequantised matrix, fp32 or bf16.
     Returns:
-        {"device", "threads", "torch", "shape", "dtype", "copy": timing, "rows": [{"name",
-        "operand", "ours": timing, "floor", "of_floor",
-        RIVAL: timing or None, "equal": whether a rival's result has the same bits}], "ceilings"}; a
-            timing is {"median", "p20", "p80"} in
-        milliseconds. The floor: what is read and what is written, at the rate of a copy.
+        {"device", "threads", "torch", "shape", "dtype", "compiled", "copy": timing, "rows":
+        [{"name", "operand", "ours": timing, "floor", "of_floor", RIVAL: timing or None, "equal"}],
+        "ceilings"}. A timing is {"median", "p20", "p80"} in milliseconds. "equal" is True if the
+        rival's result has the same bits. The floor is the time of the bytes read and written at the
+        rate of a copy.
     Raises:
         UserError: an unknown or missing rival, an unknown dtype, or no such device.
     """
@@ -120,8 +120,9 @@ def _ours(spec: OperandSpec, device: torch.device, compiled: bool) -> Callable[[
 
 
 def _codes(x: Tensor, ceilings: Ceilings, no_rivals: dict[str, None]) -> list[dict[str, Any]]:
-    """The rows of `CODES`."""
-    rows, y = [], torch.randn_like(x)
+    """Return the rows of `CODES`."""
+    rows = []
+    y = torch.randn_like(x)
     for name, (a, b, inputs) in CODES.items():
         wanted = directions(*(None if text is None else OperandSpec.parse(text) for text in (a, b)))
         assert not isinstance(wanted, str)
@@ -147,7 +148,7 @@ def _codes(x: Tensor, ceilings: Ceilings, no_rivals: dict[str, None]) -> list[di
 def _torchao(
     spec: OperandSpec, compiled: bool, dtype: torch.dtype
 ) -> Callable[[Tensor], Tensor] | None:
-    """torchao's way to the same operand; None if it has none."""
+    """Return torchao's round trip through the same operand, or None if torchao does not have it."""
     formats = importlib.import_module("torchao.prototype.mx_formats.mx_tensor")
     scaling = spec.scaling
     assert scaling is not None

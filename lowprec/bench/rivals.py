@@ -1,8 +1,7 @@
-"""Other libraries that can be measured in the same run: whether they are there, and their linear
-layers.
+"""Rivals: other libraries that are measured in the same run, and their linear layers.
 
-A rival that was named and is not installed is the user's error. One that fails while it runs is
-not: its row tells the failure.
+If a rival that the user named is not installed, the benchmark raises UserError. If a rival fails
+while it runs, its row reports the failure and the benchmark continues.
 """
 
 import copy
@@ -20,20 +19,21 @@ from lowprec.errors import UserError, nearest
 T = TypeVar("T")
 
 Layer = tuple[Callable[[Tensor], Tensor], Tensor]
-"""A linear layer's forward, and the weight that gets the gradient."""
+"""A linear layer: its forward, and the weight that gets the gradient."""
 
 _PACKAGES = {
     "torchao": ("torchao", "pip install torchao"),
     "te": ("transformer_engine", "pip install 'lowprec[te]'"),
 }
-"""A rival's name on the command line, its package, and how to install it."""
+"""Name of a rival on the command line -> its package, and the command that installs it."""
 
 _TORCHAO_BLOCK = "torchao.prototype.blockwise_fp8_training.linear"
 _LONGEST_FAILURE = 200
 
 
 def check(named: Sequence[str], known: Sequence[str]) -> None:
-    """UserError if a rival is not one of `known` or not installed. "bf16" needs nothing."""
+    """Raise UserError if a rival is not one of `known` or is not installed. "bf16" needs no
+    package."""
     for rival in named:
         if rival not in known:
             raise UserError(f"--against: unknown rival '{rival}'{nearest(rival, known)}")
@@ -42,8 +42,10 @@ def check(named: Sequence[str], known: Sequence[str]) -> None:
 
 
 def attempt(function: Callable[[], T]) -> tuple[T | None, str | None]:
-    """(What `function` returns, None), or (None, the first 200 characters of why it failed). A
-    UserError passes through."""
+    """Call `function` and return (its result, None), or (None, failure) if it raises an exception.
+
+    The failure is the first 200 characters of the exception. A UserError is raised again.
+    """
     failure = None
     try:
         return function(), None
@@ -51,28 +53,32 @@ def attempt(function: Callable[[], T]) -> tuple[T | None, str | None]:
         raise
     except Exception as error:
         failure = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_FAILURE]
-    # Now that the exception is gone, so are the frames that held on to memory.
+    # The frames that kept memory alive are gone with the exception.
     release_memory()
     return None, failure
 
 
 def release_memory() -> None:
-    """Give back what the last row held, so that the next one finds the same memory."""
+    """Free the memory of the last row, so that every row starts with the same free memory."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def compiled(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """`module` through torch.compile, as if nothing had been compiled before: the number of
-    variants of a forward is limited."""
+    """Return `module` through torch.compile, after a reset of the compiler.
+
+    Without the reset, torch's limit on the number of variants of one forward could be reached.
+    """
     torch._dynamo.reset()
     return torch.compile(module, dynamic=False)
 
 
 def torchao_layers() -> dict[str, Callable[[nn.Linear], Layer]]:
-    """torchao's linear layers for training in FP8: a name, and what makes the layer from a bf16
-    nn.Linear."""
+    """Return torchao's linear layers for training in FP8.
+
+    Each is a name with a function that makes the layer from a bf16 nn.Linear.
+    """
     return {
         "torchao block": _torchao_block,
         "torchao tensorwise, compiled": lambda linear: _torchao_float8(linear, "tensorwise"),
@@ -96,11 +102,11 @@ def _torchao_float8(linear: nn.Linear, kind: str) -> Layer:
 def convert_by_torchao(
     model: Any, kind: str, wanted: Callable[[nn.Module, str], bool] = lambda module, name: True
 ) -> Any:
-    """`model` with its linear layers made torchao's, in place.
+    """Replace the linear layers of `model` by torchao's, in place, and return the model.
 
     Args:
         kind: tensorwise, rowwise or blockwise.
-        wanted: (layer, its name) -> whether to convert it.
+        wanted: (layer, its name) -> True if the layer is to be converted.
     """
     if kind == "blockwise":
         config = importlib.import_module(_TORCHAO_BLOCK).Float8BlockwiseLinearConfig()
@@ -117,8 +123,11 @@ def convert_by_torchao(
 
 
 def te_layers() -> dict[str, Callable[[nn.Linear], Layer]]:
-    """Transformer Engine's linear layer under its FP8 recipes, each quantising the weight in every
-    step and in the first one only."""
+    """Return Transformer Engine's linear layer under each of its FP8 recipes, in two variants.
+
+    One variant quantises the weight in every step, the other ("weight cached") in the first step
+    only.
+    """
     recipes = {
         "block": "Float8BlockScaling",
         "current": "Float8CurrentScaling",

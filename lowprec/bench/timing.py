@@ -1,8 +1,8 @@
-"""Timing a function on a device.
+"""Timing of a function on a device.
 
-On a GPU the calls are queued without waiting for each other, as in training, and the L2 cache is
-overwritten before each of them: otherwise a small matrix would be read from there, which it is not
-in a model.
+On a GPU the calls are queued without waiting for each other, as in training. The L2 cache is
+overwritten before each call. Otherwise a small matrix would be read from the cache, which does not
+happen in a model.
 """
 
 import statistics
@@ -13,22 +13,26 @@ from dataclasses import dataclass
 import torch
 
 _FLUSHED = 256 << 20
-"""Bytes that are overwritten to empty the L2 cache; larger than any GPU's."""
+"""Bytes that are overwritten to empty the L2 cache: more than the L2 cache of any GPU."""
 
 _TURNS = 4
+"""Number of turns of each function in `measure_in_turns`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Milliseconds of one call: the median, and the 20th and 80th percentiles."""
+    """The distribution of the time of one call, in milliseconds."""
 
     median: float
+    """Median."""
     p20: float
+    """20th percentile."""
     p80: float
+    """80th percentile."""
 
 
 def summarise(times: Sequence[float]) -> Timing:
-    """The Timing of at least two measured times."""
+    """Return the Timing of at least two measured times (ms)."""
     p20, *_, p80 = statistics.quantiles(times, n=5, method="inclusive")
     return Timing(median=statistics.median(times), p20=p20, p80=p80)
 
@@ -36,8 +40,10 @@ def summarise(times: Sequence[float]) -> Timing:
 def measure(
     function: Callable[[], object], device: torch.device, *, seconds: float = 0.5, most: int = 200
 ) -> Timing:
-    """Time `function` for about `seconds`, at least 7 and at most `most` calls, after three to warm
-    up, on a GPU a fifth of `seconds`."""
+    """Time `function` for about `seconds`, with at least 7 and at most `most` calls.
+
+    Three calls come first to warm up; on a GPU, the warm-up lasts a fifth of `seconds` more.
+    """
     clock = _Clock(device)
     return summarise(clock.times(function, clock.warm_up(function, seconds, most)))
 
@@ -50,11 +56,12 @@ def measure_in_turns(
     seconds: float = 0.5,
     most: int = 200,
 ) -> tuple[Timing, Timing]:
-    """Time two functions as `measure` does, in turns: what a device loses as it heats up, both lose
-    alike.
+    """Time two functions in turns, each as `measure` does. A device that slows down as it heats up
+    then slows down both alike.
 
-    On a GPU half of each turn is not timed: at its power limit it takes some hundredths of a second
-    to settle on a clock, which is another for each function, and in training it is settled.
+    On a GPU, half of each turn is not timed. At its power limit, a GPU takes some hundredths of a
+    second to settle on a clock rate, which differs between the functions. In training it is
+    settled.
     """
     clock = _Clock(device)
     contenders = [
@@ -72,8 +79,10 @@ def measure_in_turns(
 def measure_steps(
     step: Callable[[], object], device: torch.device, *, steps: int = 10, warmup: int = 4
 ) -> Timing:
-    """Time a training step by the clock on the wall, each step to its end, after `warmup` of them
-    (the first compiles). `steps` >= 2."""
+    """Time `steps` training steps by wall clock, at least two, each until the device has finished.
+
+    `warmup` steps come first; the first of them compiles.
+    """
     times = []
     for number in range(warmup + steps):
         before = time.perf_counter()
@@ -86,7 +95,7 @@ def measure_steps(
 
 
 class _Clock:
-    """Times calls of functions on one device."""
+    """A timer of function calls on one device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -95,7 +104,7 @@ class _Clock:
         )
 
     def warm_up(self, function: Callable[[], object], seconds: float, most: int) -> int:
-        """How many calls take about `seconds`."""
+        """Warm up `function` and return the number of calls that take about `seconds`."""
         for _ in range(3):
             once = _time_on_cpu(function)
         if self.device.type == "cuda":
@@ -104,8 +113,8 @@ class _Clock:
         return _calls(once, seconds, most)
 
     def times(self, function: Callable[[], object], calls: int) -> list[float]:
-        """Milliseconds of each of `calls` calls; on a GPU all are queued before the first is waited
-        for."""
+        """Return the milliseconds of each of `calls` calls. On a GPU, all calls are queued before
+        the first wait."""
         if self.device.type != "cuda":
             return [_time_on_cpu(function) for _ in range(calls)]
         events = [
@@ -122,10 +131,12 @@ class _Clock:
 
 
 def _calls(once: float, seconds: float, most: int) -> int:
+    """Return the number of calls of `once` milliseconds that fit into `seconds`, 7 to `most`."""
     return max(7, min(most, int(seconds * 1e3 / max(once, 1e-3))))
 
 
 def _time_on_cpu(function: Callable[[], object]) -> float:
+    """Return the milliseconds of one call, by wall clock."""
     before = time.perf_counter()
     function()
     return 1e3 * (time.perf_counter() - before)
