@@ -24,15 +24,13 @@ from pydantic import field_validator, model_validator
 
 from lowprec.config.schema import StrictConfig, parse
 from lowprec.config.yaml import load_mapping
+from lowprec.conversion.layer_backends import LAYER_BACKENDS, layer_backend
 from lowprec.errors import nearest
 from lowprec.gemm import BACKENDS
 from lowprec.recipe import Recipe, library
 from lowprec.recipe.rules import Rule
 
 logger = logging.getLogger("lowprec")
-
-TE = "te"
-"""The backend that is a module of another library, not one of `BACKENDS`."""
 
 RUN_SETTINGS = ("schedule", "loss_scaling", "guard", "probe_every")
 """Settings of a training run's precision, which `convert` has no use for."""
@@ -96,7 +94,7 @@ class ConversionConfig(StrictConfig):
     @field_validator("backend")
     @classmethod
     def _known(cls, value: str) -> str:
-        known = ["auto", *BACKENDS, TE]
+        known = ["auto", *BACKENDS, *LAYER_BACKENDS]
         if value not in known:
             raise ValueError(f"unknown backend '{value}'{nearest(value, known)}")
         return value
@@ -105,13 +103,18 @@ class ConversionConfig(StrictConfig):
         return [Rule(modules=rule.modules, recipe=rule.recipe) for rule in self.rules]
 
     @model_validator(mode="after")
-    def _te_trains_and_evaluates_alike(self) -> "ConversionConfig":
-        if self.backend == TE and self.evaluation != "training":
-            raise ValueError(
-                "backend 'te' can't change its precision: schedule, guard and evaluation need "
-                "another backend"
-            )
+    def _trains_and_evaluates_alike(self) -> "ConversionConfig":
+        if self.evaluation != "training":
+            self.check_precision_may_change()
         return self
+
+    def check_precision_may_change(self) -> None:
+        """Raise ValueError if layers of the backend keep one precision throughout a run."""
+        if not layer_backend(self.backend).changes_precision:
+            raise ValueError(
+                f"backend '{self.backend}' can't change its precision: schedule, guard and "
+                "evaluation need another backend"
+            )
 
 
 def parse_conversion(precision: Any) -> ConversionConfig:

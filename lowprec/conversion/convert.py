@@ -21,14 +21,13 @@ import torch
 from torch import nn
 
 from lowprec.conversion import swiglu_fusion
-from lowprec.conversion.config import TE, parse_conversion
+from lowprec.conversion.config import parse_conversion
 from lowprec.conversion.decide import Decision, Decisions, RunFacts, decide
 from lowprec.conversion.describe import describe
-from lowprec.conversion.discover import CONVERTED, recipes_of
+from lowprec.conversion.layer_backends import CONVERTED, layer_backend
 from lowprec.conversion.plan import Plan
-from lowprec.nn import LowPrecisionLinear, experts
+from lowprec.nn import experts
 from lowprec.nn.experts import ExpertProjection
-from lowprec.nn.te_linear import TELinear
 from lowprec.recipe import GemmSpec, Recipe
 from lowprec.recipe.state import FINISHED, states_of
 
@@ -129,16 +128,14 @@ def apply(model: nn.Module, decisions: Decisions) -> None:
 def revert(model: nn.Module) -> int:
     """Turn every converted layer of `model` back into what it was, in place. Return the number of
     layers, with a stack of experts' weights as one."""
-    converted = [
-        module
-        for module in model.modules()
-        if isinstance(module, CONVERTED) or experts.is_converted(module)
-    ]
-    count = len(recipes_of(model)) + sum(isinstance(module, TELinear) for module in converted)
-    for module in converted:
+    count = 0
+    for module in list(model.modules()):
         if isinstance(module, CONVERTED):
+            count += 1
             module.to_linear()
-        experts.revert_experts(module)
+        elif experts.is_converted(module):
+            count += len(experts.projections_of(module))
+            experts.revert_experts(module)
     swiglu_fusion.apply(model, [])
     return count
 
@@ -156,27 +153,20 @@ def _has_recipes(decision: Decision) -> bool:
 
 def _convert_linear(module: nn.Module, decision: Decision, device_type: str, number: int) -> None:
     """Convert a linear layer, or revert it; `number` is its place among the model's weights."""
-    if not _has_recipes(decision):
-        if isinstance(module, CONVERTED):
-            module.to_linear()
-        return
-    assert isinstance(module, nn.Linear)
-    if decision.backend == TE:
-        assert decision.recipe is not None
-        TELinear.from_linear(module, decision.recipe)
-        return
-    if isinstance(module, TELinear):
+    layers = layer_backend(decision.backend)
+    stays = _has_recipes(decision) and isinstance(module, layers.modules)
+    if isinstance(module, CONVERTED) and not stays:
         module.to_linear()
-    LowPrecisionLinear.from_linear(
-        module,
-        decision.recipe or AS_IT_IS,
-        decision.backend,
-        device_type,
-        seed=torch.initial_seed(),
-        layer=number,
-        keeps=decision.keeps,
-        evaluation=decision.evaluation,
-    )
+    if _has_recipes(decision):
+        assert isinstance(module, nn.Linear)
+        layers.convert(
+            module,
+            decision.recipe or AS_IT_IS,
+            device_type,
+            layer=number,
+            keeps=decision.keeps,
+            evaluation=decision.evaluation,
+        )
 
 
 def _make_projection(decision: Decision, number: int) -> ExpertProjection:

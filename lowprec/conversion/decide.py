@@ -28,13 +28,14 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lowprec.conversion import swiglu_fusion
-from lowprec.conversion.config import TE, ConversionConfig
-from lowprec.conversion.cost_model import TOKENS, payoff
+from lowprec.conversion.config import ConversionConfig
+from lowprec.conversion.cost_model import TOKENS, against_bf16
 from lowprec.conversion.discover import Survey, Weight, survey, why_not_convert
+from lowprec.conversion.layer_backends import layer_backend
 from lowprec.errors import UserError
-from lowprec.gemm import select
+from lowprec.gemm import LayerShape, select
 from lowprec.nn.operands import able_backend
-from lowprec.recipe import GEMMS, Recipe
+from lowprec.recipe import Recipe
 from lowprec.recipe.rules import Rule, check_rules
 
 
@@ -103,7 +104,7 @@ class Decisions:
     @cached_property
     def fused(self) -> tuple[str, ...]:
         """Names of the MLPs that are fused."""
-        if not self.config.fuse or self.config.backend == TE:
+        if not self.config.fuse or not layer_backend(self.config.backend).fuses:
             return ()
         recipes = {name: decision.recipe for name, decision in self.layers.items()}
         return tuple(
@@ -167,7 +168,7 @@ def _decide_layer(
         return decision(recipe=None, reason="the recipe is 'none'")
     if rule is None and (reason := found.high_precision.get(name)) is not None:
         return decision(recipe=None, reason=reason)
-    if (reason := why_not_convert(weight, recipe, config.backend)) is not None:
+    if (reason := why_not_convert(weight, recipe, layer_backend(config.backend))) is not None:
         return decision(recipe=None, reason=reason, blocked=True)
     may_skip = rule is None and config.skip_slow and config.backend == "auto"
     if may_skip and (reason := slowdown_reason(weight, recipe, facts)) is not None:
@@ -192,29 +193,34 @@ def _raised(decision: Decision, recipe: Recipe | None, backend: str, device_type
 
 def slowdown_reason(weight: Weight, recipe: Recipe, facts: RunFacts) -> str | None:
     """Return why `recipe`, by the backends that `auto` takes, would be slower than bf16 for a
-    layer; None if it would not, or if there is no model of its speed."""
+    layer; None if it would not, or if the backends of fprop and dgrad state no cost."""
     if facts.device != "cuda":
         return None
-    chosen = {
-        gemm: select(*recipe.operands(gemm), facts.device, "auto", recipe.gemm(gemm).sums)[0].name
-        for gemm in GEMMS
-    }
-    if not {chosen["fprop"], chosen["dgrad"]} <= {"hopper", "scaled_mm"}:
-        return None
+    N, K = weight.shape
+    kinds = [
+        "" if spec is None else spec.kind
+        for spec in (recipe.operands("fprop")[0], recipe.operands("wgrad")[1])
+    ]
+    layer = LayerShape(M=facts.tokens or TOKENS, N=N, K=K, fprop_kind=kinds[0], wgrad_kind=kinds[1])
+    costs = []
+    for gemm in ("fprop", "dgrad"):
+        sums = recipe.gemm(gemm).sums
+        backend, _ = select(*recipe.operands(gemm), facts.device, "auto", sums)
+        if (cost := backend.cost(layer)) is None:
+            return None
+        costs.append(cost)
     if weight.stack:
         return (
             "experts run one after another here, each launched anew for its number of tokens: "
             "not known to pay on a GPU"
         )
-    N, K = weight.shape
-    fprop_x, wgrad_x = recipe.operands("fprop")[0], recipe.operands("wgrad")[1]
-    kinds = ["" if spec is None else spec.kind for spec in (fprop_x, wgrad_x)]
-    found = payoff(N, K, kinds[1], facts.tokens, facts.compiled, fprop_kind=kinds[0])
+    slower = max(costs, key=lambda cost: cost.device)
+    found = against_bf16(slower, layer, compiled=facts.compiled)
     if found.pays:
         return None
     return (
-        f"{recipe.name} would run at {found.speedup:.2f} of bf16's speed with "
-        f"{facts.tokens or TOKENS} tokens a pass: {found.limit}"
+        f"{recipe.name} would run at {found.speedup:.2f} of bf16's speed with {layer.M} tokens a "
+        f"pass: {found.limit}"
     )
 
 

@@ -1,14 +1,10 @@
 """Describe decisions as a Plan: the backend of each product, and what is emulated and why."""
 
 from lowprec.conversion import swiglu_fusion
-from lowprec.conversion.config import TE
 from lowprec.conversion.decide import Decision, Decisions
-from lowprec.conversion.discover import CONVERTED
+from lowprec.conversion.layer_backends import CONVERTED, LayerBackend, layer_backend
 from lowprec.conversion.plan import GemmPlan, LayerPlan, Plan
 from lowprec.errors import UserError
-from lowprec.gemm import select
-from lowprec.nn.operands import gemm_size
-from lowprec.nn.te_linear import te_reason, why_not_te
 from lowprec.recipe import GEMMS, Recipe
 
 
@@ -35,9 +31,9 @@ def _describe_layer(name: str, decision: Decision, device_type: str) -> LayerPla
     gemms = ()
     reason = decision.reason
     if recipe is not None:
+        layers = layer_backend(decision.backend)
         gemms = tuple(
-            _describe_gemm(recipe, gemm, device_type, decision.backend, weight.shape)
-            for gemm in GEMMS
+            _describe_gemm(recipe, gemm, layers, device_type, weight.shape) for gemm in GEMMS
         )
         reason = "; ".join(dict.fromkeys(gemm.reason for gemm in gemms if not gemm.native))
     return LayerPlan(
@@ -54,31 +50,13 @@ def _describe_layer(name: str, decision: Decision, device_type: str) -> LayerPla
 
 
 def _describe_gemm(
-    recipe: Recipe, gemm: str, device_type: str, backend: str, shape: tuple[int, int]
+    recipe: Recipe, gemm: str, layers: LayerBackend, device_type: str, shape: tuple[int, int]
 ) -> GemmPlan:
-    if backend == TE:
-        if (reason := why_not_te(recipe, device_type)) is not None:
-            raise UserError(
-                f"precision.backend: 'te' can't run recipe {recipe.name} on {device_type}: {reason}"
-            )
-        return GemmPlan(
-            gemm=gemm,
-            equation=recipe.equation(gemm),
-            backend=TE,
-            native=True,
-            reason=te_reason(recipe),
-        )
-    chosen, support = select(
-        *recipe.operands(gemm),
-        device_type,
-        backend,
-        recipe.gemm(gemm).sums,
-        gemm_size(gemm, *shape),
-    )
+    backend, support = layers.supports(recipe, gemm, device_type, shape)
     return GemmPlan(
         gemm=gemm,
         equation=recipe.equation(gemm),
-        backend=chosen.name,
+        backend=backend,
         native=support.native,
         reason=support.reason,
     )

@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from lowprec.conversion.config import TE
+from lowprec.conversion.layer_backends import CONVERTED, LayerBackend
 from lowprec.conversion.peft_names import name_without_peft
 from lowprec.nn import LowPrecisionLinear, experts
-from lowprec.nn.te_linear import DelayedTELinear, TELinear, why_not_shape
 from lowprec.recipe import Recipe
 
 _HEADS = ("lm_head", "embed_out", "output_projection", "score", "classifier")
@@ -22,8 +21,6 @@ _GATES = {"gate", "router", "shared_expert_gate"}
 
 _HEAD_STAYS = "the output head stays in high precision unless a rule names it"
 _GATE_STAYS = "a gate of experts stays in high precision unless a rule names it"
-
-CONVERTED = (LowPrecisionLinear, TELinear, DelayedTELinear)
 
 
 @dataclass(frozen=True)
@@ -98,8 +95,8 @@ def survey(model: nn.Module) -> Survey:
     return Survey(weights=weights, plain=plain, high_precision=high_precision)
 
 
-def why_not_convert(weight: Weight, recipe: Recipe, backend: str) -> str | None:
-    """Why a weight's products can't be turned to a recipe; None if they can."""
+def why_not_convert(weight: Weight, recipe: Recipe, layers: LayerBackend) -> str | None:
+    """Return why a weight can't be converted to a recipe by these layers; None if it can."""
     module = weight.module
     kind = type(module).__name__
     if kind.startswith("FSDP"):
@@ -107,21 +104,23 @@ def why_not_convert(weight: Weight, recipe: Recipe, backend: str) -> str | None:
     if "forward" in module.__dict__ and not (
         isinstance(module, CONVERTED) or experts.is_converted(module)
     ):
-        return f"something has replaced the forward of this {kind} (offloading hooks do): convert before that"
-    if weight.bypassed:
-        return "nn.TransformerEncoderLayer multiplies by its weight without calling it, in eval() and without gradients"
-    if weight.stack:
         return (
-            "backend te runs linear layers only"
-            if backend == TE
-            else experts.why_not_stack(module, recipe)
+            f"something has replaced the forward of this {kind} (offloading hooks do): convert "
+            "before that"
         )
+    if weight.bypassed:
+        return (
+            "nn.TransformerEncoderLayer multiplies by its weight without calling it, in eval() and "
+            "without gradients"
+        )
+    if weight.stack:
+        return layers.why_not_stack(module, recipe)
     if _is_conv1d(module):
         return "transformers' Conv1D keeps its weight transposed and is no nn.Linear"
     if type(module) not in (nn.Linear, *CONVERTED):
         return f"{kind} is a subclass of nn.Linear with a forward of its own"
     assert isinstance(module, nn.Linear)
-    return why_not_shape(module, recipe) if backend == TE else None
+    return layers.why_not_linear(module, recipe)
 
 
 def recipes_of(model: nn.Module) -> dict[str, Recipe]:

@@ -4,6 +4,7 @@ supports them."""
 from lowprec.errors import UserError, nearest
 from lowprec.gemm.base import FP32_SUMS, UNSIZED, Accumulation, GemmBackend, Operand, Size, Support
 from lowprec.gemm.bf16_exact import ExactInBf16Backend
+from lowprec.gemm.cost import Cost, LayerShape
 from lowprec.gemm.hopper import HopperBackend
 from lowprec.gemm.reference import ReferenceBackend
 from lowprec.gemm.scaled_mm import ScaledMMBackend
@@ -27,7 +28,9 @@ __all__ = [
     "BACKENDS",
     "FP32_SUMS",
     "Accumulation",
+    "Cost",
     "GemmBackend",
+    "LayerShape",
     "Operand",
     "Size",
     "Support",
@@ -73,14 +76,23 @@ def select(
         support = candidate.supports(a, b, device_type, sums)
         if support.ok:
             return candidate, Support(
-                ok=True, native=support.native, reason="; ".join([support.reason, *_told(refusals)])
+                ok=True,
+                native=support.native,
+                reason="; ".join([support.reason, *format_refusals(refusals)]),
             )
         refusals.setdefault(support.reason, []).append(candidate.name)
     raise AssertionError("the reference backend supports everything")
 
 
-def _told(refusals: dict[str, list[str]]) -> list[str]:
-    """'hopper: needs a Hopper GPU, not cpu': of backends that take such operands, if there are any;
-    of all otherwise."""
+def format_refusals(refusals: dict[str, list[str]]) -> list[str]:
+    """Return a sentence for each reason, with the backends that gave it: "hopper: needs a Hopper
+    GPU, not cpu".
+
+    Reasons that begin with "takes" are about the operands. They are left out if another backend
+    takes such operands.
+
+    Args:
+        refusals: names of backends by the reason that they gave.
+    """
     near = {reason: names for reason, names in refusals.items() if not reason.startswith("takes")}
     return [f"{', '.join(names)}: {reason}" for reason, names in (near or refusals).items()]

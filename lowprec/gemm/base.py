@@ -11,6 +11,7 @@ from typing import ClassVar, Final
 import torch
 from torch import Tensor
 
+from lowprec.gemm.cost import Cost, LayerShape
 from lowprec.quant import OperandSpec, QTensor
 
 Operand = QTensor | Tensor
@@ -93,6 +94,11 @@ class GemmBackend(ABC):
     ) -> Support:
         """Whether a product of operands so represented and so summed runs here, on a device of this
         type ("cpu", "cuda"), or why not."""
+
+    def cost(self, layer: LayerShape) -> Cost | None:
+        """Return the modelled cost of a layer whose products run on this backend; None: it makes no
+        statement, and `auto` does not ask whether the layer pays."""
+        return None
 
     @abstractmethod
     def mm(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowprec.formats import encoding
 from lowprec.gemm.base import FP32_SUMS, Accumulation, GemmBackend, Operand, Size, Support
+from lowprec.gemm.cost import Cost, LayerShape, fp8_cost
 from lowprec.quant import OperandSpec, QTensor
 
 TILE = 128
@@ -64,6 +65,9 @@ class HopperBackend(GemmBackend):
         return Support(
             ok=True, native=True, reason=f"fp8 on the matrix units, promoted to fp32 every {TILE}"
         )
+
+    def cost(self, layer: LayerShape) -> Cost:
+        return fp8_cost(layer)
 
     def mm(
         self,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lowprec.formats.element import E5M2
 from lowprec.gemm.base import FP32_SUMS, Accumulation, GemmBackend, Operand, Support
+from lowprec.gemm.cost import Cost, LayerShape, fp8_cost
 from lowprec.gemm.hopper import TILE, block_scales, kind, padded_codes, tile_scales, why_not_sums
 from lowprec.quant import OperandSpec, QTensor
 
@@ -40,6 +41,9 @@ class ScaledMMBackend(GemmBackend):
         ):
             return Support(ok=False, reason=reason)
         return Support(ok=True, native=True, reason="fp8 on the matrix units by cuBLASLt")
+
+    def cost(self, layer: LayerShape) -> Cost:
+        return fp8_cost(layer)
 
     def mm(
         self, a_MK: Operand, b_NK: Operand, out_dtype: torch.dtype, sums: Accumulation = FP32_SUMS

@@ -10,6 +10,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 import lowprec
 from lowprec.conversion.convert import make_plan
 from lowprec.conversion.cost_model import payoff
+from lowprec.gemm import BACKENDS
 from tests.nn.native import on_cpu
 
 MEASURED = {
@@ -145,6 +146,13 @@ def test_experts_are_left_alone_on_a_gpu_unless_they_are_asked_for(monkeypatch: 
     assert experts({"recipe": "fp8_blockwise", "skip_slow": False}) == {"native"}
     assert experts({"recipe": "bf16", "rules": [{"modules": r".*\.experts\..*", "recipe": "fp8_blockwise"}]}) == {"native"}
     assert experts("mxfp4") == {"emulated"}
+
+
+@pytest.mark.parametrize("silent", ["hopper", "scaled_mm"])
+def test_a_layer_stays_converted_if_a_backend_of_fprop_or_dgrad_states_no_cost(model: Layers, silent: str, monkeypatch: pytest.MonkeyPatch):
+    """fprop and dgrad of fp8_blockwise go to `hopper`; `scaled_mm` is not asked."""
+    monkeypatch.setattr(type(BACKENDS[silent]), "cost", lambda self, layer: None)
+    assert (statuses(make_plan(model, "fp8_blockwise", device="cuda"))["small"] == "native") is (silent == "hopper")
 
 
 def test_a_wgrad_in_bf16_leaves_the_other_products_blocks():

@@ -11,7 +11,8 @@ from lowprec.errors import UserError
 from lowprec.formats.element import BF16, E2M1, E4M3, FP16, FP32, INT4, INT8
 from lowprec.formats.rounding import round_to_format
 from lowprec.formats.scaling import ALL, BlockScaling
-from lowprec.gemm import BACKENDS, Accumulation, Size, select
+from lowprec.gemm import BACKENDS, Accumulation, LayerShape, Size, select
+from lowprec.gemm.cost import bf16_cost
 from lowprec.gemm.reference import ReferenceBackend
 from lowprec.nn.operands import gemm_size
 from lowprec.quant import OperandSpec, fake_quantize, quantize
@@ -135,6 +136,18 @@ def test_every_backend_answers_with_a_reason():
         for a, b in PAIRS:
             for device in ("cpu", "cuda"):
                 assert backend.supports(a, b, device).reason
+
+
+def test_backends_state_a_cost_or_make_no_statement():
+    """By hand, of M = N = K = 4096: 2 * 4096^3 = 137.4e9 operations a product, 3 * 4096^2 = 50.3e6 elements."""
+    layer = LayerShape(M=4096, N=4096, K=4096, fprop_kind="1x128", wgrad_kind="1x128")
+    costs = {name: backend.cost(layer) for name, backend in BACKENDS.items()}
+    stated = {name: cost for name, cost in costs.items() if cost is not None}
+    assert set(stated) == {"hopper", "scaled_mm"}
+    for cost in stated.values():
+        assert cost.device == pytest.approx(2 * 137.4e9 / 1080e12 + 137.4e9 / 930e12 + 4 * 50.3e6 / 2.6e12 + 6 * 6e-6, rel=1e-3)
+        assert cost.host == 0.65e-3
+    assert bf16_cost(layer).device == pytest.approx(3 * 137.4e9 / 700e12 + 3 * 6e-6, rel=1e-3)
 
 
 # Narrow accumulators

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 
 from lowprec.config.schema import parse
-from lowprec.conversion.config import TE, ConversionConfig, precision_settings
+from lowprec.conversion.config import ConversionConfig, precision_settings
 from lowprec.recipe import library
 from lowprec.recipe.state import new_state
 from lowprec.training.control.guard import GuardConfig
@@ -65,11 +65,8 @@ class PrecisionConfig(ConversionConfig):
 
     @model_validator(mode="after")
     def _changes_only_what_can_change(self) -> "PrecisionConfig":
-        if self.backend == TE and (self.schedule or self.guard):
-            raise ValueError(
-                "backend 'te' can't change its precision: schedule, guard and evaluation need "
-                "another backend"
-            )
+        if self.schedule or self.guard:
+            self.check_precision_may_change()
         if self.guard is not None and self.guard.sqnr_floor is not None and not self.probe_every:
             raise ValueError(
                 "guard.sqnr_floor looks at what probe_every measures: set that, to 50 say"
