@@ -1,7 +1,7 @@
-"""What the tests of every implementation share: matrices, shapes, edge cases, measures and bounds.
+"""Matrices, shapes, edge cases, metrics and bounds that the tests of every implementation share.
 
-A bound is written once, here, beside the reason for it; so loosening one shows in a diff. The
-package itself never imports this one.
+Each bound is written once, here, with its reason beside it, so that loosening a bound shows in a
+diff. No other part of the package imports this one.
 """
 
 from lowprec.testing.cases import EDGE_BLOCKS, EdgeBlock

@@ -1,4 +1,4 @@
-"""How far a result is from what it stands for."""
+"""Measures of the distance between a result and its reference."""
 
 import math
 
@@ -7,18 +7,15 @@ from torch import Tensor
 
 
 def sqnr_db(reference: Tensor, value: Tensor) -> float:
-    """Signal-to-quantisation-noise ratio, 20 log10(|reference| / |reference - value|) in dB;
-    computed in float64.
+    """Return the signal-to-quantisation-noise ratio, 20 log10(|reference| / |reference - value|).
 
-    Infinite where they are equal, NaN where either holds NaN, so that no comparison with a floor
-    passes by accident.
+    It is in dB and computed in float64. It is infinite if the two are equal, and NaN if either
+    holds NaN, so that no comparison with a floor passes by accident.
     """
-    if reference.shape != value.shape:  # broadcasting would give a number that means nothing
+    if reference.shape != value.shape:  # Broadcasting would give a meaningless number.
         raise ValueError(f"shapes differ: {list(reference.shape)} and {list(value.shape)}")
-    signal, noise = (
-        reference.double().norm().item(),
-        (reference.double() - value.double()).norm().item(),
-    )
+    signal = reference.double().norm().item()
+    noise = (reference.double() - value.double()).norm().item()
     if noise == 0.0:
         return math.inf
     if not math.isfinite(signal) or not math.isfinite(noise):
@@ -29,18 +26,21 @@ def sqnr_db(reference: Tensor, value: Tensor) -> float:
 def fp32_accumulation_bound(
     a_MK: Tensor, b_NK: Tensor, out_dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """The largest error, element by element, of a . b^T accumulated in fp32 in any order and
-    rounded to `out_dtype`.
+    """Return a bound [M, N] on the error of each element of a . b^T, accumulated in fp32 in any
+    order and rounded to `out_dtype`.
 
-    |error| <= gamma_K * |a| . |b|^T with gamma_K = K u / (1 - K u), u = 2^-24 (Higham, Accuracy and Stability of Numerical Algorithms,
-    2nd edition, section 3.1), plus half a unit in the last place of the output. A bound, not an
-    estimate: results lie far inside of it.
+        |error| <= gamma_K * |a| . |b|^T + half a unit in the last place of the output
+        gamma_K  = K u / (1 - K u),  u = 2^-24
+
+    Source: Higham, Accuracy and Stability of Numerical Algorithms, 2nd edition, section 3.1. It is
+    a bound, not an estimate: actual errors are far smaller.
     """
     a, b = a_MK.double(), b_NK.double()
-    unit, terms = 2.0**-24, a.shape[1]
+    unit = 2.0**-24
+    terms = a.shape[1]
+    # [M, K] . [N, K]^T -> [M, N]
     accumulated = terms * unit / (1 - terms * unit) * (a.abs() @ b.abs().t())
-    rounded = (
-        torch.finfo(out_dtype).eps / 2 * ((a @ b.t()).abs() + accumulated)
-        + torch.finfo(out_dtype).smallest_normal
-    )
+    product = (a @ b.t()).abs()
+    out = torch.finfo(out_dtype)
+    rounded = out.eps / 2 * (product + accumulated) + out.smallest_normal
     return accumulated + rounded

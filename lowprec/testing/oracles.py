@@ -1,12 +1,10 @@
-"""Independent implementations to compare with: plain loops over blocks, float64 and exact
-rationals, codes by ml_dtypes.
+"""Oracles: independent implementations to compare the package with.
 
-They share no arithmetic with the package, and are written from the definitions rather than from its
-formulas.
+They use plain loops over blocks, float64 and exact rationals, and codes by ml_dtypes. They share no
+arithmetic with the package; each is written from the definitions, not from the package's formulas.
 """
 
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,36 +18,36 @@ SMALLEST_FP32_SCALE = np.float32(2.0**-126)
 
 
 def e8m0_scale(amax: float, fmt: ElementFormat, rule: str) -> float:
-    """The power-of-two scale of a block with a finite amax, by the definition of each rule (OCP MX
-    1.0, 6.3; arXiv 2506.08027)."""
+    """Return the power-of-two scale of a block with a finite amax, by the definition of each rule.
+
+    Sources: OCP MX 1.0, section 6.3; arXiv 2506.08027.
+    """
     if amax == 0:
         return 2.0**-127
     a, largest = Fraction(amax), Fraction(fmt.max)
-    exponent = (
-        _floor_log2(a) - fmt.emax
-    )  # floor: amax / s has the exponent of the format's largest value
-    if (
-        rule == "ceil"
-    ):  # the smallest s under which amax / s does not exceed the largest power of two
+    # floor: amax / s has the exponent of the format's largest value.
+    exponent = _floor_log2(a) - fmt.emax
+    if rule == "ceil":
+        # The smallest s for which amax / s does not exceed the format's largest power of two.
         while a > Fraction(2) ** (exponent + fmt.emax):
             exponent += 1
-    elif rule == "rceil":  # the smallest s under which amax / s does not exceed the largest value
+    elif rule == "rceil":
+        # The smallest s for which amax / s does not exceed the format's largest value.
         while a / Fraction(2) ** exponent > largest:
             exponent += 1
-    elif (
-        rule == "even"
-    ):  # floor, of amax rounded to the format's mantissa (half to even, as a Fraction rounds)
+    elif rule == "even":
+        # floor, for amax rounded to the format's mantissa. Fractions round half to even.
         ulp = Fraction(2) ** (_floor_log2(a) - fmt.mantissa_bits)
         exponent = _floor_log2(round(a / ulp) * ulp) - fmt.emax
     return 2.0 ** min(max(exponent, -127), 127)
 
 
-def non_negative_values(fmt: ElementFormat) -> Any:
-    """The values 0 <= v <= max(max, -min) of a format in ascending order, float64, from the
-    definition in `formats.element`.
+def non_negative_values(fmt: ElementFormat) -> np.ndarray:
+    """Return the values 0 <= v <= max(max, -min) of a format in ascending order, float64.
 
-    The index of a float is its code without the sign; of an integer, itself. So a value is even if
-    its index is.
+    They follow from the definition in `formats.element`. The index of a float is its code without
+    the sign, and the index of an integer is the integer itself. So a value is even if its index is
+    even.
     """
     if fmt.is_integer:
         return np.arange(0.0, 1 - fmt.min)
@@ -61,12 +59,19 @@ def non_negative_values(fmt: ElementFormat) -> Any:
     return values[values <= fmt.max]
 
 
-def neighbours(x: Any, fmt: ElementFormat) -> tuple[Any, Any, Any]:
-    """(toward zero, away from zero, index of the former) of fp32 numbers without NaN: the values of
-    a format between which they lie.
+def neighbours(
+    x: np.ndarray | np.floating, fmt: ElementFormat
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the two values of a format between which each number lies.
 
-    float64, equal where x is a value of the format. By a search in the list of all values: no
-    arithmetic that could round. A format that overflows has infinity as its last value.
+    The search in the list of all values involves no arithmetic that could round. The last value of
+    a format that overflows is infinity.
+
+    Args:
+        x: fp32 numbers without NaN.
+    Returns:
+        (the neighbour toward zero, the neighbour away from zero, the index of the former in
+        `non_negative_values`). The neighbours are float64, and equal if x is a value of the format.
     """
     values = non_negative_values(fmt)
     x = np.asarray(x, np.float64)
@@ -80,15 +85,17 @@ def neighbours(x: Any, fmt: ElementFormat) -> tuple[Any, Any, Any]:
     return np.copysign(low, x), np.copysign(high, x), index
 
 
-def round_by_search(x: Any, fmt: ElementFormat, rounding: str) -> Any:
-    """fp32 numpy array without NaN -> the nearest values of a format (ties to even), or the ones
-    toward zero; fp32."""
+def round_by_search(x: np.ndarray | np.floating, fmt: ElementFormat, rounding: str) -> np.ndarray:
+    """Round fp32 numbers without NaN to the nearest values of a format (ties to even), or toward
+    zero. The result is fp32."""
     low, high, index = neighbours(x, fmt)
     if rounding == "toward_zero":
         return low.astype(np.float32)
-    top = np.copysign(2.0 ** (fmt.emax + 1), high)  # what infinity stands for in the unbounded grid
-    with np.errstate(invalid="ignore"):  # infinity has no distance to itself
-        below, above = np.abs(x - low), np.abs(np.where(np.isinf(high), top, high) - x)
+    # The value of the unbounded grid in whose place the format has infinity.
+    top = np.copysign(2.0 ** (fmt.emax + 1), high)
+    with np.errstate(invalid="ignore"):  # inf - inf is invalid.
+        below = np.abs(x - low)
+        above = np.abs(np.where(np.isinf(high), top, high) - x)
     up = (
         (above < below)
         | ((above == below) & (index % 2 == 1))
@@ -100,23 +107,30 @@ def round_by_search(x: Any, fmt: ElementFormat, rounding: str) -> Any:
 def nvfp4_by_numpy(
     x_RK: Tensor, block: tuple[int, int], *, four_over_six: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(codes, block scales, tensor scale, dequantised) of NVFP4, all fp32, block by block; every
-    number an fp32 scalar.
+    """Quantise a matrix to NVFP4 block by block, in fp32 scalars.
 
     The order of operations is Transformer Engine's (arXiv 2509.25149, appendix B; arXiv 2512.02010
-    for four over six), in numpy's fp32, whose every operation is correctly rounded. A matrix with
-    NaN or infinity: NaN codes and scales.
+    for four over six), in numpy's fp32, where every operation is correctly rounded.
+
+    Returns:
+        (codes, block scales, tensor scale, dequantised matrix), all fp32. For a matrix with NaN or
+        infinity, all of them are NaN.
     """
-    f32, flt_max = np.float32, np.finfo(np.float32).max
+    f32 = np.float32
+    flt_max = np.finfo(f32).max
     x = x_RK.float().numpy()
-    (rows, cols), (r, c) = x.shape, block
+    rows, cols = x.shape
+    r, c = block
     grid = (-(-rows // r), -(-cols // c))
-    codes, scales, out = np.zeros_like(x), np.zeros(grid, f32), np.zeros_like(x)
+    codes = np.zeros_like(x)
+    scales = np.zeros(grid, f32)
+    out = np.zeros_like(x)
     if not np.isfinite(x).all():
         dead = [np.full(shape, np.nan, f32) for shape in (x.shape, grid, (), x.shape)]
         return tuple(torch.from_numpy(np.asarray(part)) for part in dead)  # pyright: ignore[reportReturnType]
     amax = f32(np.abs(x).max()) if x.size else f32(0)
     bound = f32(6 * 256 if four_over_six else 6 * 448)
+    stretches = (f32(1), f32(1.5)) if four_over_six else (f32(1),)
     with np.errstate(over="ignore", divide="ignore"):
         encode = f32(1) if amax == 0 else min(bound / amax, flt_max)
         decode = f32(1) / encode
@@ -125,7 +139,7 @@ def nvfp4_by_numpy(
                 place = np.s_[i * r : (i + 1) * r, j * c : (j + 1) * c]
                 best = None
                 base = min(np.abs(x[place]).max() * (encode * (f32(1) / f32(6))), flt_max)
-                for stretch in (f32(1), f32(1.5)) if four_over_six else (f32(1),):
+                for stretch in stretches:
                     scale = f32(round_by_search(base * stretch, E4M3, "nearest"))
                     factor = min(f32(1) / (scale * decode), flt_max)
                     code = round_by_search(
@@ -146,25 +160,31 @@ def nvfp4_by_numpy(
 
 
 def quantize_by_numpy(x_RK: Tensor, spec: OperandSpec) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes, scales and zero points (all fp32) of a matrix, block by block. A block with NaN or
-    infinity has a NaN scale and NaN codes.
+    """Return the codes, scales and zero points (all fp32) of a matrix, made block by block.
 
-    float64 holds the product of two fp32 numbers exactly, and their quotient to more than twice
-    fp32's precision: rounding it to fp32 gives the correctly rounded fp32 result.
+    A block with NaN or infinity has a NaN scale and NaN codes. float64 holds the product of two
+    fp32 numbers exactly, and their quotient to more than twice fp32's precision. So rounding either
+    to fp32 gives the correctly rounded fp32 result.
     """
     assert spec.scaling is not None
-    x, scaling, fmt = x_RK.float().numpy(), spec.scaling, spec.element
+    x = x_RK.float().numpy()
+    scaling = spec.scaling
+    fmt = spec.element
     r, c = (
         max(n, 1) if extent == ALL else extent
         for n, extent in zip(x.shape, scaling.block, strict=True)
     )
     grid = (-(-x.shape[0] // r), -(-x.shape[1] // c))
-    codes, scales, zeros = np.zeros_like(x), np.zeros(grid, np.float32), np.zeros(grid, np.float32)
+    codes = np.zeros_like(x)
+    scales = np.zeros(grid, np.float32)
+    zeros = np.zeros(grid, np.float32)
     for i in range(grid[0]):
         for j in range(grid[1]):
             place = np.s_[i * r : (i + 1) * r, j * c : (j + 1) * c]
             if not np.isfinite(x[place]).all():
-                codes[place] = scales[i, j] = zeros[i, j] = np.nan
+                codes[place] = np.nan
+                scales[i, j] = np.nan
+                zeros[i, j] = np.nan
             elif scaling.symmetric:
                 codes[place], scales[i, j] = _symmetric(x[place], spec)
             else:
@@ -176,11 +196,11 @@ def quantize_by_numpy(x_RK: Tensor, spec: OperandSpec) -> tuple[Tensor, Tensor, 
     )
 
 
-def round_by_ml_dtypes(x: Any, fmt: ElementFormat) -> Any:
-    """fp32 numpy array without NaN -> the nearest values of a saturating format, fp32."""
+def round_by_ml_dtypes(x: np.ndarray, fmt: ElementFormat) -> np.ndarray:
+    """Round fp32 numbers without NaN to the nearest values of a saturating format, fp32."""
     import ml_dtypes  # a development dependency
 
-    clamped = np.clip(x, fmt.min, fmt.max)  # e4m3fn does not saturate there
+    clamped = np.clip(x, fmt.min, fmt.max)  # ml_dtypes' float8_e4m3fn does not saturate.
     if fmt.is_integer:
         return np.clip(np.rint(x), fmt.min, fmt.max)
     names = {
@@ -193,8 +213,11 @@ def round_by_ml_dtypes(x: Any, fmt: ElementFormat) -> Any:
     return clamped.astype(getattr(ml_dtypes, names[fmt.name])).astype(np.float32)
 
 
-def _symmetric(block: Any, spec: OperandSpec) -> tuple[Any, Any]:
-    amax, fmt, scaling = np.abs(block).max().astype(np.float64), spec.element, spec.scaling
+def _symmetric(block: np.ndarray, spec: OperandSpec) -> tuple[np.ndarray, np.float32]:
+    """Return (codes, scale) of a block."""
+    amax = np.abs(block).max().astype(np.float64)
+    fmt = spec.element
+    scaling = spec.scaling
     assert scaling is not None
     if scaling.scale_format == "e8m0":
         scale = np.float32(e8m0_scale(float(amax), fmt, scaling.rule))
@@ -202,16 +225,17 @@ def _symmetric(block: Any, spec: OperandSpec) -> tuple[Any, Any]:
         steps = {"int8": 127.5, "int4": 7.5}.get(fmt.name, fmt.max)
         scale = max(np.float32(amax / steps), SMALLEST_FP32_SCALE)
     scaled = _times_reciprocal(block, scale)
-    return round_by_search(scaled, fmt, "nearest") if fmt == E5M6 else round_by_ml_dtypes(
-        scaled, fmt
-    ), scale  # ml_dtypes lacks e5m6
+    if fmt == E5M6:  # ml_dtypes lacks e5m6.
+        return round_by_search(scaled, fmt, "nearest"), scale
+    return round_by_ml_dtypes(scaled, fmt), scale
 
 
-def _asymmetric(block: Any, fmt: ElementFormat) -> tuple[Any, Any, Any]:
-    low, high = min(block.min(), np.float32(0)), max(block.max(), np.float32(0))
-    half_span = np.float32(
-        high.astype(np.float64) / 2 - low.astype(np.float64) / 2
-    )  # halved, the span of finite numbers is finite
+def _asymmetric(block: np.ndarray, fmt: ElementFormat) -> tuple[np.ndarray, np.float32, np.float32]:
+    """Return (codes, scale, zero point) of a block."""
+    low = min(block.min(), np.float32(0))
+    high = max(block.max(), np.float32(0))
+    # The halved span of finite numbers is finite.
+    half_span = np.float32(high.astype(np.float64) / 2 - low.astype(np.float64) / 2)
     scale = max(
         np.float32(half_span.astype(np.float64) / ((fmt.max - fmt.min) / 2)), SMALLEST_FP32_SCALE
     )
@@ -223,12 +247,13 @@ def _asymmetric(block: Any, fmt: ElementFormat) -> tuple[Any, Any, Any]:
     return np.clip(np.rint(_times_reciprocal(block, scale)) + zero, fmt.min, fmt.max), scale, zero
 
 
-def _times_reciprocal(block: Any, scale: Any) -> Any:
+def _times_reciprocal(block: np.ndarray, scale: np.float32) -> np.ndarray:
+    """Return block * RN(1 / scale), correctly rounded to fp32."""
     reciprocal = np.float32(1.0 / scale.astype(np.float64))
     return (block.astype(np.float64) * reciprocal.astype(np.float64)).astype(np.float32)
 
 
 def _floor_log2(x: Fraction) -> int:
-    """The e for which 2^e <= x < 2^(e + 1)."""
+    """Return the e for which 2^e <= x < 2^(e + 1)."""
     e = x.numerator.bit_length() - x.denominator.bit_length()
     return e if Fraction(2) ** e <= x else e - 1

@@ -1,16 +1,16 @@
-"""Transformer Engine's FP8 quantisers in the layouts of `lowprec.quant`: what tests compare ours
-with. No backend; nothing else uses it.
+"""Transformer Engine's FP8 quantisers as a test oracle, in the layouts of `lowprec.quant`.
 
-Where Transformer Engine keeps the scales of a matrix [R, K] that its products take:
+This is not a backend; only tests use it. The scales of a matrix [R, K] have these shapes:
 
-    1x128      [K / 128, R], the rows of a multiple of 4 elements      ours [R, K / 128]
-    128x128    [R / 128, K / 128], the rows of a multiple of 4         ours [R / 128, K / 128]
-    tensor     [1]                                                     ours [1, 1]
+    block      Transformer Engine, for its products                    lowprec
+    1x128      [K / 128, R], rows padded to a multiple of 4            [R, K / 128]
+    128x128    [R / 128, K / 128], rows padded to a multiple of 4      [R / 128, K / 128]
+    tensor     [1]                                                     [1, 1]
 
-Its scale is 1 / RN(448 / amax), and a code is x * RN(448 / amax); ours are amax / 448 and x * RN(1
-/ scale). So power-of-two scales and their codes are the same bits, while fp32 scales differ in
-their last bit, and codes where that decides a rounding. A block of zeros, or one that holds
-infinity or NaN, has a scale of 1 there.
+Transformer Engine's scale is 1 / RN(448 / amax), and its code is x * RN(448 / amax). Ours are
+amax / 448 and x * RN(1 / scale). So power-of-two scales and their codes have the same bits. fp32
+scales differ in the last bit, and so do the codes for which this bit decides the rounding. In
+Transformer Engine, a block of zeros, or a block that holds infinity or NaN, has a scale of 1.
 """
 
 from typing import Any
@@ -27,17 +27,17 @@ _KINDS = ("1x128", "128x128", "tensor")
 def te_quantized(
     x_RK: Tensor, spec: OperandSpec, *, transposed: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """A matrix, or with `transposed` its transpose, quantised by Transformer Engine along its last
-    axis.
+    """Quantise a matrix, or its transpose, along its last axis by Transformer Engine.
 
     Both directions come from one read of x, as in a layer.
 
     Args:
-        x_RK: on a CUDA device, fp32, bf16 or fp16 [R, K]; R and K are multiples of 16.
-        spec: FP8 with scales of 1x128 or 128x128, fp32 or e8m0, or of the tensor, fp32.
+        x_RK: fp32, bf16 or fp16 [R, K] on a CUDA device; R and K are multiples of 16.
+        spec: an FP8 operand with 1x128 or 128x128 blocks and fp32 or e8m0 scales, or with one fp32
+            scale for the tensor.
     Returns:
-        The codes [R, K] in the element's dtype, and the fp32 scales, as `QTensor.data` and
-        `QTensor.scale` have them; of x^T [K, R] if `transposed`.
+        The codes [R, K] in the element's dtype and the fp32 scales, in the layouts of
+        `QTensor.data` and `QTensor.scale`. With `transposed`, those of x^T [K, R].
     Raises:
         ValueError: Transformer Engine has no such quantiser.
     """
@@ -50,13 +50,14 @@ def te_quantized(
         or scaling.rule != "rceil"
     ):
         raise ValueError(f"Transformer Engine has no quantiser for {spec}")
-    made = _quantizer(spec, x_RK.device)(x_RK.contiguous())
+    q = _quantizer(spec, x_RK.device)(x_RK.contiguous())
     rows, cols = (x_RK.shape[1], x_RK.shape[0]) if transposed else (x_RK.shape[0], x_RK.shape[1])
     if spec.kind == "tensor":
-        codes, scale = made._transpose if transposed else made._data, made._scale_inv.reshape(1, 1)
+        codes = q._transpose if transposed else q._data
+        scale = q._scale_inv.reshape(1, 1)
     else:
-        codes = made._columnwise_data if transposed else made._rowwise_data
-        scale = made._columnwise_scale_inv if transposed else made._rowwise_scale_inv
+        codes = q._columnwise_data if transposed else q._rowwise_data
+        scale = q._columnwise_scale_inv if transposed else q._rowwise_scale_inv
         scale = scale[:, :rows].t() if spec.kind == "1x128" else scale[:, : -(-cols // 128)]
     return codes.view(spec.element.storage), scale.contiguous()
 
@@ -78,5 +79,5 @@ def _quantizer(spec: OperandSpec, device: torch.device) -> Any:
             force_pow_2_scales=spec.scaling.scale_format == "e8m0",
             block_scaling_dim=1 if spec.kind == "1x128" else 2,
         )
-    quantizer.internal = True  # plain fields instead of a tensor subclass, as a te.Linear has them
+    quantizer.internal = True  # Plain fields instead of a tensor subclass, as in te.Linear.
     return quantizer

@@ -1,29 +1,31 @@
 """Bounds on numerical quality, each with its reason.
 
-SQNR floors. Rounding a value x = m * 2^e to p mantissa bits (the leading one not counted) leaves an
-error that is uniform over one unit in the last place, 2^(e - p), of variance 4^(e - p) / 12.
-Against the signal x^2, averaged over a distribution of x,
+SQNR floors. Rounding a value x = m * 2^e to p mantissa bits (without the leading one) leaves an
+error that is uniform over one unit in the last place, 2^(e - p). Its variance is 4^(e - p) / 12.
+Relative to the signal x^2, averaged over a distribution of x,
 
-    noise / signal = 1 / (12 * 4^p * rho)      rho = E[x^2] / E[4^floor(log2 |x|)], 1.85 for a gaussian
+    noise / signal = 1 / (12 * 4^p * rho)
+    rho            = E[x^2] / E[4^floor(log2 |x|)],  1.85 for a gaussian
 
-and the noise of a product's two operands adds up. That predicts, for a gaussian,
+The noise of a product is the sum of the noise of its two operands. For a gaussian, this predicts:
 
     operands          p        dB        operands          p        dB
     bf16 . bf16       7, 7     52.6      e4m3 . e4m3       3, 3     28.5
     fp16 . fp16       10, 10   70.7      e5m2 . e4m3       2, 3     24.5
 
-and these are what is measured, to 0.1 dB, whichever power of two the scale is. A scale that is no
-power of two (fp32) makes rho a little larger where one scale serves few values, which is worth up
-to 0.7 dB in heavy tails. fp32 itself has exact operands; its floor is the accumulation's.
-Saturation (mxfp4's floor rule), integer steps and the mask of the straight-through gradient (QAT's
-wgrad) add to this, so those floors come from measurement: shape SQNR_SHAPE, 5 seeds, the smallest
-value. For gaussian operands under an amax scale `theory` predicts all of this by integration, and a
-test holds the floors of the MX and NVFP4 recipes to it.
+Measurements agree with these to 0.1 dB for every power-of-two scale. An fp32 scale is no power of
+two and makes rho a little larger if one scale serves few values, which gains up to 0.7 dB in heavy
+tails. The recipe fp32 has exact operands, so its floor is that of the accumulation.
 
-Every floor is about 0.3 dB (fp32: 0.5) below prediction or measurement, whichever is lower: more
-than the spread between seeds, which is below 0.2 dB, and 0.4 dB for QAT's wgrad in heavy tails; and
-far less than a mistake costs: a lost mantissa bit 6 dB of its operand, an operand left in high
-precision +3 dB.
+Saturation (mxfp4's floor rule), integer steps and the mask of the straight-through gradient (QAT's
+wgrad) add noise. Their floors come from measurement: shape SQNR_SHAPE, 5 seeds, the smallest value.
+For gaussian operands under an amax scale, `theory` predicts all of this by integration, and a test
+compares the floors of the MX and NVFP4 recipes with it.
+
+Every floor is about 0.3 dB (fp32: 0.5 dB) below the prediction or the measurement, whichever is
+lower. This is more than the spread between seeds, which is below 0.2 dB (0.4 dB for QAT's wgrad in
+heavy tails). It is far less than the cost of a mistake: a lost mantissa bit costs 6 dB of its
+operand, and an operand kept in high precision gains 3 dB.
 """
 
 from lowprec.formats.element import ElementFormat
@@ -53,22 +55,23 @@ SQNR_FLOORS_DB: dict[str, dict[str, tuple[float, float, float]]] = {
 }
 
 SQNR_CEILING_ABOVE_FLOOR_DB = 2.0
-"""How far above its floor a recipe may be. Leaving one of two equal operands in high precision
-gains 3 dB: that is not the recipe."""
+"""Largest distance of a recipe's SQNR above its floor. If one of two equal operands stays in high
+precision by mistake, the SQNR gains 3 dB."""
 
 FP32_ROUNDINGS = 3 * 2.0**-24
-"""Relative error of x * (1 / s) * s in fp32 beside the rounding to a code: of the reciprocal, of
-the product, of dequantising."""
+"""Bound on the relative error of x * (1 / s) * s in fp32, without the rounding to a code. It sums
+the roundings of the reciprocal, of the product and of dequantising."""
 
 
 def error_bound(fmt: ElementFormat, rule: str) -> float:
-    """The largest |x - x_hat| in a block, in units of its scale.
+    """Return the largest |x - x_hat| in a block, in units of the block's scale.
 
-    Half a unit in the last place at the top of the range, 2^(emax - p) / 2, e.g. 16 for e4m3, under
-    every rule that does not saturate. floor lets amax / s reach 2^(emax + 1): what lies above `max`
-    is cut, by 64 at the most for e4m3, 2 for e2m1. even bumps the scale where amax would round to
-    2^(emax + 1), so it cuts up to the last midpoint, 2^(emax + 1) - 2^(emax - p) / 2: 48 for e4m3,
-    1 for e2m1.
+    Under every rule that does not saturate, it is half a unit in the last place at the top of the
+    range, 2^(emax - p) / 2; for e4m3, 16.
+
+    Under floor, amax / s can reach 2^(emax + 1). Values above `max` are cut, by at most 64 for e4m3
+    and 2 for e2m1. even bumps the scale if amax would round to 2^(emax + 1). So it cuts values up
+    to the last midpoint, 2^(emax + 1) - 2^(emax - p) / 2: by at most 48 for e4m3 and 1 for e2m1.
     """
     half_ulp = 2.0 ** (fmt.emax - fmt.mantissa_bits) / 2
     highest = {"floor": 2.0 ** (fmt.emax + 1), "even": 2.0 ** (fmt.emax + 1) - half_ulp}.get(
@@ -85,9 +88,10 @@ LOSS_LEFT: dict[str, float] = dict.fromkeys(SQNR_FLOORS_DB, 1e-3) | {
     "nvfp4_4over6": 0.02,
     "qat_int8dyn_int4": 0.05,
 }
-"""The share of its first loss that a linear map may have left after learning another one: what
-stays is y's own noise, 10^(-SQNR / 10) of its power, which was 0.4 of the first loss. With 28.5 dB
-that is 6e-4 (measured: 5e-4 to 9e-4), with 22.3 dB 0.0024 (0.0031), with 15.7 dB 0.011 (0.013 to
-0.016). Weights that int4 cuts get no gradient and are slow to learn (0.017 to 0.040). Quartet's
-12.4 dB alone leave 0.023; its gradients' 8 dB, at this test's large step, the rest of 0.09 to
-0.11."""
+"""Largest share of its first loss that a linear map may have left after learning another map.
+
+The rest is the noise of y, 10^(-SQNR / 10) of its power, and this power was 0.4 of the first loss.
+That is 6e-4 for 28.5 dB (measured: 5e-4 to 9e-4), 0.0024 for 22.3 dB (measured: 0.0031) and 0.011
+for 15.7 dB (measured: 0.013 to 0.016). Weights that int4 cuts get no gradient and learn slowly
+(0.017 to 0.040). For Quartet, the 12.4 dB of y alone leave 0.023; the 8 dB of its gradients, at the
+large step of this test, leave the rest of the measured 0.09 to 0.11."""
