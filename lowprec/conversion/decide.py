@@ -34,7 +34,7 @@ from lowprec.conversion.discover import Survey, Weight, survey, why_not_convert
 from lowprec.conversion.layer_backends import layer_backend
 from lowprec.errors import UserError
 from lowprec.gemm import LayerShape, select
-from lowprec.nn.operands import able_backend
+from lowprec.nn.gemms import backend_or_auto
 from lowprec.recipe import Recipe
 from lowprec.recipe.rules import Rule, check_rules
 
@@ -187,7 +187,7 @@ def _raised(decision: Decision, recipe: Recipe | None, backend: str, device_type
         or recipe.narrowest_bits <= decision.recipe.narrowest_bits
     ):
         return decision
-    able = able_backend(recipe, backend, device_type)
+    able = backend_or_auto(recipe, backend, device_type)
     return replace(decision, recipe=recipe, rule="raised", backend=able)
 
 

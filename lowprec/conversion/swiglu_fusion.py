@@ -7,7 +7,7 @@ from torch import nn
 
 from lowprec.conversion.plan import PartPlan
 from lowprec.nn import swiglu
-from lowprec.nn.operands import LinearGemms, able_backend
+from lowprec.nn.gemms import LinearGemms, backend_or_auto
 from lowprec.recipe import Recipe
 
 WHY = "silu(gate) * up goes to down_proj in FP8, from the kernel that computes it"
@@ -27,8 +27,8 @@ def takes_gate(recipe: Recipe | None, device_type: str, backend: str) -> bool:
     layer in high precision."""
     if recipe is None or device_type == "meta":
         return False
-    able = able_backend(recipe, backend, device_type)
-    return LinearGemms.on(device_type, recipe, able).pairs["x"] is not None
+    able = backend_or_auto(recipe, backend, device_type)
+    return LinearGemms.on(device_type, recipe, able).fuses_gate
 
 
 def apply(model: nn.Module, names: Iterable[str]) -> None:

@@ -1,8 +1,8 @@
-"""From tensors to quantised tensors."""
+"""Quantisation: from tensors to quantised tensors."""
 
 from lowprec.quant.fake import fake_quantize
-from lowprec.quant.qtensor import QTensor
+from lowprec.quant.qtensor import QTensor, TwoWay
 from lowprec.quant.quantize import quantize
 from lowprec.quant.spec import OperandSpec
 
-__all__ = ["OperandSpec", "QTensor", "fake_quantize", "quantize"]
+__all__ = ["OperandSpec", "QTensor", "TwoWay", "fake_quantize", "quantize"]

@@ -1,7 +1,8 @@
-"""QTensor: a matrix as codes and block scales. A plain dataclass: what it holds is what one
-sees."""
+"""QTensor: a matrix as codes and block scales, a plain dataclass. TwoWay: a matrix and its transpose
+as operands."""
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -150,6 +151,15 @@ class QTensor:
         """Rows x columns under one scale."""
         assert self.spec.scaling is not None
         return block_extents(self.shape, self.spec.scaling.block)
+
+
+class TwoWay(NamedTuple):
+    """A matrix [R, C] as the operands of two GEMMs. A direction that nobody needs is None."""
+
+    rows: QTensor | Tensor | None = None
+    """The matrix as it lies, [R, C]: the operand of a GEMM that contracts C."""
+    cols: QTensor | Tensor | None = None
+    """The transpose, [C, R]: the operand of a GEMM that contracts R."""
 
 
 def to_storage(values: Tensor, fmt: ElementFormat) -> Tensor:

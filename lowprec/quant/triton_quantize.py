@@ -22,7 +22,7 @@ from torch import Tensor
 from lowprec.formats import nvfp4
 from lowprec.formats.element import E4M3, E5M2
 from lowprec.formats.scaling import BlockScaling, e8m0_carry
-from lowprec.quant.qtensor import QTensor, is_transposed
+from lowprec.quant.qtensor import QTensor, TwoWay, is_transposed
 from lowprec.quant.spec import OperandSpec
 
 TILE = 128
@@ -98,9 +98,9 @@ def takes(x_RC: Tensor) -> bool:
 
 def quantize_both(
     x_RC: Tensor, wanted: Directions, *, times_silu_of: Tensor | None = None
-) -> tuple[QTensor | None, QTensor | None]:
-    """(quantize(x, along_rows), quantize(x^T, along_cols)) from one read of x; None for a direction
-    that is not wanted.
+) -> TwoWay:
+    """Return (quantize(x, along_rows), quantize(x^T, along_cols)), made from one read of x; None for
+    a direction that is not wanted.
 
     Args:
         x_RC: fp32, bf16 or fp16 [R, C] on a GPU (`takes`).
@@ -112,14 +112,15 @@ def quantize_both(
         back, forth = quantize_both(
             x_RC.t(), wanted._replace(along_rows=b, along_cols=a, rows=cols, cols=rows)
         )
-        return forth, back
+        return TwoWay(forth, back)
     inputs = (x_RC, None) if times_silu_of is None else (times_silu_of, x_RC)
     call = torch.ops.lowprec.quantize_tiles if torch.compiler.is_compiling() else _quantize_tiles
     codes_r, scales_r, codes_c, scales_c = call(*inputs, *wanted[2:])
     R, C = x_RC.shape
     a, b = wanted.along_rows, wanted.along_cols
     along_rows = None if a is None else _result(codes_r, scales_r, wanted.rows, a, R, C)
-    return along_rows, None if b is None else _result(codes_c, scales_c, wanted.cols, b, C, R)
+    along_cols = None if b is None else _result(codes_c, scales_c, wanted.cols, b, C, R)
+    return TwoWay(along_rows, along_cols)
 
 
 def _result(codes: Tensor, scales: Tensor, kind: str, spec: OperandSpec, R: int, K: int) -> QTensor:

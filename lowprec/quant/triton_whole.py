@@ -16,7 +16,7 @@ from torch import Tensor
 from lowprec.formats.element import E4M3, E5M2
 from lowprec.formats.scaling import scale_from_amax
 from lowprec.quant.delayed import delayed_amax
-from lowprec.quant.qtensor import QTensor, is_transposed
+from lowprec.quant.qtensor import QTensor, TwoWay, is_transposed
 from lowprec.quant.spec import OperandSpec
 
 
@@ -30,7 +30,7 @@ def quantize_whole(
     a: OperandSpec | None,
     b: OperandSpec | None,
     histories: tuple[Tensor | None, Tensor | None] = (None, None),
-) -> tuple[QTensor | None, QTensor | None]:
+) -> TwoWay:
     """(quantize(x, a, history=histories[0]), quantize(x^T, b, history=histories[1])), None for a
     direction whose spec is None.
 
@@ -38,7 +38,7 @@ def quantize_whole(
     """
     if is_transposed(x_RC):
         back, forth = quantize_whole(x_RC.t(), b, a, (histories[1], histories[0]))
-        return forth, back
+        return TwoWay(forth, back)
     x = x_RC if x_RC.stride(1) == 1 else x_RC.contiguous()
     amaxes = tuple(map(_scaling_amax, _amaxes(x, a, b), (a, b), histories))
     call = torch.ops.lowprec.quantize_given if torch.compiler.is_compiling() else _quantize_given
@@ -50,9 +50,12 @@ def quantize_whole(
         b is not None and b.element == E5M2,
     )
     R, C = x.shape
-    return tuple(
-        _result(*parts) for parts in zip(codes, amaxes, (a, b), ((R, C), (C, R)), strict=True)
-    )  # pyright: ignore[reportReturnType]
+    codes_rows, codes_cols = codes
+    amax_rows, amax_cols = amaxes
+    return TwoWay(
+        rows=_result(codes_rows, amax_rows, a, (R, C)),
+        cols=_result(codes_cols, amax_cols, b, (C, R)),
+    )
 
 
 def _amaxes(x: Tensor, a: OperandSpec | None, b: OperandSpec | None) -> tuple[Tensor | None, ...]:

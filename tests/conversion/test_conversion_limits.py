@@ -11,7 +11,7 @@ import lowprec
 from lowprec.conversion.convert import convert, make_plan
 from lowprec.errors import UserError
 from lowprec.nn import LowPrecisionLinear
-from lowprec.nn.operands import able_backend
+from lowprec.nn.gemms import backend_or_auto
 from lowprec.recipe import library
 from tests.nn.native import on_cpu
 
@@ -122,8 +122,8 @@ def test_a_backend_that_is_asked_for_is_that_of_the_configured_recipe(raised: bo
     """Evaluation's recipe and one that a layer is raised to may be beyond it."""
     on_cpu(monkeypatch)
     bf16, x = library.get("bf16"), torch.randn(64, 128)
-    assert able_backend(bf16, "hopper", "cpu") == "auto"
-    assert able_backend(library.get("fp8_blockwise"), "hopper", "cpu") == "hopper"
+    assert backend_or_auto(bf16, "hopper", "cpu") == "auto"
+    assert backend_or_auto(library.get("fp8_blockwise"), "hopper", "cpu") == "hopper"
     plain = model()
     precision = {"recipe": "fp8_blockwise", "backend": "hopper", "evaluation": "training" if raised else "bf16"}
     plan = convert(plain, precision, raised={"0": bf16} if raised else {})

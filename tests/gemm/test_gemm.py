@@ -14,7 +14,7 @@ from lowprec.formats.scaling import ALL, BlockScaling
 from lowprec.gemm import BACKENDS, Accumulation, LayerShape, Size, select
 from lowprec.gemm.cost import bf16_cost
 from lowprec.gemm.reference import ReferenceBackend
-from lowprec.nn.operands import gemm_size
+from lowprec.nn.gemms import gemm_size
 from lowprec.quant import OperandSpec, fake_quantize, quantize
 from lowprec.testing import ODD_SHAPES, fp32_accumulation_bound, gaussian, heavy_tailed
 

@@ -6,13 +6,13 @@ from torch import Tensor
 
 from lowprec.gemm import BACKENDS, Support, hopper, scaled_mm
 from lowprec.gemm.hopper import kind
-from lowprec.nn import codes, linear, operands
-from lowprec.quant import OperandSpec, quantize, triton_quantize
+from lowprec.nn import codes, linear
+from lowprec.quant import OperandSpec, quantize, triton_quantize, two_way
 
 
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let converted layers take the native path on this CPU until the test ends."""
-    for module in (linear, operands):
+    for module in (linear, two_way):
         monkeypatch.setattr(module, "takes", lambda t: t.is_floating_point() and t.numel() > 0)
     monkeypatch.setattr(linear, "KEEPS_CODES", ("cpu", "cuda"))
     monkeypatch.setattr(triton_quantize, "_quantize_tiles", _quantize_tiles)

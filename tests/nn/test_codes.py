@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lowprec.nn import codes
-from lowprec.nn.codes import Codes, forget_weights, shared_codes, weight_codes
-from lowprec.quant import OperandSpec, quantize
+from lowprec.nn.codes import forget_weights, shared_codes, weight_codes
+from lowprec.quant import OperandSpec, TwoWay, quantize
 from lowprec.quant.triton_quantize import Directions, directions
 from lowprec.testing import gaussian
 
@@ -32,10 +32,10 @@ def made(monkeypatch) -> Iterator[list[Directions]]:
     """What every quantisation was asked for."""
     calls = []
 
-    def quantize_both(x: Tensor, wanted: Directions) -> Codes:
+    def quantize_both(x: Tensor, wanted: Directions) -> TwoWay:
         calls.append(wanted)
         a, b = wanted.along_rows, wanted.along_cols
-        return (None if a is None else quantize(x, a)), (None if b is None else quantize(x.t(), b))
+        return TwoWay(None if a is None else quantize(x, a), None if b is None else quantize(x.t(), b))
 
     monkeypatch.setattr(codes, "quantize_both", quantize_both)
     monkeypatch.setattr(codes, "_input", None)
@@ -51,21 +51,21 @@ def layer(n: int = 6, k: int = 10) -> nn.Linear:
     return module
 
 
-def weight(module: nn.Linear, wanted: Directions = PAIR) -> Codes:
+def weight(module: nn.Linear, wanted: Directions = PAIR) -> TwoWay:
     """What `weight_codes` gives, which must be the codes of the weight as it is now."""
     got = weight_codes(module, module.weight.detach(), wanted)
     assert_codes(got, module.weight.detach(), wanted)
     return got
 
 
-def shared(x: Tensor, wanted: Directions = PAIR) -> Codes:
+def shared(x: Tensor, wanted: Directions = PAIR) -> TwoWay:
     x_MK = x.detach().flatten(0, -2)
     got = shared_codes(x, x_MK, wanted)
     assert_codes(got, x_MK, wanted)
     return got
 
 
-def assert_codes(got: Codes, x: Tensor, wanted: Directions) -> None:
+def assert_codes(got: TwoWay, x: Tensor, wanted: Directions) -> None:
     """Those wanted are there and right."""
     for q, matrix, spec in zip(got, (x, x.t()), (wanted.along_rows, wanted.along_cols), strict=True):
         if spec is not None:

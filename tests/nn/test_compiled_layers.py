@@ -10,7 +10,7 @@ from torch import nn
 
 import lowprec
 from lowprec.nn import LowPrecisionLinear
-from lowprec.nn.operands import GEMMS_OF
+from lowprec.nn.gemms import _TABLE
 from lowprec.recipe import library
 from lowprec.testing import sqnr_db
 
@@ -109,13 +109,13 @@ def test_each_recipe_is_compiled_once_whatever_was_before_it():
 
 def test_a_layer_that_comes_from_another_process():
     original, x = layer("fp8_blockwise", bias=True), torch.randn(8, 128)
-    expected, saved, known = original(x), pickle.dumps(original), dict(GEMMS_OF)
-    GEMMS_OF.clear()
+    expected, saved, known = original(x), pickle.dumps(original), dict(_TABLE)
+    _TABLE.clear()
     try:
         restored = pickle.loads(saved)
-        assert [gemms.recipe for gemms in GEMMS_OF.values()] == [original.recipe]
+        assert [gemms.recipe for gemms in _TABLE.values()] == [original.recipe]
         assert torch.equal(restored(x), expected)
     finally:
-        GEMMS_OF.clear()
-        GEMMS_OF.update(known)
+        _TABLE.clear()
+        _TABLE.update(known)
     assert pickle.loads(saved).gemms["cpu"] is original.gemms["cpu"]  # one object for all layers that have the same

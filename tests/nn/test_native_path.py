@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 import lowprec
-from lowprec.nn import codes, operands
-from lowprec.quant import OperandSpec, fake, quantize, triton_quantize
+from lowprec.nn import codes
+from lowprec.quant import OperandSpec, fake, quantize, triton_quantize, two_way
 from tests.builders import tiny_llama
 from tests.nn.native import on_cpu
 
@@ -58,7 +58,7 @@ def test_it_gives_what_the_reference_gives(native: LlamaForCausalLM, reference):
 
 def test_each_weight_and_each_input_is_quantised_once_a_step(native: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch):
     counts = {"kept": 0, "gradients": 0}
-    for module, name in ((codes, "kept"), (operands, "gradients")):
+    for module, name in ((codes, "kept"), (two_way, "gradients")):
         plain = module.quantize_both
 
         def count(*args, name=name, plain=plain, **more):
