@@ -15,6 +15,7 @@ from lowprec.cli.common import Group
 COMMANDS = (
     "train",
     "plan",
+    "init",
     "doctor",
     "recipes",
     "bench",

@@ -5,6 +5,7 @@ import json
 import click
 
 from lowprec.cli.common import CONFIG, JSON, OVERRIDES, answers
+from lowprec.config import shipped
 
 
 @click.command("plan")
@@ -15,9 +16,10 @@ from lowprec.cli.common import CONFIG, JSON, OVERRIDES, answers
 def command(config: str, overrides: tuple[str, ...], as_json: bool) -> str:
     """Show what CONFIG would run where: each linear layer's recipe and backend, native or emulated,
     and why. Builds no weights."""
+    path = shipped.find(config)
     from lowprec.training.run.config import load_run
 
-    run, _ = load_run(config, overrides)
+    run, _ = load_run(path, overrides)
     from lowprec.training.run.pretrain import plan_run
 
     plan = plan_run(run)
