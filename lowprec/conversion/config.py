@@ -1,10 +1,9 @@
-"""How the linear layers of a model are converted: the settings of `convert`, in the forms that a
-user may give them.
+"""The settings of `convert`, in the forms that a user may give them.
 
 precision:
   recipe: fp8_blockwise                       # or {base: fp8_blockwise, fprop: bf16}
-  rules:
-    - {modules: 'lm_head', recipe: bf16}      # the first rule that matches a module's whole name decides
+  rules:                                      # the first that matches a whole name decides
+    - {modules: 'lm_head', recipe: bf16}
     - {modules: '.*\\.down_proj', recipe: none}
   backend: auto
   skip_slow: true
@@ -33,21 +32,31 @@ from lowprec.recipe.rules import Rule
 logger = logging.getLogger("lowprec")
 
 RUN_SETTINGS = ("schedule", "loss_scaling", "guard", "probe_every")
-"""Settings of a training run's precision, which `convert` has no use for."""
+"""Settings of a training run's precision that have no effect on `convert`."""
 
 
-class RuleConfig(StrictConfig):
-    """One rule."""
+class ShortReprConfig(StrictConfig):
+    """A section of the configuration whose repr shows only what differs from the defaults, with
+    recipes by their names."""
+
+    def __repr__(self) -> str:
+        return _short_repr(self)
+
+    __str__ = __repr__
+
+
+class RuleConfig(ShortReprConfig):
+    """The recipe of the modules whose names match an expression."""
 
     modules: str
     """Regular expression that the module's whole name must match."""
     recipe: Recipe | None
-    """A recipe; `none` leaves the modules as they are."""
+    """A recipe; `none` keeps the modules in high precision."""
 
     @field_validator("modules")
     @classmethod
     def _is_an_expression(cls, value: str) -> str:
-        Rule(modules=value, recipe=None)  # which says if it is none
+        Rule(modules=value, recipe=None)  # raises if `value` is no regular expression
         return value
 
     @field_validator("recipe", mode="before")
@@ -56,30 +65,30 @@ class RuleConfig(StrictConfig):
         return recipe_or_none(value)
 
 
-class ConversionConfig(StrictConfig):
+class ConversionConfig(ShortReprConfig):
     """The precision of a model's linear layers."""
 
     recipe: Recipe | None = library.get("bf16")
-    """What layers take that no rule names: a recipe, a mapping {base, fprop, dgrad, wgrad} of
+    """Recipe of the layers that no rule names: a recipe, a mapping {base, fprop, dgrad, wgrad} of
     recipe names, or `none`."""
     rules: tuple[RuleConfig, ...] = ()
-    """Ordered exceptions; the first match wins, and one that matches nothing is an error. The
+    """Ordered exceptions: the first match wins, and a rule that matches nothing is an error. The
     output head stays in high precision unless a rule names it; embeddings and norms always do."""
     backend: str = "auto"
     """The GEMM backend of every layer: `auto` takes the fastest that supports each product; `te`
     makes Transformer Engine's modules of the layers."""
     skip_slow: bool = True
-    """Leave a layer in high precision where native FP8 would be slower than bf16 (`payoff`), if
+    """Keep a layer in high precision where native FP8 would be slower than bf16 (`cost_model`), if
     `auto` chose its backend and no rule names it."""
     fuse: bool = True
-    """Let the product of SwiGLU go to down_proj in FP8 from the kernel that computes it
-    (`nn/swiglu.py`), where a native backend takes it."""
+    """Compute SwiGLU and quantise it for down_proj in one kernel (`nn/swiglu.py`), where a native
+    backend takes it."""
     strict: bool = False
-    """Fail instead of emulating a format, or of leaving alone a layer that was meant to be
-    converted."""
+    """Raise an error instead of emulating a format, or of keeping a layer in high precision that
+    was meant to be converted."""
     evaluation: Recipe | Literal["training"] = "training"
-    """The recipe of converted layers in evaluation and generation (`model.eval()`): that of
-    training, or another one, bf16 say."""
+    """Recipe of converted layers in evaluation and generation (`model.eval()`): that of training,
+    or another one, for example bf16."""
 
     @field_validator("evaluation", mode="before")
     @classmethod
@@ -100,6 +109,7 @@ class ConversionConfig(StrictConfig):
         return value
 
     def ordered_rules(self) -> list[Rule]:
+        """Return the rules, in the order in which they are tried."""
         return [Rule(modules=rule.modules, recipe=rule.recipe) for rule in self.rules]
 
     @model_validator(mode="after")
@@ -117,11 +127,16 @@ class ConversionConfig(StrictConfig):
             )
 
 
-def parse_conversion(precision: Any) -> ConversionConfig:
-    """The configuration that `convert` works by, from any form that a user may give.
+Precision = str | Path | Mapping[str, Any] | Recipe | ConversionConfig
+"""What a user may give as a precision: the name of a recipe, the path of a YAML file, a mapping of
+settings, a Recipe or a configuration."""
 
-    A mapping or a file may be that of a whole training run. Its settings in `RUN_SETTINGS` have no
-    effect on a conversion: a warning names them.
+
+def parse_conversion(precision: Precision) -> ConversionConfig:
+    """Return the configuration for `convert`, from any form that a user may give.
+
+    A mapping or a file may hold the settings of a training run as well. Those in `RUN_SETTINGS`
+    have no effect on a conversion: a warning names them.
 
     Raises:
         UserError: a setting is wrong; the message names its place.
@@ -140,12 +155,12 @@ def parse_conversion(precision: Any) -> ConversionConfig:
     )
 
 
-def precision_settings(precision: Any, where: str) -> tuple[Mapping[str, Any], str]:
-    """The settings as a mapping, and the dotted path that error messages begin with.
+def precision_settings(precision: Precision, where: str) -> tuple[Mapping[str, Any], str]:
+    """Return the settings as a mapping, and the dotted path that error messages begin with.
 
     Args:
-        precision: a recipe or its name, a mapping, or the path of a YAML file.
-        where: the dotted path of a mapping.
+        precision: any form but a configuration.
+        where: the dotted path for a mapping.
     """
     if isinstance(precision, Path) or (
         isinstance(precision, str) and precision.endswith((".yaml", ".yml"))
@@ -158,4 +173,24 @@ def precision_settings(precision: Any, where: str) -> tuple[Mapping[str, Any], s
 
 
 def recipe_or_none(value: Any) -> Recipe | None:
+    """Return the recipe that `value` means; None for "none" and None."""
     return None if value is None or value == "none" else library.resolve(value)
+
+
+def _short_repr(value: Any) -> str:
+    """Return the repr of a setting: a recipe by its name, and of a section only what differs from
+    the defaults. A section that has a text form of its own is shown by that."""
+    if isinstance(value, Recipe):
+        return repr(value.name)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_short_repr, value))}]"
+    if not isinstance(value, StrictConfig):
+        return repr(value)
+    if "__str__" in type(value).__dict__:
+        return repr(str(value))
+    changed = ", ".join(
+        f"{name}={_short_repr(getattr(value, name))}"
+        for name, field in type(value).model_fields.items()
+        if getattr(value, name) != field.get_default(call_default_factory=True)
+    )
+    return f"{type(value).__name__}({changed})"

@@ -15,13 +15,12 @@ keep state add buffers: load a plain checkpoint before converting to one of them
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import nn
 
 from lowprec.conversion import swiglu_fusion
-from lowprec.conversion.config import parse_conversion
+from lowprec.conversion.config import Precision, parse_conversion
 from lowprec.conversion.decide import Decision, Decisions, RunFacts, decide
 from lowprec.conversion.describe import describe
 from lowprec.conversion.layer_backends import CONVERTED, layer_backend
@@ -43,13 +42,13 @@ AS_IT_IS = Recipe(
 
 def convert(
     model: nn.Module,
-    precision: Any,
+    precision: Precision,
     *,
     device: str | torch.device | None = None,
     tokens: int | None = None,
     compiled: bool = False,
     raised: Mapping[str, Recipe] = MappingProxyType({}),
-    later: Sequence[Any] = (),
+    later: Sequence[Precision] = (),
 ) -> Plan:
     """Convert the linear layers of `model` in place.
 
@@ -93,7 +92,7 @@ def convert(
 
 def make_plan(
     model: nn.Module,
-    precision: Any,
+    precision: Precision,
     *,
     device: str | torch.device | None = None,
     tokens: int | None = None,

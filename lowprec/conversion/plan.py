@@ -1,15 +1,20 @@
-"""The Plan: what runs in which precision on which backend, natively or emulated, and why something
-was left alone."""
+"""The Plan: the precision and the backend of each linear layer, native or emulated, and the reason
+where a layer stays in high precision."""
 
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from lowprec.files import write_atomically
+
+NATIVE = "native"
+EMULATED = "emulated"
+KEPT = "kept in high precision"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,31 +39,37 @@ class LayerPlan:
     shape: tuple[int, int]
     """(output features N, input features K)."""
     recipe: str | None
-    """None: left alone."""
+    """None: kept in high precision."""
     rule: str
     """The rule that decided: its expression, or "default"."""
     gemms: tuple[GemmPlan, ...] = ()
     reason: str = ""
-    """Why it was left alone, or is emulated."""
+    """The reason why it is kept in high precision, or emulated."""
     blocked: bool = False
-    """It was meant to be converted, but can't be."""
+    """Flag: the layer was meant to be converted, but can't be."""
     experts: int = 1
-    """How many matrices of this shape the parameter holds."""
+    """Number of matrices of this shape in the parameter."""
 
     @property
     def converted(self) -> bool:
+        """Flag: the layer has a recipe."""
         return self.recipe is not None
 
     @property
     def native(self) -> bool:
+        """Flag: all three products run in the recipe's formats on the hardware."""
         return self.converted and all(gemm.native for gemm in self.gemms)
 
     @property
     def status(self) -> str:
-        return "native" if self.native else "emulated" if self.converted else "left alone"
+        """NATIVE, EMULATED or KEPT."""
+        if not self.converted:
+            return KEPT
+        return NATIVE if self.native else EMULATED
 
     @property
     def weights(self) -> int:
+        """Number of weights, in all experts."""
         return self.experts * self.shape[0] * self.shape[1]
 
 
@@ -73,37 +84,41 @@ class PartPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Every linear layer of a model and what happens to it."""
+    """Every linear layer of a model, with its precision.
+
+    `print(plan)` shows a table; a notebook shows it in HTML.
+    """
 
     device: str
-    """The device type it was made for."""
+    """The device type that it was made for."""
     layers: tuple[LayerPlan, ...]
     parts: tuple[PartPlan, ...] = ()
 
     def with_parts(self, parts: Iterable[PartPlan]) -> "Plan":
+        """Return a plan that shows these parts as well."""
         return replace(self, parts=(*self.parts, *parts))
 
     @property
     def converted(self) -> list[LayerPlan]:
+        """The layers that have a recipe."""
         return [layer for layer in self.layers if layer.converted]
 
     def totals(self) -> dict[str, Any]:
-        """Counts of layers by status and by recipe, and the share of linear weights that is
+        """Return counts of layers by status and by recipe, and the share of linear weights that is
         converted."""
         weights = sum(layer.weights for layer in self.layers)
+        converted = sum(layer.weights for layer in self.converted)
         return {
             "linears": len(self.layers),
-            **dict.fromkeys(("native", "emulated", "left alone"), 0),
+            **dict.fromkeys((NATIVE, EMULATED, KEPT), 0),
             **Counter(layer.status for layer in self.layers),
             "recipes": dict(Counter(layer.recipe for layer in self.converted)),
-            "converted_weights": sum(layer.weights for layer in self.converted) / weights
-            if weights
-            else 0.0,
+            "converted_weights": converted / weights if weights else 0.0,
         }
 
     def summary(self) -> str:
-        """One line: '21 of 22 linears converted (97.3% of their weights): fp8_blockwise 21;
-        emulated on cpu'."""
+        """Return one line: '21 of 22 linear layers converted (97.3% of their weights):
+        fp8_blockwise x 21; 0 native, 21 emulated on cpu'."""
         totals = self.totals()
         recipes = (
             ", ".join(f"{name} x {count}" for name, count in totals["recipes"].items())
@@ -111,11 +126,12 @@ class Plan:
         )
         return (
             f"{len(self.converted)} of {totals['linears']} linear layers converted "
-            f"({totals['converted_weights']:.1%} of their weights): "
-            f"{recipes}; {totals['native']} native, {totals['emulated']} emulated on {self.device}"
+            f"({totals['converted_weights']:.1%} of their weights): {recipes}; "
+            f"{totals[NATIVE]} native, {totals[EMULATED]} emulated on {self.device}"
         )
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON data."""
         layers = [
             {**asdict(layer), "converted": layer.converted, "native": layer.native}
             for layer in self.layers
@@ -133,57 +149,45 @@ class Plan:
             Path(path), json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
         )
 
-    def __str__(self) -> str:
-        rows = [("layers", "N x K", "count", "recipe", "backend", "status")]
-        reasons: dict[str, list[str]] = {}
-        for group in self._groups():
-            first = group[0]
-            backends = "/".join(dict.fromkeys(gemm.backend for gemm in first.gemms)) or "-"
-            shape = (
-                f"{first.experts} x " * (first.experts > 1) + f"{first.shape[0]} x {first.shape[1]}"
-            )
-            rows.append(
-                (
-                    _merged_name(group),
-                    shape,
-                    str(len(group)),
-                    first.recipe or "-",
-                    backends,
-                    first.status,
-                )
-            )
-            if first.reason:
-                reasons.setdefault(f"{first.status}: {first.reason}", []).append(
-                    _merged_name(group)
-                )
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
+    def __repr__(self) -> str:
+        """Return counts by recipe and status: '<Plan for cuda: 22 linear layers, 21 fp8_blockwise
+        native, 1 kept in high precision>'."""
+        counts = Counter(
+            f"{layer.recipe} {layer.status}" if layer.converted else layer.status
+            for layer in self.layers
+        )
+        parts = [
+            f"{len(self.layers)} linear layers",
+            *(f"{count} {what}" for what, count in counts.items()),
         ]
-        lines.insert(1, "  ".join("-" * width for width in widths))
+        return f"<Plan for {self.device}: {', '.join(parts)}>"
+
+    def __str__(self) -> str:
+        groups = self._groups()
+        lines = _text_table(_HEADER, [_row(group) for group in groups])
         if self.parts:
             width = max(len(part.name) for part in self.parts)
-            lines += [
-                "",
-                *(
-                    f"{part.name.ljust(width)}  {part.choice}"
-                    + f" ({part.reason})" * bool(part.reason)
-                    for part in self.parts
-                ),
-            ]
+            lines += ["", *(f"{part.name.ljust(width)}  {_choice(part)}" for part in self.parts)]
+        reasons: dict[str, int] = Counter(
+            f"{group[0].status}: {group[0].reason}" for group in groups if group[0].reason
+        )
         if reasons:
-            lines += [
-                "",
-                *(
-                    f"{reason} [{len(names)} of {len(rows) - 1} rows]"
-                    for reason, names in reasons.items()
-                ),
-            ]
+            of_all = f"of {len(groups)} rows"
+            lines += ["", *(f"{reason} [{n} {of_all}]" for reason, n in reasons.items())]
         return "\n".join([*lines, "", self.summary()])
 
+    def _repr_html_(self) -> str:
+        """Return the plan as HTML, which notebooks show: the rows of `print`, each with its
+        reason, the parts, and the totals."""
+        rows = [(*_row(group), group[0].reason) for group in self._groups()]
+        tables = [_html_table((*_HEADER, "reason"), rows)]
+        if self.parts:
+            parts = [(part.name, part.choice, part.reason) for part in self.parts]
+            tables.append(_html_table(("part", "choice", "reason"), parts))
+        return "".join([*tables, f"<p>{escape(self.summary())}</p>"])
+
     def _groups(self) -> list[list[LayerPlan]]:
-        """Layers that differ in the numbers of their names only."""
+        """Return the layers in groups that differ in the numbers of their names only."""
         groups: dict[Any, list[LayerPlan]] = {}
         for layer in self.layers:
             key = (re.sub(r"\d+", "#", layer.name), replace(layer, name=""))
@@ -191,9 +195,27 @@ class Plan:
         return list(groups.values())
 
 
+_HEADER = ("layers", "N x K", "count", "recipe", "backend", "status")
+
+
+def _row(group: list[LayerPlan]) -> tuple[str, ...]:
+    """Return the cells of a group's row, as `_HEADER` names them."""
+    first = group[0]
+    experts = f"{first.experts} x " if first.experts > 1 else ""
+    backends = dict.fromkeys(gemm.backend for gemm in first.gemms)
+    return (
+        _merged_name(group),
+        f"{experts}{first.shape[0]} x {first.shape[1]}",
+        str(len(group)),
+        first.recipe or "-",
+        "/".join(backends) or "-",
+        first.status,
+    )
+
+
 def _merged_name(group: list[LayerPlan]) -> str:
-    """'model.layers.{0-11}.mlp.up_proj' for layers whose names differ in one number; the first and
-    the last name otherwise."""
+    """Return 'model.layers.{0-11}.mlp.up_proj' for layers whose names differ in one number; the
+    first and the last name otherwise."""
     if len(group) == 1:
         return group[0].name
     split = [re.split(r"(\d+)", layer.name) for layer in group]
@@ -209,3 +231,26 @@ def _merged_name(group: list[LayerPlan]) -> str:
         else "{" + ",".join(map(str, numbers)) + "}"
     )
     return "".join(merged)
+
+
+def _choice(part: PartPlan) -> str:
+    return f"{part.choice} ({part.reason})" if part.reason else part.choice
+
+
+def _text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    table = [header, *rows]
+    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return lines
+
+
+def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

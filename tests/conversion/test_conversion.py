@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import lowprec
+from lowprec.conversion.config import ConversionConfig, RuleConfig, parse_conversion
 from lowprec.conversion.convert import convert, make_plan, revert
 from lowprec.errors import UserError
 from lowprec.nn import LowPrecisionLinear
 from lowprec.recipe import library
+from lowprec.training.control.precision import parse_precision
 from tests.builders import tiny_llama
 
 PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -255,7 +257,7 @@ def test_strict_refuses_a_layer_that_can_not_be_converted():
 def test_strict_accepts_what_is_native_or_meant_to_be_left_alone():
     model = nn.ModuleDict({"plain": nn.Linear(8, 8), "narrow": Narrow(8, 8), "lm_head": nn.Linear(8, 8)})
     plan = convert(model, {"recipe": "fp32", "strict": True, "rules": [{"modules": "narrow", "recipe": "none"}]})
-    assert [layer.status for layer in plan.layers] == ["native", "left alone", "left alone"]
+    assert [layer.status for layer in plan.layers] == ["native", "kept in high precision", "kept in high precision"]
 
 
 # What is kept
@@ -356,6 +358,29 @@ def test_the_plan_is_what_convert_does():
             chosen = module.gemms["cpu"]
             assert [gemm.backend for gemm in layer.gemms] == [chosen.fprop.name, chosen.dgrad.name, chosen.wgrad.name]
             assert [gemm.equation for gemm in layer.gemms] == [module.recipe.equation(gemm) for gemm in ("fprop", "dgrad", "wgrad")]
+
+
+def test_the_repr_of_a_precision_shows_what_differs_from_the_defaults():
+    assert repr(ConversionConfig()) == "ConversionConfig()"
+    assert repr(ConversionConfig(recipe=library.get("bf16"), backend="auto")) == "ConversionConfig()"
+    given = {"recipe": "mxfp8", "rules": [{"modules": "lm_head", "recipe": "bf16"}, {"modules": "a.*", "recipe": "none"}], "strict": True}
+    config = parse_conversion(given)
+    rules = "[RuleConfig(modules='lm_head', recipe='bf16'), RuleConfig(modules='a.*', recipe=None)]"
+    assert repr(config) == str(config) == f"ConversionConfig(recipe='mxfp8', rules={rules}, strict=True)"
+    assert repr(parse_conversion({"recipe": {"base": "mxfp8", "fprop": "bf16"}})) == "ConversionConfig(recipe='mxfp8(fprop=bf16)')"
+    assert repr(ConversionConfig(recipe=None)) == "ConversionConfig(recipe=None)"
+    assert eval(repr(config), {"ConversionConfig": ConversionConfig, "RuleConfig": RuleConfig}) == config
+
+
+def test_the_repr_of_a_runs_precision():
+    """Its sections are shown in the same way, and a moment of the run as it is written."""
+    assert repr(lowprec.PrecisionConfig()) == "PrecisionConfig()"
+    phases = [{"until": "5%", "recipe": "bf16"}, {"until": "100%"}]
+    config = parse_precision({"recipe": "mxfp8", "schedule": phases, "guard": True, "loss_scaling": {"init_scale": 1024}, "probe_every": 5})
+    assert repr(config) == (
+        "PrecisionConfig(recipe='mxfp8', schedule=[PhaseConfig(until='5%', recipe='bf16'), PhaseConfig()], "
+        "loss_scaling=LossScalingConfig(init_scale=1024.0), guard=GuardConfig(), probe_every=5)"
+    )
 
 
 def test_forms_of_precision(tmp_path):

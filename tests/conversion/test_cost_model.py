@@ -91,7 +91,7 @@ def statuses(plan: lowprec.Plan) -> dict[str, str]:
 
 def test_the_plan_leaves_a_layer_that_fp8_would_slow_down(model: Layers):
     plan = make_plan(model, "fp8_blockwise", device="cuda")
-    assert statuses(plan) == {"small": "left alone", "large": "native"}
+    assert statuses(plan) == {"small": "kept in high precision", "large": "native"}
     small = plan.layers[0]
     assert not small.blocked
     assert small.reason.startswith("fp8_blockwise would run at 0.")
@@ -102,7 +102,7 @@ def test_the_plan_leaves_a_layer_that_fp8_would_slow_down(model: Layers):
 def test_converting_does_what_the_plan_says(monkeypatch: pytest.MonkeyPatch):
     on_cpu(monkeypatch)
     model = nn.ModuleDict({"small": nn.Linear(256, 256)})
-    assert statuses(lowprec.convert(model, "fp8_blockwise", device="cuda")) == {"small": "left alone"}
+    assert statuses(lowprec.convert(model, "fp8_blockwise", device="cuda")) == {"small": "kept in high precision"}
     assert type(model["small"]) is nn.Linear
     assert statuses(lowprec.convert(model, {"recipe": "fp8_blockwise", "skip_slow": False}, device="cuda")) == {"small": "native"}
 
@@ -122,7 +122,7 @@ def test_what_was_asked_for_by_name_is_converted(model: Layers, precision: dict)
 def test_the_tokens_of_a_pass_and_compiling_decide(model: Layers):
     with torch.device("meta"):
         model.small = nn.Linear(4096, 4096, bias=False)
-    assert statuses(make_plan(model, "fp8_blockwise", device="cuda"))["small"] == "left alone"
+    assert statuses(make_plan(model, "fp8_blockwise", device="cuda"))["small"] == "kept in high precision"
     assert statuses(make_plan(model, "fp8_blockwise", device="cuda", tokens=16384))["small"] == "native"
     assert statuses(make_plan(model, "fp8_blockwise", device="cuda", compiled=True))["small"] == "native"
 
@@ -142,7 +142,7 @@ def test_experts_are_left_alone_on_a_gpu_unless_they_are_asked_for(monkeypatch: 
         plan = make_plan(model, precision, device="cuda", tokens=16384)
         return {layer.status for layer in plan.layers if layer.experts > 1}
 
-    assert experts("fp8_blockwise") == {"left alone"}
+    assert experts("fp8_blockwise") == {"kept in high precision"}
     assert experts({"recipe": "fp8_blockwise", "skip_slow": False}) == {"native"}
     assert experts({"recipe": "bf16", "rules": [{"modules": r".*\.experts\..*", "recipe": "fp8_blockwise"}]}) == {"native"}
     assert experts("mxfp4") == {"emulated"}

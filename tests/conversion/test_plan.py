@@ -1,7 +1,9 @@
 """The Plan as data: status, totals, JSON, the printed table, and a file that is written whole or not at all."""
 
 import json
+import re
 from dataclasses import fields
+from html import unescape
 
 import pytest
 
@@ -24,7 +26,7 @@ def layer(name: str, shape: tuple[int, int] = (4, 2), **changes) -> LayerPlan:
 
 
 def alone(name: str, **changes) -> LayerPlan:
-    return layer(name, **{"recipe": None, "gemms": (), "reason": "left alone here", **changes})
+    return layer(name, **{"recipe": None, "gemms": (), "reason": "not asked for", **changes})
 
 
 PLAN = Plan(
@@ -39,7 +41,7 @@ PLAN = Plan(
 
 
 def test_status():
-    assert [entry.status for entry in PLAN.layers] == ["emulated"] * 3 + ["native", "left alone"]
+    assert [entry.status for entry in PLAN.layers] == ["emulated"] * 3 + ["native", "kept in high precision"]
     mixed = layer("x", gemms=(*gemms(native=True)[:2], gemms()[2]))
     assert mixed.status == "emulated"  # one emulated product makes the layer emulated
     assert not alone("x").native
@@ -50,7 +52,7 @@ def test_totals():
         "linears": 5,
         "native": 1,
         "emulated": 3,
-        "left alone": 1,
+        "kept in high precision": 1,
         "recipes": {"mxfp8": 3, "bf16": 1},
         "converted_weights": (3 * 32 + 8) / (3 * 32 + 8 + 32),
     }
@@ -66,19 +68,63 @@ def test_summary():
 def test_the_table():
     assert str(PLAN).splitlines() == [
         "layers           N x K   count  recipe  backend    status",
-        "---------------  ------  -----  ------  ---------  ----------",
+        "---------------  ------  -----  ------  ---------  ----------------------",
         "layers.{0-2}.up  8 x 4   3      mxfp8   reference  emulated",
         "layers.0.down    4 x 2   1      bf16    torch      native",
-        "head             16 x 2  1      -       -          left alone",
+        "head             16 x 2  1      -       -          kept in high precision",
         "",
         "attention  sdpa (plain causal)",
         "amp        bf16",
         "",
         "emulated: emulated here [1 of 3 rows]",
-        "left alone: left alone here [1 of 3 rows]",
+        "kept in high precision: not asked for [1 of 3 rows]",
         "",
         "4 of 5 linear layers converted (76.5% of their weights): mxfp8 x 3, bf16 x 1; 1 native, 3 emulated on cpu",
     ]
+
+
+def test_the_repr_counts_layers_by_recipe_and_status():
+    assert repr(PLAN) == "<Plan for cpu: 5 linear layers, 3 mxfp8 emulated, 1 bf16 native, 1 kept in high precision>"
+    assert repr(Plan(device="cuda", layers=())) == "<Plan for cuda: 0 linear layers>"
+    some = Plan(device="cpu", layers=(layer("a"), layer("b", gemms=gemms(native=True)), layer("c")))
+    assert repr(some) == "<Plan for cpu: 3 linear layers, 2 mxfp8 emulated, 1 mxfp8 native>"
+
+
+def cells(html: str, tag: str = "td") -> list[list[str]]:
+    """The text of an HTML table's cells, row by row; the rows without any are left out."""
+    rows = [re.findall(rf"<{tag}>(.*?)</{tag}>", row) for row in re.findall(r"<tr>(.*?)</tr>", html)]
+    return [[unescape(cell) for cell in row] for row in rows if row]
+
+
+def test_a_notebook_shows_every_row_with_its_reason_the_parts_and_the_totals():
+    html = PLAN._repr_html_()
+    assert cells(html, "th") == [
+        ["layers", "N x K", "count", "recipe", "backend", "status", "reason"],
+        ["part", "choice", "reason"],
+    ]
+    assert cells(html) == [
+        ["layers.{0-2}.up", "8 x 4", "3", "mxfp8", "reference", "emulated", "emulated here"],
+        ["layers.0.down", "4 x 2", "1", "bf16", "torch", "native", ""],
+        ["head", "16 x 2", "1", "-", "-", "kept in high precision", "not asked for"],
+        ["attention", "sdpa", "plain causal"],
+        ["amp", "bf16", ""],
+    ]
+    assert html.endswith(f"<p>{PLAN.summary()}</p>")
+    assert "part" not in Plan(device="cpu", layers=PLAN.layers)._repr_html_()
+
+
+def test_a_notebook_shows_names_and_reasons_as_text():
+    plan = Plan(
+        device="cpu",
+        layers=(layer("<b>up</b>", rule="a&b", reason="1 < 2 & 'x'", recipe="<script>"),),
+        parts=(PartPlan(name="<i>", choice="a < b", reason='"why"'),),
+    )
+    html = plan._repr_html_()
+    assert cells(html) == [
+        ["<b>up</b>", "4 x 2", "1", "<script>", "reference", "emulated", "1 < 2 & 'x'"],
+        ["<i>", "a < b", '"why"'],
+    ]
+    assert set(re.findall(r"</?(\w+)", html)) == {"table", "thead", "tbody", "tr", "th", "td", "p"}
 
 
 @pytest.mark.parametrize(
