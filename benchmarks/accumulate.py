@@ -1,21 +1,24 @@
-"""What a narrow accumulator loses, and what promotion to fp32 gets back: the experiment behind
-arXiv 2412.19437, section 3.3.2.
+"""Measure the error of a narrow accumulator, with and without promotion to fp32.
+
+This is the experiment behind arXiv 2412.19437, section 3.3.2.
 
 python benchmarks/accumulate.py
 python benchmarks/accumulate.py --figure docs/images/accumulate.svg
 
-Two matrices of e4m3 values (scale 1) are multiplied by the reference backend and compared with the
-float64 product of the same values, so that nothing but the sums differs. Errors, over 64 x 64
-results of one product unless the row says otherwise:
+The reference backend multiplies two matrices of e4m3 values (scale 1). The result is compared with
+the float64 product of the same values, so that only the sums differ. The errors are taken over the
+64 x 64 results of one product, unless the row states another size:
 
     max / rms     largest |error| over the root mean square of the results
-    max rel       largest |error| / |result| among the results that are at least the root mean square in magnitude
-    max rel, all  the same among all results: with operands of mean zero it says how close to zero
-    the smallest result came, little else
+    max rel       largest |error| / |result| among the results whose magnitude is at least the root
+                  mean square
+    max rel, all  the same among all results; with operands of mean zero, it mostly shows how close
+                  to zero the smallest result is
     mean rel      mean |error| over mean |result|
     bias          mean of error * sign(result) over mean |result|: negative if sums shrink
 
-Medians over the seeds, in per cent; `max rel` and `max rel, all` are the largest of the seeds.
+The figures are medians over the seeds, in per cent; `max rel` and `max rel, all` are the largest of
+the seeds.
 """
 
 import argparse
@@ -43,13 +46,14 @@ OPERANDS = {"gaussian, mean 0": torch.randn, "uniform in [0, 1)": torch.rand}
 COLUMNS = ("max / rms", "max rel", "max rel, all", "mean rel", "bias")
 LARGEST_OF_SEEDS = ("max rel", "max rel, all")
 LARGER = {"gaussian, mean 0": ((256, 1),), "uniform in [0, 1)": ((256, 1),)}
-"""Rows and columns of larger results, and seeds."""
-K, PUBLISHED = 4096, 2.0
-"""Per cent, at this K."""
+"""Larger results for each kind of operands: (rows and columns, number of seeds)."""
+K = 4096
+PUBLISHED = 2.0
+"""Published error at this K, in per cent."""
 
 
 def operands(kind: str, length: int, seed: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Two matrices [rows, length] of e4m3 values, fp32."""
+    """Return two matrices [rows, length] of e4m3 values, fp32."""
     generator = torch.Generator().manual_seed(seed)
     a, b = (
         round_to_format(OPERANDS[kind](rows, length, generator=generator), E4M3) for _ in range(2)
@@ -58,8 +62,9 @@ def operands(kind: str, length: int, seed: int, rows: int) -> tuple[Tensor, Tens
 
 
 def errors(result: Tensor, exact: Tensor) -> list[float]:
-    """The columns, as fractions."""
-    error, size = (result.double() - exact), exact.abs()
+    """Return the values of `COLUMNS`, as fractions."""
+    error = result.double() - exact
+    size = exact.abs()
     rms = exact.square().mean().sqrt()
     relative = error.abs() / size
     return [
@@ -74,11 +79,11 @@ def errors(result: Tensor, exact: Tensor) -> list[float]:
 def measure(
     kind: str, length: int, sums: dict[str, Accumulation], rows: int = ROWS, seeds: int = 3
 ) -> dict[str, list[float]]:
-    """The columns in per cent, for each accumulator."""
+    """Return the values of `COLUMNS` in per cent, for each accumulator."""
     found: dict[str, list[list[float]]] = {name: [] for name in sums}
     for seed in range(seeds):
         a, b = operands(kind, length, seed, rows)
-        exact = a.double() @ b.double().t()
+        exact = a.double() @ b.double().t()  # [M, K] . [N, K]^T -> [M, N]
         for name, accumulation in sums.items():
             found[name].append(
                 errors(ReferenceBackend().mm(a, b, torch.float32, accumulation), exact)
@@ -90,6 +95,7 @@ def measure(
 
 
 def _over_seeds(rows: Tensor) -> list[float]:
+    """Reduce [seeds, columns] to one value a column: the largest of the seeds, or the median."""
     largest = torch.tensor([column in LARGEST_OF_SEEDS for column in COLUMNS])
     return torch.where(largest, rows.amax(0), rows.median(0).values).tolist()
 
@@ -113,13 +119,13 @@ def draw(results: dict[str, dict[int, dict[str, list[float]]]], picture: Path) -
     matplotlib.rcParams.update({"svg.hashsalt": "lowprec", "font.size": 12, "svg.fonttype": "path"})
     from matplotlib import pyplot
 
-    colours, markers = ("#d55e00", "#e69f00", "#009e73", "#0072b2", "#000000"), "osD^x"
+    colours = ("#d55e00", "#e69f00", "#009e73", "#0072b2", "#000000")
+    markers = "osD^x"
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
     for panel, (kind, lengths) in zip(panels, results.items(), strict=True):
         for name, colour, marker in zip(SUMS, colours, markers, strict=True):
-            values = [
-                lengths[length][name][0] or float("nan") for length in LENGTHS
-            ]  # a zero has no place on a log axis
+            # A log axis cannot show zero.
+            values = [lengths[length][name][0] or float("nan") for length in LENGTHS]
             panel.plot(
                 LENGTHS,
                 values,

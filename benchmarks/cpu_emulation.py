@@ -1,8 +1,11 @@
-"""What emulation costs on a CPU: the passes of a quantiser over fp32 [4096, 512], and 16-bit
-products against fp32. Medians, ms.
+"""Measure the cost of emulation on a CPU, as medians in ms.
 
-python benchmarks/cpu_emulation.py            # the allocator as it is
-python benchmarks/cpu_emulation.py --keep     # with lowprec.training.run.machine.keep_freed_memory, as a CPU run has it
+The rows are the passes of a quantiser over fp32 [4096, 512], and 16-bit products against fp32.
+
+python benchmarks/cpu_emulation.py            # the default allocator
+python benchmarks/cpu_emulation.py --keep     # the allocator's setting in a CPU run
+
+The setting is that of `lowprec.training.run.machine.keep_freed_memory`.
 """
 
 import statistics
@@ -19,6 +22,7 @@ from lowprec.training.run.machine import keep_freed_memory
 
 
 def median_ms(function: Callable[[], object], runs: int = 30) -> float:
+    """Return the median time of a call in ms, after three calls to warm up."""
     times = []
     for _ in range(runs + 3):
         start = time.perf_counter()
@@ -31,11 +35,15 @@ def main() -> None:
     if "--keep" in sys.argv:
         assert keep_freed_memory()
     torch.manual_seed(0)
-    x, w = torch.randn(4096, 512), torch.randn(512, 512)
-    rows, columns = x.view(4096, 1, 4, 128), x.t().view(512, 1, 32, 128)
+    x = torch.randn(4096, 512)
+    w = torch.randn(512, 512)
+    rows = x.view(4096, 1, 4, 128)
+    columns = x.t().view(512, 1, 32, 128)
     codes = round_to_format(100 * x, E4M3).to(torch.float8_e4m3fn)
-    half, half_w = x.bfloat16(), w.bfloat16()
-    ieee, ieee_w = x.half(), w.half()
+    x_bf16 = x.bfloat16()
+    w_bf16 = w.bfloat16()
+    x_fp16 = x.half()
+    w_fp16 = w.half()
     for name, function in {
         "clone": x.clone,
         "round to e4m3": lambda: round_to_format(x, E4M3),
@@ -46,9 +54,10 @@ def main() -> None:
         ),
         "e4m3 to fp32, torch": codes.float,
         "e4m3 to fp32, decode": lambda: from_storage(codes, E4M3, 512),
+        # [M, K] . [N, K]^T -> [M, N]
         "fp32 product, 4096 x 512 x 512": lambda: x @ w.t(),
-        "bf16 product, the same": lambda: half @ half_w.t(),
-        "fp16 product, the same": lambda: ieee @ ieee_w.t(),
+        "bf16 product, the same": lambda: x_bf16 @ w_bf16.t(),
+        "fp16 product, the same": lambda: x_fp16 @ w_fp16.t(),
     }.items():
         print(f"{name:45s} {median_ms(function):8.2f}")
 

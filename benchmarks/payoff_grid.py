@@ -1,12 +1,14 @@
-"""Whether FP8 pays where lowprec/payoff.py says so: forward + backward of layers of many shapes
-over bf16, on a Hopper GPU.
+"""Compare the speed-ups that lowprec/conversion/cost_model.py predicts with measured ones.
+
+The benchmark measures forward + backward of layers of many shapes over bf16, on a Hopper GPU.
 
 python benchmarks/payoff_grid.py [RECIPE ...]
 
-Twice for each shape. Eager: the host asks for each kernel, and small layers wait for it. Ahead: the
-device is kept busy while the host asks for all of them, so that the kernels follow each other, as
-in a compiled model. The weight's codes are made anew in each step. The last columns are the
-model's; `!` marks a layer that `auto` would convert and that is slower than bf16 by more than 3%.
+Each shape is measured twice. Eager: the host launches each kernel, and small layers wait for the
+host. Ahead: the device is kept busy while the host launches all kernels, so that the kernels follow
+each other without gaps, as in a compiled model. Each step quantises the weight again. The last
+columns are the model's predictions; `!` marks a layer that `auto` would convert and that is slower
+than bf16 by more than 3%.
 """
 
 import sys
@@ -24,13 +26,16 @@ from lowprec.nn import LowPrecisionLinear, codes
 TOKENS = (2048, 4096, 8192, 16384)
 FEATURES = (1024, 2048, 4096)
 WORST = 0.97
-WARMUP, STEPS, ROUNDS = 40, 10, 5
-"""To warm up is also to see all addresses that the allocator hands out in turn: a launch is
-prepared once for each."""
+"""Smallest speed-up that is not marked."""
+WARMUP = 40
+"""Steps before the timing. They also visit all addresses that the allocator gives out in turn,
+because a launch is prepared once for each address."""
+STEPS = 10
+ROUNDS = 5
 
 
 def seconds(step: Callable[[], None], *, ahead: bool) -> float:
-    """Of one step, the median of `ROUNDS` times `STEPS`."""
+    """Return the time of one step: the median of `ROUNDS` rounds of `STEPS` steps."""
     for _ in range(WARMUP):
         step()
     times = []
@@ -49,7 +54,7 @@ def seconds(step: Callable[[], None], *, ahead: bool) -> float:
 
 
 def measure(M: int, N: int, K: int, recipe: str) -> tuple[float, float]:
-    """Speed-up over bf16: eager, and with the host ahead."""
+    """Return the speed-up over bf16: eager, and with the host ahead."""
     x = torch.randn(M, K, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     g = torch.randn(M, N, device="cuda", dtype=torch.bfloat16)
     plain, other = (

@@ -1,7 +1,9 @@
-"""Draw formats.svg, what each element format holds, and scales.svg, one block under every rule for
-its scale.
+"""Draw formats.svg and scales.svg.
 
-python docs/images/render_formats.py docs/images         # a second folder gets them as PNG too
+formats.svg shows the values of each element format; scales.svg shows one block under every scale
+rule.
+
+python docs/images/render_formats.py docs/images         # a second folder gets PNG files too
 
 All values come from the package: from decoding every code of a format, and from `lowprec.quantize`.
 """
@@ -26,37 +28,37 @@ matplotlib.rcParams.update(
     {"svg.hashsalt": "lowprec", "svg.fonttype": "path", "path.simplify": False, "font.size": 12}
 )
 
-NORMAL, SUBNORMAL, BEYOND, SAMPLE = (
-    "#0072b2",
-    "#e69f00",
-    "#d55e00",
-    "#000000",
-)  # Okabe and Ito's palette
+# The palette of Okabe and Ito.
+NORMAL = "#0072b2"
+SUBNORMAL = "#e69f00"
+BEYOND = "#d55e00"
+SAMPLE = "#000000"
 FORMATS = (E2M1, E2M3, E3M2, E4M3, E5M2, E5M6, INT4, INT8)
 THINNED = 8
-"""Of the twelve-bit format, one value in so many is drawn."""
+"""Step between the drawn values of the twelve-bit format."""
 
 BLOCK = (0.22, 0.5, -0.8, 1.3, 1.8, -2.4, 3.1, -4.4, 5.2, -6.6)
-"""The block of scales.svg. Its amax is 1.65 * 4: above t = 1.5, where rceil goes up, and below
-1.75, where even does."""
+"""Block of scales.svg. Its amax is 1.65 * 4. The mantissa 1.65 is above t = 1.5, so rceil bumps the
+scale, and below 1.75, so even does not."""
 AMAX_OF_MATRIX = 48.0
-"""The largest magnitude elsewhere in its matrix, which sets NVFP4's upper level."""
+"""Largest magnitude elsewhere in the block's matrix, which sets NVFP4's scale of the matrix."""
 SCALES = ("e8m0:floor", "e8m0:ceil", "e8m0:even", "e8m0:rceil", "e4m3", "e4m3 4/6")
 
 
 def positive_values(fmt: ElementFormat) -> torch.Tensor:
-    """The positive values of a format, ascending, fp32."""
+    """Return the positive values of a format in ascending order, fp32."""
     values = encoding.decode(torch.arange(1 << fmt.bits), fmt)
     return values[(values > 0) & (values <= fmt.max)].unique()
 
 
 def ticks(axes: Axes, places: torch.Tensor, bottom: float, top: float, **style: Any) -> None:
-    """Vertical strokes as one path with gaps, which keeps the picture small."""
+    """Draw vertical strokes as one path with gaps, which keeps the file small."""
     heights = torch.tensor([bottom, top, torch.nan]).repeat(len(places))
     axes.plot(places.repeat_interleave(3), heights, solid_capstyle="butt", **style)
 
 
 def draw_formats(axes: Axes) -> None:
+    """Draw the positive values of each format, one row a format, on a logarithmic axis."""
     for row, fmt in enumerate(FORMATS):
         values = positive_values(fmt)
         if fmt.bits > 8:
@@ -83,6 +85,7 @@ def draw_formats(axes: Axes) -> None:
 
 
 def draw_scales(axes: Axes) -> None:
+    """Draw the block and its e2m1 values under each scale rule, one row a rule."""
     block = torch.tensor([BLOCK, BLOCK])
     block[1] = AMAX_OF_MATRIX
     amax = block[0].abs().max().item()
@@ -92,7 +95,8 @@ def draw_scales(axes: Axes) -> None:
         grid = positive_values(E2M1) * scale
         grid = torch.cat((-grid.flip(0), torch.zeros(1), grid))
         ticks(axes, grid, row + 0.02, row + 0.3, color=NORMAL, linewidth=1.4)
-        x, y = block[0], q.dequantize()[0]
+        x = block[0]
+        y = q.dequantize()[0]
         for value, rounded in zip(x.tolist(), y.tolist(), strict=True):
             beyond = abs(value) > E2M1.max * scale
             axes.plot(
@@ -104,7 +108,8 @@ def draw_scales(axes: Axes) -> None:
             )
         axes.plot(x, [row - 0.22] * len(BLOCK), "o", color=SAMPLE, markersize=4.5)
         noise = (y - x).square().mean()
-        note = f"scale {scale:.4g}\nlargest {E2M1.max * scale:.4g}\nSQNR {10 * (x.square().mean() / noise).log10():.1f} dB"
+        sqnr = 10 * (x.square().mean() / noise).log10()
+        note = f"scale {scale:.4g}\nlargest {E2M1.max * scale:.4g}\nSQNR {sqnr:.1f} dB"
         axes.text(13.2, row, note, va="center", fontsize=10.5)
     axes.set_yticks(range(len(SCALES)), [name.replace("e4m3", "e4m3 (NVFP4)") for name in SCALES])
     axes.set_ylim(len(SCALES) - 0.45, -0.5)

@@ -1,4 +1,4 @@
-"""Draw run.svg: the plan and the result of a finished run, as the terminal shows them.
+"""Draw run.svg: the plan and the result of a finished run, as in the terminal.
 
 python docs/images/render_run.py RUN_DIR docs/images/run.svg
 """
@@ -16,6 +16,7 @@ from lowprec.conversion.plan import GemmPlan, LayerPlan, PartPlan, Plan
 
 
 def load_plan(path: Path) -> Plan:
+    """Read the plan.json of a run."""
     data = json.loads(path.read_text(encoding="utf-8"))
     layers = []
     for layer in data["layers"]:
