@@ -1,2 +1,2 @@
-"""Turning the linear layers of a model to low precision: find them, decide, convert, and tell what
-was done."""
+"""Convert the linear layers of a model to low precision: find them, decide on each, describe the
+decisions in a plan, and apply them."""

@@ -1,9 +1,9 @@
 """Compare the cost of a layer with bf16's, to decide whether FP8 pays on a Hopper GPU.
 
 GEMM backends say what a layer costs with their products (`GemmBackend.cost`, `gemm/cost.py`).
-`auto` keeps a layer in high precision for which the model shows no gain. In eager code a layer takes
-as long as the GPU or the host, whichever is slower; in compiled code the host runs ahead, and does
-not count. Another host than the measured one moves the threshold of eager code.
+`auto` keeps a layer in high precision if the model shows no gain for it. In eager code a layer
+takes as long as the GPU or the host, whichever is slower; in compiled code the host runs ahead and
+does not count. On another host than the measured one, the threshold of eager code is another.
 """
 
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from lowprec.gemm import BACKENDS, Cost, LayerShape
 from lowprec.gemm.cost import bf16_cost
 
 SMALLEST = 1.0
-"""Modelled speed-up below which FP8 does not pay. Of the layers measured
-(tests/conversion/test_cost_model.py) the model gives three 0.98 that have 0.95 to 0.97; none to
-which it gives a gain is slower than in bf16."""
+"""Modelled speed-up below which FP8 does not pay. Among the measured layers
+(tests/conversion/test_cost_model.py) three have 0.95 to 0.97 where the model gives 0.98; no layer
+for which the model gives a gain is slower than in bf16."""
 
 TOKENS = 2048
 """Default number of tokens in a forward pass."""
@@ -42,8 +42,8 @@ def payoff(
     *,
     fprop_kind: str | None = None,
 ) -> Payoff:
-    """Return the speed-up of an FP8 layer with N outputs and K inputs, by the backend that is
-    fastest of those that state a cost.
+    """Return the speed-up of an FP8 layer with N outputs and K inputs, by the fastest of the
+    backends that state a cost.
 
     Args:
         wgrad_kind: kind of the scales of wgrad's x (OperandSpec.kind): 1x128, 128x128, tensor or

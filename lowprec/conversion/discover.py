@@ -13,11 +13,10 @@ from lowprec.nn import LowPrecisionLinear, experts
 from lowprec.recipe import Recipe
 
 _HEADS = ("lm_head", "embed_out", "output_projection", "score", "classifier")
-"""Last parts of the names by which models call their output layer, for those that have no
-`get_output_embeddings`."""
+"""Last parts of the names of output layers, for models without `get_output_embeddings`."""
 
 _GATES = {"gate", "router", "shared_expert_gate"}
-"""Names by which mixtures of experts call what decides between them."""
+"""Names of the modules that decide between the experts of a mixture."""
 
 _HEAD_STAYS = "the output head stays in high precision unless a rule names it"
 _GATE_STAYS = "a gate of experts stays in high precision unless a rule names it"
@@ -25,26 +24,28 @@ _GATE_STAYS = "a gate of experts stays in high precision unless a rule names it"
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight that something is multiplied by: a linear layer's, or the stack of an experts'
-    one."""
+    """A weight that a model multiplies by: that of a linear layer, or a stack of experts'
+    matrices."""
 
     module: nn.Module
     stack: str = ""
-    """The name of the parameter that holds several matrices; "" for a linear layer."""
+    """Name of the parameter that holds several matrices; "" for a linear layer."""
     bypassed: bool = False
-    """Whether torch's own code multiplies by it without calling the module."""
+    """Flag: torch's own code multiplies by it without calling the module."""
 
     @property
     def data(self) -> Any:
+        """The parameter."""
         return getattr(self.module, self.stack or "weight")
 
     @property
     def experts(self) -> int:
+        """Number of matrices in the parameter."""
         return self.data.shape[0] if self.stack else 1
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(outputs N, inputs K), of one expert."""
+        """Outputs N and inputs K of the layer, or of one expert."""
         if self.stack:
             _, N, K = experts.stack_shape(self.module, self.stack)
             return N, K
@@ -53,8 +54,8 @@ class Weight:
 
 
 def find_weights(model: nn.Module) -> Iterator[tuple[str, Weight]]:
-    """Everything that multiplies by a weight matrix, nn.Linear or like it, or by stacks of them,
-    once."""
+    """Yield every weight matrix of a linear layer, nn.Linear or one like it, and every stack of
+    matrices, once, with its full name."""
     readers = (
         module
         for module in model.modules()
@@ -124,8 +125,8 @@ def why_not_convert(weight: Weight, recipe: Recipe, layers: LayerBackend) -> str
 
 
 def recipes_of(model: nn.Module) -> dict[str, Recipe]:
-    """The recipe of each converted layer by its name, in the plan's order; of Transformer Engine's
-    layers none."""
+    """Return the recipe of each converted layer by its name, in the plan's order. Layers of
+    Transformer Engine are left out."""
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, LowPrecisionLinear):
@@ -140,13 +141,14 @@ def recipes_of(model: nn.Module) -> dict[str, Recipe]:
 
 
 def output_heads(model: nn.Module, weights: dict[str, Weight], plain: dict[str, str]) -> set[str]:
-    """The layers whose output is the model's: by transformers' own account, by a weight tied to an
-    embedding, or by name."""
+    """Return the names of the layers whose output is the model's: the one that transformers
+    returns, those whose weight is tied to an embedding, and those with the name of a head."""
     embeddings = {
         id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
     }
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # pyright: ignore[reportCallIssue]
-    head = getattr(head, "base_layer", head)  # an adapter's
+    given: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = given()
+    head = getattr(head, "base_layer", head)  # the layer that an adapter wraps
     return {
         name
         for name, weight in weights.items()
@@ -157,8 +159,8 @@ def output_heads(model: nn.Module, weights: dict[str, Weight], plain: dict[str, 
 
 
 def expert_gates(model: nn.Module) -> set[str]:
-    """The layers that decide which experts a token goes to, or how much of one it takes: gates and
-    routers beside experts."""
+    """Return the names of the layers that decide which experts a token goes to, or with which
+    weight: gates and routers beside experts."""
     found = set()
     for name, module in model.named_modules():
         children = dict(module.named_children())
@@ -173,11 +175,12 @@ def expert_gates(model: nn.Module) -> set[str]:
 
 
 def _has_fast_path(layer: nn.TransformerEncoderLayer) -> bool:
-    """Whether torch may read the weights of `layer`'s linear layers itself, in eval() and without
-    gradients: its own conditions, as far as they are the layer's and not an input's
+    """Return whether torch may read the weights of `layer`'s linear layers itself, in eval() and
+    without gradients: torch's own conditions on the layer, without those on an input
     (torch/nn/modules/transformer.py)."""
-    forward, attention = type(layer).forward, layer.self_attn
-    # One of a subclass may hand over to torch's by super(), which the compiler notes.
+    forward = type(layer).forward
+    attention = layer.self_attn
+    # A subclass's forward may call torch's by super(); its code then has a cell `__class__`.
     calls_super = "__class__" in getattr(
         getattr(forward, "__code__", None), "co_freevars", ("__class__",)
     )
@@ -193,6 +196,6 @@ def _has_fast_path(layer: nn.TransformerEncoderLayer) -> bool:
 
 
 def _is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D, the linear layer of GPT-2, told by its name so that transformers need
-    not be imported."""
+    """Return whether a module is transformers' Conv1D, the linear layer of GPT-2. It is recognised
+    by its name, so that transformers need not be imported."""
     return type(module).__name__ == "Conv1D"

@@ -1,4 +1,4 @@
-"""Names of layers without the parts that PEFT adds to them."""
+"""The names of layers without the parts that PEFT adds to them."""
 
 from torch import nn
 
@@ -9,24 +9,27 @@ _PEFT = {
     "BaseTunerLayer": ("base_layer",),
     "AuxiliaryTrainingWrapper": ("original_module", "modules_to_save", "token_adapter"),
 }
-"""PEFT's wrappers, by the name of their class so that PEFT need not be imported, and where each
-keeps what was there before it."""
+"""PEFT's wrappers, by the names of their classes, so that PEFT need not be imported; for each, the
+attributes that hold the module that it wraps, or its trained copy."""
 
 
 def name_without_peft(model: nn.Module, name: str, stack: str = "") -> tuple[str, bool]:
-    """The name that a layer has without PEFT, and whether PEFT added it: whether it lies in a
-    wrapper, but is not what that wraps.
+    """Return the name that a layer has without PEFT, and whether PEFT added the layer: it is then
+    inside a wrapper, but not the module that is wrapped.
 
-    `stack`: the last part of the name, if that is a parameter's.
+    Args:
+        stack: the last part of the name, if that is the name of a parameter.
     """
-    plain, added, module = [], False, model
+    plain: list[str] = []
+    added = False
+    module = model
     for part in name.removesuffix(stack).strip(".").split("."):
         kept = next(
             (_PEFT[base.__name__] for base in type(module).__mro__ if base.__name__ in _PEFT), None
         )
         copies = isinstance(module, nn.ModuleDict) and plain[-1:] == ["modules_to_save"]
         added |= kept is not None and part not in kept
-        if copies:  # by the adapter's name
+        if copies:  # the part is the adapter's name
             plain.pop()
         elif kept is None or part not in kept or part == "modules_to_save":
             plain.append(part)

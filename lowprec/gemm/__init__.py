@@ -1,5 +1,8 @@
 """Matrix products of quantised operands, a_MK . b_NK^T -> c_MN, by the fastest backend that
-supports them."""
+supports them.
+
+To add a backend, write one file with a GemmBackend and add it to `_ALL`.
+"""
 
 from lowprec.errors import UserError, nearest
 from lowprec.gemm.base import FP32_SUMS, UNSIZED, Accumulation, GemmBackend, Operand, Size, Support
@@ -21,8 +24,8 @@ _ALL = (
     ReferenceBackend(),
 )
 BACKENDS: dict[str, GemmBackend] = {backend.name: backend for backend in _ALL}
-"""Fastest first, but for what a backend's `rank` says: `auto` takes the first that supports a
-product."""
+"""All backends by name. `auto` takes the first that supports a product: the fastest in this order,
+which `rank` overrides."""
 
 __all__ = [
     "BACKENDS",
@@ -46,14 +49,16 @@ def select(
     sums: Accumulation = FP32_SUMS,
     size: Size = UNSIZED,
 ) -> tuple[GemmBackend, Support]:
-    """The backend that multiplies operands `a` and `b` on a device and sums as told, and what it
-    says of them.
+    """Return the backend that multiplies operands `a` and `b` with such sums on a device, and its
+    answer to whether it supports them.
 
-    `size` decides between backends of about the same speed. The reason of an emulated product also
-    tells why no faster backend took it.
+    The reason of an emulated product also says why no faster backend took it.
 
+    Args:
+        backend: the name of a backend, or "auto" for the fastest that supports the product.
+        size: size of the product, which decides between backends of about the same speed.
     Raises:
-        UserError: no such backend, or the one asked for does not support the product.
+        UserError: there is no such backend, or it does not support the product.
     """
     if backend != "auto":
         if backend not in BACKENDS:

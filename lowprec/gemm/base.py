@@ -1,4 +1,4 @@
-"""What a GEMM backend is.
+"""The interface of a GEMM backend.
 
 Every product is "NT" with the contraction axis K last on both sides: a_MK . b_NK^T -> c_MN. So no
 backend needs an axis argument; a transposed product is the product of transposed operands.
@@ -15,19 +15,19 @@ from lowprec.gemm.cost import Cost, LayerShape
 from lowprec.quant import OperandSpec, QTensor
 
 Operand = QTensor | Tensor
-"""A quantised matrix, or a plain one that is used as it arrives (its spec is None)."""
+"""A quantised matrix, or a plain one in high precision, whose spec is None."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Accumulation:
-    """How the K products of an output element are summed."""
+    """The accumulator that sums the K products of an output element."""
 
     bits: int | None = None
-    """Significant bits that the accumulator keeps between steps of the matrix unit (14 on Hopper in
-    FP8); None: fp32's 24."""
+    """Number of significant bits that the accumulator keeps between steps of the matrix unit (14
+    on Hopper in FP8); None: fp32's 24."""
     promote_every: int | None = None
-    """Contracted elements after which the accumulator is added to an fp32 sum and starts again;
-    None: at the end."""
+    """Number of contracted elements after which the accumulator is added to an fp32 sum and starts
+    again; None: at the end."""
 
     def __post_init__(self) -> None:
         if self.bits is not None and not 2 <= self.bits <= 24:
@@ -45,43 +45,48 @@ class Accumulation:
 
 
 FP32_SUMS = Accumulation()
+"""Sums in fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Support:
-    """A backend's answer to whether it takes a product."""
+    """A backend's answer to the question whether it takes a product."""
 
     ok: bool
     native: bool = False
-    """The hardware multiplies the operands in the formats they are in; otherwise their values are
-    emulated in a wider one."""
+    """Flag: the hardware multiplies the operands in their own formats. Otherwise their values are
+    emulated in a wider format."""
     reason: str
+    """The way in which it multiplies, or the reason why it does not take the product."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """What is known of a product's size before its operands are there."""
+    """The size of a product, as far as it is known before its operands exist."""
 
     weights: int = 0
-    """Of the layer; 0: unknown."""
+    """Number of weights of the layer; 0: unknown."""
     wide: bool = False
-    """Its result has more columns than it contracts elements."""
+    """Flag: the result has more columns than the product contracts elements."""
 
 
 UNSIZED: Final = Size()
+"""The size of a product of which nothing is known."""
 
 
 class GemmBackend(ABC):
-    """One way to multiply. Stateless."""
+    """One way to multiply two operands. It has no state."""
 
     name: ClassVar[str]
     decoded: ClassVar[bool] = False
-    """Whether `mm` wants codes in fp32 (see `quantize`), because it would decode them at once."""
+    """Flag: `mm` takes codes that are decoded to fp32 (see `quantize`), because it would decode
+    them at once."""
     plain_dtype: ClassVar[torch.dtype] = torch.float32
-    """What it then takes values in."""
+    """Dtype of the values that `mm` takes in place of decoded codes."""
 
     def rank(self, a: OperandSpec | None, b: OperandSpec | None, size: Size) -> int:
-        """Where `auto` asks this backend for such a product: lower is earlier."""
+        """Return the place in which `auto` tries this backend for such a product; lower is earlier,
+        and equal ranks keep the order of `BACKENDS`."""
         return 0
 
     @abstractmethod
@@ -92,8 +97,8 @@ class GemmBackend(ABC):
         device_type: str,
         sums: Accumulation = FP32_SUMS,
     ) -> Support:
-        """Whether a product of operands so represented and so summed runs here, on a device of this
-        type ("cpu", "cuda"), or why not."""
+        """Return whether this backend multiplies operands of such representations, with such sums,
+        on a device of this type ("cpu", "cuda"), and the reason."""
 
     def cost(self, layer: LayerShape) -> Cost | None:
         """Return the modelled cost of a layer whose products run on this backend; None: it makes no
@@ -104,4 +109,4 @@ class GemmBackend(ABC):
     def mm(
         self, a_MK: Operand, b_NK: Operand, out_dtype: torch.dtype, sums: Accumulation = FP32_SUMS
     ) -> Tensor:
-        """a . b^T -> [M, N] of `out_dtype`."""
+        """Return a . b^T: [M, K] . [N, K]^T -> [M, N] of `out_dtype`."""

@@ -1,10 +1,9 @@
-"""The `bf16_exact` backend: emulation on an accelerator by its bf16 matrix units, without an error
-of its own.
+"""The `bf16_exact` backend: exact emulation on an accelerator by its bf16 matrix units.
 
-The values of MX formats, codes of at most four significant bits times a power of two, are bf16
-numbers, and so the products of two of them are exact in fp32, in which they are summed. So it gives
-what the reference does but for the order of the sums, on the matrix units. (A value below 2^-133,
-where bf16 ends, is lost; it takes an e8m0 scale near the smallest.)
+The values of MX formats are codes of at most four significant bits times a power of two. They are
+bf16 numbers, so the product of two of them is exact in fp32, in which products are summed. The
+result is that of the reference except for the order of the sums. (Values below 2^-133, where bf16
+ends, are lost; they need an e8m0 scale near the smallest.)
 """
 
 import torch
@@ -15,6 +14,8 @@ from lowprec.quant import OperandSpec, QTensor
 
 
 class ExactInBf16Backend(GemmBackend):
+    """Products of bf16 numbers on bf16 matrix units."""
+
     name = "bf16_exact"
     decoded = True
     plain_dtype = torch.bfloat16
@@ -53,6 +54,7 @@ class ExactInBf16Backend(GemmBackend):
 
 
 def _is_exact(spec: OperandSpec | None) -> bool:
+    """Return whether all values of this representation are bf16 numbers."""
     scaling = None if spec is None else spec.scaling
     if spec is None or scaling is None or spec.element.is_integer:
         return False

@@ -1,5 +1,5 @@
-"""The `hopper` backend: block-scaled FP8 by our own kernel (`hopper_kernel`), promoted to fp32
-every 128 elements."""
+"""The `hopper` backend: products of block-scaled FP8 by our own kernel (`hopper_kernel`), promoted
+to fp32 every 128 elements."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -16,17 +16,17 @@ from lowprec.quant import OperandSpec, QTensor
 TILE = 128
 _ACCUMULATOR_BITS = 14
 _LARGE = 1 << 25
-"""Weights of a layer whose products run for half a millisecond."""
+"""Number of weights of a layer whose products run for half a millisecond."""
 
 
 def kind(spec: OperandSpec | None) -> str:
-    """The kind of an FP8 operand's scales (see OperandSpec); "" for any other operand."""
+    """Return the kind of an FP8 operand's scales (see OperandSpec); "" for any other operand."""
     return "" if spec is None else spec.kind
 
 
 def why_not_sums(sums: Accumulation) -> str | None:
-    """Why Hopper's block-scaled products can't sum as told: each 128 elements are summed in 14
-    bits, and those sums in fp32."""
+    """Return why Hopper's block-scaled products can't be summed in this way; None if they can.
+    They sum 128 elements in 14 bits, and those sums in fp32."""
     if sums.promote_every not in (None, TILE):
         return f"promotes every {TILE} elements, not every {sums.promote_every}"
     if sums.bits is not None and (sums.bits, sums.promote_every) != (_ACCUMULATOR_BITS, TILE):
@@ -35,18 +35,22 @@ def why_not_sums(sums: Accumulation) -> str | None:
 
 
 class HopperBackend(GemmBackend):
+    """Block-scaled FP8 products on Hopper GPUs by a Gluon kernel."""
+
     name = "hopper"
 
     def rank(self, a: OperandSpec | None, b: OperandSpec | None, size: Size) -> int:
-        """Before cuBLASLt (0) where both sides have a scale per row: 7 to 20% faster. With 128x128
-        blocks, on large layers, it is 2 to 12% faster where the result is wide and up to 16% slower
-        where it is not; on others as fast, and quicker to start, because cuBLASLt looks for an
-        algorithm in every call."""
-        return (
-            -1
-            if kind(b) == "1x128" or (kind(b) == "128x128" and (size.wide or size.weights < _LARGE))
-            else 1
-        )
+        """Return -1 where this backend comes before cuBLASLt (0), and 1 elsewhere.
+
+        With 1x128 scales on both sides it is 7 to 20% faster than cuBLASLt. With 128x128 blocks it
+        is, on large layers, 2 to 12% faster where the result is wide and up to 16% slower where it
+        is not. On smaller layers it is as fast and starts earlier, because cuBLASLt looks for an
+        algorithm in every call.
+        """
+        if kind(b) == "1x128":
+            return -1
+        faster = kind(b) == "128x128" and (size.wide or size.weights < _LARGE)
+        return -1 if faster else 1
 
     def supports(
         self,
@@ -58,7 +62,8 @@ class HopperBackend(GemmBackend):
         if kind(a) != "1x128" or kind(b) not in ("1x128", "128x128"):
             return Support(
                 ok=False,
-                reason="takes fp8 with scales of 1x128 on the left, of 1x128 or 128x128 on the right",
+                reason="takes fp8 with scales of 1x128 on the left, of 1x128 or 128x128 on the "
+                "right",
             )
         if reason := why_not_sums(sums) or why_not_hopper(device_type) or _why_no_gluon():
             return Support(ok=False, reason=reason)
@@ -89,6 +94,7 @@ class HopperBackend(GemmBackend):
 
 
 def why_not_hopper(device_type: str) -> str | None:
+    """Return why a device of this type is no Hopper GPU; None if it is one."""
     if device_type != "cuda":
         return f"needs a Hopper GPU, not {device_type}"
     if not torch.cuda.is_available():
@@ -111,8 +117,8 @@ def _why_no_gluon() -> str | None:
 
 
 def tile_scales(scale_MK: Tensor) -> Tensor:
-    """1x128 scales [M, K / 128] as kernels read them: fp32 in memory [K / 128, M], rows starting on
-    16 bytes."""
+    """Return 1x128 scales [M, K / 128] as kernels read them: fp32 in memory [K / 128, M], with rows
+    that start on 16 bytes."""
     scale = _fp32(scale_MK).t()
     if scale.stride(1) == 1 and scale.stride(0) % 4 == 0 and scale.data_ptr() % 16 == 0:
         return scale
@@ -123,7 +129,7 @@ def tile_scales(scale_MK: Tensor) -> Tensor:
 
 
 def block_scales(scale_NK: Tensor) -> Tensor:
-    """128x128 scales [N / 128, K / 128] as kernels read them: fp32 with contiguous rows."""
+    """Return 128x128 scales [N / 128, K / 128] as kernels read them: fp32 with contiguous rows."""
     scale = _fp32(scale_NK)
     return scale if scale.stride(1) == 1 else scale.contiguous()
 
@@ -133,7 +139,7 @@ def _fp32(scale: Tensor) -> Tensor:
 
 
 def padded_codes(codes: Tensor) -> Tensor:
-    """The codes with rows that start on 16 bytes, as tensor maps need them."""
+    """Return the codes with rows that start on 16 bytes, as tensor maps need them."""
     if codes.stride(1) == 1 and codes.stride(0) % 16 == 0 and codes.data_ptr() % 16 == 0:
         return codes
     R, K = codes.shape
@@ -151,8 +157,14 @@ def _scaled_gemm(
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """Codes [M, K] and [N, K] with scales as QTensors hold them; `column_scales`: those of b are
-    1x128 too."""
+    """Return a . b^T + bias: [M, K] . [N, K]^T -> [M, N] of `out_dtype`.
+
+    Args:
+        a, b: codes.
+        scale_a, scale_b: scales as QTensors hold them.
+        column_scales: whether those of b are 1x128 too, not 128x128.
+        bias: [N].
+    """
     (M, K), N = a.shape, b.shape[0]
     if M == 0 or N == 0 or K == 0:
         zeros = a.new_zeros((M, N), dtype=out_dtype)
@@ -163,10 +175,8 @@ def _scaled_gemm(
     c = torch.empty((M, padded_N), dtype=dtype, device=a.device)
     if padded_N != N:
         c = c[:, :N]
-    scale_a, scale_b = (
-        tile_scales(scale_a),
-        tile_scales(scale_b) if column_scales else block_scales(scale_b),
-    )
+    scale_a = tile_scales(scale_a)
+    scale_b = tile_scales(scale_b) if column_scales else block_scales(scale_b)
     launch = _launch_function()
     launch(
         padded_codes(a),
@@ -218,20 +228,21 @@ def _(
 
 @dataclass(frozen=True)
 class Tile:
-    """BLOCK_M x 128 results by two warp groups, each of `waves` times 64 rows."""
+    """`rows` x 128 results of two warp groups, each of `waves` times 64 rows."""
 
     rows: int
     waves: int
 
 
-LARGE, SMALL = Tile(256, 2), Tile(128, 1)
+LARGE = Tile(256, 2)
+SMALL = Tile(128, 1)
 _SMALL_COSTS = 1.08
-"""Time of two small tiles over that of a large one, measured (docs/experiments.md)."""
+"""Time of two small tiles over the time of a large one, measured (docs/experiments.md)."""
 
 
 @cache
 def choose_tile(M: int, N: int, device: int) -> Tile:
-    """The tile whose rounds over the processors take less time."""
+    """Return the tile whose rounds over the processors take less time."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     rounds = {
         tile: -(-(-(-M // tile.rows) * -(-N // 128)) // processors) for tile in (LARGE, SMALL)

@@ -3,17 +3,18 @@ fp32 every 128 elements.
 
     c_MN = sum over k of s_a[m, k] * s_b[n, k] * (sum over 128 elements of a_MK * b_NK)
 
-One warp keeps the tensor loads in flight; two warp groups of four warps multiply. Each owns 64 *
-WAVES rows of the tile and takes them 64 at a time: while one group adds its 128-element partial
-sums, times their scales, to its fp32 accumulators, the other's matrix instructions run
-(DeepSeek-V3, arXiv 2412.19437, section 3.3.2). What decides the speed, as measured
+One warp keeps the tensor loads in flight; two warp groups of four warps multiply. Each group owns
+64 * WAVES rows of the tile and takes them 64 at a time: while one group adds its 128-element
+partial sums, times their scales, to its fp32 accumulators, the other group's matrix instructions
+run (DeepSeek-V3, arXiv 2412.19437, section 3.3.2). Two facts decide the speed, as measured
 (docs/experiments.md):
 
-* shared memory is read for every matrix instruction, so a tile of 256 x 128 (WAVES = 2), whose b is
-  used twice as often, beats 128 x 128;
-* its accumulators take 128 registers, partial sums 64, the column scales 32. That fits 240
-  registers only if a group's second product does not start before the first one's partial sums are
-  added. `_pin` sees to that: left alone, the compilers interleave the two and spill.
+* Every matrix instruction reads shared memory. So a tile of 256 x 128 (WAVES = 2), which uses its b
+  twice as often, is faster than 128 x 128.
+* The accumulators of that tile take 128 registers, its partial sums 64, the column scales 32. They
+  fit into 240 registers only if a group's second product does not start before the partial sums of
+  the first one are added. `_pin` enforces that; without it the compilers interleave the two
+  products and spill registers.
 """
 
 from triton.experimental import gluon
@@ -29,8 +30,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 @gluon.jit
 def _place(tile, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Tiles in stripes of 8 rows of tiles, column by column, so that what runs at one time shares
-    its operands in the L2 cache."""
+    """Return the row and the column of a tile. Tiles are numbered in stripes of 8 rows of tiles,
+    column by column, so that tiles that run at one time share operands in the L2 cache."""
     tiles_m = gl.cdiv(M, BLOCK_M)
     tiles_n = gl.cdiv(N, BLOCK_N)
     first = tile // (8 * tiles_n) * 8
@@ -41,15 +42,16 @@ def _place(tile, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
 
 @gluon.jit
 def _pin(x):
-    """x, computed before whatever is asked for next."""
+    """Return x, computed before all that follows."""
     return gl.inline_asm_elementwise(
         "mov.b32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=False, pack=1
     )
 
 
 @gluon.jit
-def _load(a_desc, b_desc, sa_desc, sb_desc, a_bufs, b_bufs, sa_bufs, sb_bufs, ready, empty, M, N, steps_k, COLUMN_SCALES: gl.constexpr,
-          STAGES: gl.constexpr):  # fmt: skip
+def _load(a_desc, b_desc, sa_desc, sb_desc, a_bufs, b_bufs, sa_bufs, sb_bufs, ready, empty,
+          M, N, steps_k, COLUMN_SCALES: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """Load the tiles of a and b and their scales, stage by stage, into shared memory."""
     BLOCK_M: gl.constexpr = a_desc.block_type.shape[0]
     BLOCK_N: gl.constexpr = b_desc.block_type.shape[0]
     BYTES: gl.constexpr = (
@@ -82,8 +84,11 @@ def _load(a_desc, b_desc, sa_desc, sb_desc, a_bufs, b_bufs, sa_bufs, sb_bufs, re
 
 
 @gluon.jit
-def _multiply(a_desc, b_desc, c_desc, sb_ptr, sb_stride, bias_ptr, a_bufs, b_bufs, c_bufs, sa_bufs, sb_bufs, ready, empty, M, N, steps_k,
-              COLUMN_SCALES: gl.constexpr, BIAS: gl.constexpr, STAGES: gl.constexpr, WAVES: gl.constexpr, GROUP: gl.constexpr):  # fmt: skip
+def _multiply(a_desc, b_desc, c_desc, sb_ptr, sb_stride, bias_ptr, a_bufs, b_bufs, c_bufs,
+              sa_bufs, sb_bufs, ready, empty, M, N, steps_k, COLUMN_SCALES: gl.constexpr,
+              BIAS: gl.constexpr, STAGES: gl.constexpr, WAVES: gl.constexpr,
+              GROUP: gl.constexpr):  # fmt: skip
+    """Multiply the rows of one warp group: 64 * WAVES x K by BLOCK_N x K, and write the results."""
     BLOCK_M: gl.constexpr = a_desc.block_type.shape[0]
     BLOCK_N: gl.constexpr = b_desc.block_type.shape[0]
     mma: gl.constexpr = gl.NVMMADistributedLayout(
@@ -153,10 +158,11 @@ def _write(c_desc, buffer, acc, m, n):
 
 
 @gluon.jit(do_not_specialize=["sb_stride", "M", "N", "K"])
-def scaled_gemm(a_desc, b_desc, c_desc, sa_desc, sb_desc, sb_ptr, sb_stride, bias_ptr, M, N, K, COLUMN_SCALES: gl.constexpr,
-                BIAS: gl.constexpr, STAGES: gl.constexpr, WAVES: gl.constexpr):  # fmt: skip
-    """a [M, K], b [N, K] of fp8 -> c [M, N]. Scales of a: fp32 [K / 128, M]; of b: the same
-    (COLUMN_SCALES), or [N / 128, K / 128]."""
+def scaled_gemm(a_desc, b_desc, c_desc, sa_desc, sb_desc, sb_ptr, sb_stride, bias_ptr, M, N, K,
+                COLUMN_SCALES: gl.constexpr, BIAS: gl.constexpr, STAGES: gl.constexpr,
+                WAVES: gl.constexpr):  # fmt: skip
+    """Compute c = a . b^T + bias in fp8: [M, K] . [N, K]^T -> [M, N]. Scales of a are fp32
+    [K / 128, M]; scales of b are [K / 128, N] (COLUMN_SCALES) or [N / 128, K / 128]."""
     a_bufs = gl.allocate_shared_memory(
         a_desc.dtype, [STAGES] + a_desc.block_type.shape, a_desc.layout
     )
@@ -176,20 +182,22 @@ def scaled_gemm(a_desc, b_desc, c_desc, sa_desc, sb_desc, sb_ptr, sb_stride, bia
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
-    # gl.to_tensor: Triton turns integer arguments equal to 1 into constants, which a partition
-    # can't take
+    # Triton turns integer arguments that equal 1 into constants, which a partition can't take;
+    # gl.to_tensor makes tensors of them.
     M = gl.to_tensor(M)
     N = gl.to_tensor(N)
     steps_k = gl.to_tensor(gl.cdiv(K, 128))
     sb_stride = gl.to_tensor(sb_stride)
     gl.warp_specialize(
         [
-            (_multiply, (a_desc, b_desc, c_desc, sb_ptr, sb_stride, bias_ptr, a_bufs, b_bufs, c_bufs, sa_bufs, sb_bufs, ready, empty, M, N,
-                         steps_k, COLUMN_SCALES, BIAS, STAGES, WAVES, 0)),
-            (_multiply, (a_desc, b_desc, c_desc, sb_ptr, sb_stride, bias_ptr, a_bufs, b_bufs, c_bufs, sa_bufs, sb_bufs, ready, empty, M, N,
-                         steps_k, COLUMN_SCALES, BIAS, STAGES, WAVES, 1)),
-            (_load, (a_desc, b_desc, sa_desc, sb_desc, a_bufs, b_bufs, sa_bufs, sb_bufs, ready, empty, M, N, steps_k, COLUMN_SCALES,
-                     STAGES)),
+            (_multiply, (a_desc, b_desc, c_desc, sb_ptr, sb_stride, bias_ptr, a_bufs, b_bufs,
+                         c_bufs, sa_bufs, sb_bufs, ready, empty, M, N, steps_k, COLUMN_SCALES,
+                         BIAS, STAGES, WAVES, 0)),
+            (_multiply, (a_desc, b_desc, c_desc, sb_ptr, sb_stride, bias_ptr, a_bufs, b_bufs,
+                         c_bufs, sa_bufs, sb_bufs, ready, empty, M, N, steps_k, COLUMN_SCALES,
+                         BIAS, STAGES, WAVES, 1)),
+            (_load, (a_desc, b_desc, sa_desc, sb_desc, a_bufs, b_bufs, sa_bufs, sb_bufs, ready,
+                     empty, M, N, steps_k, COLUMN_SCALES, STAGES)),
         ],
         [4, 1],
         [240, 24],

@@ -1,4 +1,4 @@
-"""Launching `hopper_kernel.scaled_gemm`."""
+"""Launch `hopper_kernel.scaled_gemm`."""
 
 from typing import Any
 
@@ -21,17 +21,21 @@ def launch(
     c: Tensor,
     tile: Any,
 ) -> None:
-    """c = (a, scale_a) . (b, scale_b)^T + bias; all rows start on 16 bytes. See the kernel for the
-    scales' layouts."""
+    """Compute c = (a, scale_a) . (b, scale_b)^T + bias: [M, K] . [N, K]^T -> [M, N].
+
+    All rows start on 16 bytes. The kernel's docstring gives the layouts of the scales.
+    """
     M, K = a.shape
     N = b.shape[0]
-    stages = 3 if tile.waves == 2 else 4 if c.dtype == torch.float32 else 5
+    stages = 3
+    if tile.waves == 1:
+        stages = 4 if c.dtype == torch.float32 else 5
     constants = (column_scales, bias is not None, stages, tile.waves)
     pointer = c if bias is None else bias
     stride = scale_b.stride(0)
 
     def arguments() -> tuple[Any, ...]:
-        # Scales of 128 x 128 blocks are read one by one; their map is not used then.
+        # Scales of 128x128 blocks are read one by one: their map is then not used.
         maps = (
             Map(scale_a, (1, tile.rows), swizzled=False),
             Map(scale_b if column_scales else scale_a, (1, 128), swizzled=False),

@@ -1,12 +1,12 @@
-"""The reference backend: dequantise, multiply in fp32. The oracle of every other backend, on any
-device.
+"""The `reference` backend: dequantise, then multiply in fp32. It runs on any device, and other
+backends are tested against it.
 
 It can also sum as a narrower accumulator does. One step of the matrix unit takes 32 products and
 the accumulator, aligns them all to the largest exponent among them, keeps B significant bits of
 each there, cuts the rest towards zero, and adds exactly. So small terms lose most of their bits
-beside a large accumulator, and what is lost grows with its value: DeepSeek-V3 adds the accumulator
-to an fp32 sum every 128 elements and starts again (arXiv 2412.19437, sections 3.3.2 and 3.5). With
-B = 14 this is what an H100 does (docs/numerics.md).
+beside a large accumulator, and the loss grows with its value: DeepSeek-V3 adds the accumulator to
+an fp32 sum every 128 elements and starts again (arXiv 2412.19437, sections 3.3.2 and 3.5). With
+B = 14 the sums are those of an H100 (docs/numerics.md).
 """
 
 import torch
@@ -16,14 +16,16 @@ from lowprec.gemm.base import FP32_SUMS, Accumulation, GemmBackend, Operand, Sup
 from lowprec.quant import OperandSpec, QTensor
 
 MMA_K = 32
-"""Elements that one step contracts: those of Hopper's FP8 instruction (PTX ISA, wgmma.mma_async
-with .e4m3 operands: k = 32)."""
+"""Number of elements that one step contracts: that of Hopper's FP8 instruction (PTX ISA,
+wgmma.mma_async with .e4m3 operands: k = 32)."""
 
 _PIECE = 1 << 20
-"""Products that are held at once."""
+"""Number of products that are held at once."""
 
 
 class ReferenceBackend(GemmBackend):
+    """Products of dequantised operands in fp32; supports every product."""
+
     name = "reference"
     decoded = True
 
@@ -41,12 +43,13 @@ class ReferenceBackend(GemmBackend):
         self, a_MK: Operand, b_NK: Operand, out_dtype: torch.dtype, sums: Accumulation = FP32_SUMS
     ) -> Tensor:
         a, b = _fp32(a_MK), _fp32(b_NK)
-        if sums.bits is None:  # promotion would change nothing: the accumulator is the fp32 sum
+        if sums.bits is None:  # promotion changes nothing: the accumulator is the fp32 sum
             return (a @ b.t()).to(out_dtype)
         return _narrow_sums(a, b, sums.bits, sums.promote_every or a.shape[1]).to(out_dtype)
 
 
 def _narrow_sums(a_MK: Tensor, b_NK: Tensor, bits: int, promote_every: int) -> Tensor:
+    """Return a . b^T, summed in an accumulator of `bits`: [M, K] . [N, K]^T -> [M, N]."""
     c_MN = a_MK.new_zeros(a_MK.shape[0], b_NK.shape[0])
     rows = max(1, _PIECE // (MMA_K * max(len(b_NK), 1)))
     for c, a_rows in zip(c_MN.split(rows), a_MK.split(rows), strict=True):
@@ -61,14 +64,14 @@ def _narrow_sums(a_MK: Tensor, b_NK: Tensor, bits: int, promote_every: int) -> T
 
 
 def _aligned_sum(terms: Tensor, bits: int) -> Tensor:
-    """The sum over the last axis of terms aligned to the largest one's exponent and cut to `bits`
-    significant bits there."""
+    """Return the sum over the last axis of terms that are aligned to the largest one's exponent and
+    cut to `bits` significant bits there."""
     largest = terms.abs().amax(2, keepdim=True)
     power = (
         (largest.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(2.0**-100, 2.0**120)
     )  # 2^exponent
     unit = power * 2.0 ** (1 - bits)
-    # Whole multiples of the unit, each below 2^24: their sum is exact.
+    # The terms are whole multiples of the unit, each below 2^24, so their sum is exact.
     return (terms * (1.0 / unit)).trunc_().sum(2).mul_(unit[:, :, 0])
 
 

@@ -1,9 +1,9 @@
 """The `scaled_mm` backend: cuBLASLt's FP8 products through torch, with scales per tensor, per row,
 or of blocks on Hopper.
 
-Layouts (docs/numerics.md): operands row-major, dimensions multiples of 16. 1x128 scales lie in
-memory as [K / 128, M], 128x128 ones as [N / 128, L] with L = K / 128 rounded up to 4: unpadded ones
-gave wrong results before PyTorch's pull request 166752.
+Layouts (docs/numerics.md): operands are row-major, and their dimensions are multiples of 16. 1x128
+scales lie in memory as [K / 128, M], 128x128 scales as [N / 128, L] with L = K / 128 rounded up to
+a multiple of 4: without that padding results were wrong before PyTorch's pull request 166752.
 """
 
 import torch
@@ -18,6 +18,8 @@ from lowprec.quant import OperandSpec, QTensor
 
 
 class ScaledMMBackend(GemmBackend):
+    """FP8 products by cuBLASLt."""
+
     name = "scaled_mm"
 
     def supports(
@@ -32,13 +34,13 @@ class ScaledMMBackend(GemmBackend):
         if not blocks and kinds not in (("tensor", "tensor"), ("row", "row")):
             return Support(
                 ok=False,
-                reason="takes fp8 with scales per tensor, per row, of 1x128, or of 1x128 by 128x128",
+                reason="takes fp8 with scales per tensor, per row, of 1x128, or of 1x128 by "
+                "128x128",
             )
         if a is not None and b is not None and a.element == E5M2 and b.element == E5M2:
             return Support(ok=False, reason="takes e5m2 on one side only")
-        if reason := (why_not_sums(sums) if blocks else _why_not_whole_sums(sums)) or _why_not_here(
-            device_type, blocks
-        ):
+        reason = why_not_sums(sums) if blocks else _why_not_whole_sums(sums)
+        if reason := reason or _why_not_here(device_type, blocks):
             return Support(ok=False, reason=reason)
         return Support(ok=True, native=True, reason="fp8 on the matrix units by cuBLASLt")
 
@@ -54,8 +56,8 @@ class ScaledMMBackend(GemmBackend):
         assert scale_a is not None
         assert scale_b is not None
         fast = sums.bits is not None and sums.promote_every is None
-        # An operator of ours, because torch.compile traces neither torch's for blocks nor the
-        # padding
+        # Compiled code calls an operator of ours: torch.compile traces neither torch's function for
+        # blocks nor the padding.
         call = torch.ops.lowprec.cublaslt if torch.compiler.is_compiling() else _multiply
         return call(a_MK.data, scale_a, b_NK.data, scale_b, b_NK.spec.kind, fast, out_dtype)
 
@@ -69,8 +71,14 @@ def _multiply(
     fast: bool,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """Codes [M, K] and [N, K] with scales as QTensors hold them; `b_kind` is b's, and `fast` leaves
-    sums in the matrix unit's 14 bits."""
+    """Return a . b^T: [M, K] . [N, K]^T -> [M, N] of `out_dtype`.
+
+    Args:
+        a, b: codes.
+        scale_a, scale_b: scales as QTensors hold them.
+        b_kind: the kind of b's scales.
+        fast: whether sums stay in the matrix unit's 14 bits.
+    """
     (M, K), N = a.shape, b.shape[0]
     if M == 0 or N == 0 or K == 0:
         return a.new_zeros((M, N), dtype=out_dtype)
@@ -80,7 +88,8 @@ def _multiply(
         if b_kind == "row":
             scale_a = F.pad(scale_a, (0, 0, 0, a.shape[0] - M), value=1.0)
             scale_b = F.pad(scale_b, (0, b.shape[0] - N), value=1.0)
-        dtype = torch.bfloat16 if b_kind == "row" else out_dtype  # per-row scales want bf16 results
+        # With scales per row, cuBLASLt gives bf16 results only.
+        dtype = torch.bfloat16 if b_kind == "row" else out_dtype
         c = torch._scaled_mm(a, b.t(), scale_a, scale_b, out_dtype=dtype, use_fast_accum=fast)
     else:
         kinds = F.ScalingType
@@ -135,18 +144,19 @@ def _why_not_here(device_type: str, blocks: bool) -> str | None:
         return f"needs a GPU with FP8, not {device_type}"
     if not torch.cuda.is_available():
         return "needs a GPU with FP8, and this machine has none"
-    capability = torch.cuda.get_device_capability()
-    if blocks and capability[0] != 9:
-        return f"cuBLASLt's block scales need a Hopper GPU, this one has compute capability {capability[0]}.{capability[1]}"
-    if capability < (8, 9):
-        return (
-            f"needs a GPU with FP8, this one has compute capability {capability[0]}.{capability[1]}"
-        )
-    return None if not blocks or hasattr(F, "scaled_mm") else "needs torch.nn.functional.scaled_mm"
+    major, minor = torch.cuda.get_device_capability()
+    this_one = f"this one has compute capability {major}.{minor}"
+    if blocks and major != 9:
+        return f"cuBLASLt's block scales need a Hopper GPU, {this_one}"
+    if (major, minor) < (8, 9):
+        return f"needs a GPU with FP8, {this_one}"
+    if blocks and not hasattr(F, "scaled_mm"):
+        return "needs torch.nn.functional.scaled_mm"
+    return None
 
 
 def _full_width(codes: Tensor) -> Tensor:
-    """Codes [R, K] with K filled up with zeros to a multiple of 16."""
+    """Return codes [R, K] with K filled up with zeros to a multiple of 16."""
     codes = padded_codes(codes)
     R, K = codes.shape
     if K % 16 == 0:
@@ -157,7 +167,7 @@ def _full_width(codes: Tensor) -> Tensor:
 
 
 def _full_height(codes: Tensor, multiple: int) -> Tensor:
-    """Codes [R, K] with R filled up with zeros."""
+    """Return codes [R, K] with R filled up with zeros to a multiple of `multiple`."""
     R, K = codes.shape
     if R % multiple == 0:
         return codes
@@ -167,7 +177,8 @@ def _full_height(codes: Tensor, multiple: int) -> Tensor:
 
 
 def _spread(scale: Tensor, R: int) -> Tensor:
-    """1x128 scales [K / 128, r] in memory that is packed, for R >= r rows, R a multiple of 4."""
+    """Return 1x128 scales [K / 128, r] in packed memory for R >= r rows, R rounded up to a multiple
+    of 4."""
     R = -(-R // 4) * 4
     if scale.shape[1] == R and scale.is_contiguous():
         return scale
@@ -177,7 +188,7 @@ def _spread(scale: Tensor, R: int) -> Tensor:
 
 
 def _padded_blocks(scale: Tensor) -> Tensor:
-    """128x128 scales [N / 128, K / 128] in rows of a multiple of 4."""
+    """Return 128x128 scales [N / 128, K / 128] in rows whose length is a multiple of 4."""
     blocks = scale.shape[1]
     wide = -(-blocks // 4) * 4
     if scale.stride(0) != wide:

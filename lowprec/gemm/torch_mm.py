@@ -1,5 +1,5 @@
-"""torch.mm on unscaled operands: fp32 anywhere, bf16 and fp16 on an accelerator (fp32
-accumulation)."""
+"""The `torch` backend: torch.mm on unscaled operands, fp32 on any device, bf16 and fp16 on an
+accelerator, with fp32 accumulation."""
 
 from dataclasses import replace
 
@@ -11,6 +11,8 @@ from lowprec.quant import OperandSpec, QTensor
 
 
 class TorchBackend(GemmBackend):
+    """Products of unscaled operands by torch.mm."""
+
     name = "torch"
 
     def supports(
@@ -24,10 +26,9 @@ class TorchBackend(GemmBackend):
             return Support(ok=False, reason="takes unscaled operands only")
         if sums.bits is not None:
             return Support(ok=False, reason="sums in fp32")
+        # The operands arrive rounded: how they were rounded does not matter.
         if any(spec is not None and spec.rounding != "nearest" for spec in (a, b)):
-            a, b = (
-                None if spec is None else replace(spec, rounding="nearest") for spec in (a, b)
-            )  # the operands arrive rounded
+            a, b = (None if spec is None else replace(spec, rounding="nearest") for spec in (a, b))
         if a != b:
             return Support(ok=False, reason="takes two operands of one dtype")
         if a is None:
@@ -35,7 +36,8 @@ class TorchBackend(GemmBackend):
         if device_type == "cpu" and a.element.bits < 32:
             return Support(
                 ok=False,
-                reason=f"{a.element.name} matrix products are slow on a CPU without hardware for them",
+                reason=f"{a.element.name} matrix products are slow on a CPU without hardware for "
+                "them",
             )
         return Support(ok=True, native=True, reason=f"torch.mm in {a.element.name}")
 
@@ -43,13 +45,12 @@ class TorchBackend(GemmBackend):
         self, a_MK: Operand, b_NK: Operand, out_dtype: torch.dtype, sums: Accumulation = FP32_SUMS
     ) -> Tensor:
         a, b = (t.data if isinstance(t, QTensor) else t for t in (a_MK, b_NK))
-        if (
-            a.dtype != b.dtype
-        ):  # both "as they arrive", of a model with mixed dtypes: the wider one holds both
+        if a.dtype != b.dtype:
+            # Both operands are in high precision, in a model of mixed dtypes: the wider dtype holds
+            # the values of both.
             dtype = torch.promote_types(a.dtype, b.dtype)
             a, b = a.to(dtype), b.to(dtype)
         if out_dtype == torch.float32 and a.dtype in (torch.bfloat16, torch.float16) and a.is_cuda:
-            return torch.mm(
-                a, b.t(), out_dtype=torch.float32
-            )  # weight gradients keep the accumulator's precision
+            # Weight gradients keep the accumulator's precision.
+            return torch.mm(a, b.t(), out_dtype=torch.float32)
         return torch.mm(a, b.t()).to(out_dtype)

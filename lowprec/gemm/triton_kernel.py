@@ -1,4 +1,4 @@
-"""The Triton kernel of `triton_mm`."""
+"""The Triton kernel of the `triton` backend."""
 
 import triton
 import triton.language as tl
@@ -6,12 +6,13 @@ import triton.language as tl
 
 @triton.jit
 def block_scaled_gemm(
-    a_ptr, b_ptr, c_ptr, bias_ptr, sa_ptr, sb_ptr, M, N, K, a_stride, b_stride, c_stride, sa_m, sa_k, sb_n, sb_k,
-    B_BLOCK: tl.constexpr, BIAS: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PROMOTE: tl.constexpr,
+    a_ptr, b_ptr, c_ptr, bias_ptr, sa_ptr, sb_ptr, M, N, K,
+    a_stride, b_stride, c_stride, sa_m, sa_k, sb_n, sb_k,
+    B_BLOCK: tl.constexpr, BIAS: tl.constexpr, ACCUMULATE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PROMOTE: tl.constexpr,
 ):  # fmt: skip
-    """c = sum over blocks of s_a * s_b * (a . b^T over PROMOTE elements) + bias (+ c). B_BLOCK:
-    rows of b under one scale, 1 or 128."""
+    """Compute c_MN = sum over blocks of s_a * s_b * (a . b^T over PROMOTE elements) + bias (+ c).
+    B_BLOCK is the number of rows of b under one scale, 1 or 128."""
     tiles_n = tl.cdiv(N, BLOCK_N)
     m = (tl.program_id(0) // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -1,9 +1,9 @@
-"""The `triton` backend: block-scaled FP8 in plain Triton, for any GPU with FP8, at any promotion
-interval.
+"""The `triton` backend: products of block-scaled FP8 in plain Triton, on any GPU with FP8, with
+promotion every 32, 64 or 128 elements.
 
-It is slower than the `hopper` backend and cuBLASLt, whose loads and products overlap. It is for
-what they don't do: Ada and later GPUs, partial sums shorter than 128 elements, and results added to
-what is there.
+It is slower than the `hopper` backend and cuBLASLt, whose loads and products overlap. It covers
+what they don't: Ada and later GPUs, partial sums shorter than 128 elements, and results that are
+added to an existing tensor.
 """
 
 from functools import cache
@@ -20,6 +20,8 @@ _INTERVALS = (32, 64, 128)
 
 
 class TritonBackend(GemmBackend):
+    """Block-scaled FP8 products by a Triton kernel."""
+
     name = "triton"
 
     def supports(
@@ -32,7 +34,8 @@ class TritonBackend(GemmBackend):
         if kind(a) != "1x128" or kind(b) not in ("1x128", "128x128"):
             return Support(
                 ok=False,
-                reason="takes fp8 with scales of 1x128 on the left, of 1x128 or 128x128 on the right",
+                reason="takes fp8 with scales of 1x128 on the left, of 1x128 or 128x128 on the "
+                "right",
             )
         assert a is not None
         assert b is not None
@@ -96,14 +99,18 @@ def block_scaled_mm(
     bias: Tensor | None = None,
     add_to: Tensor | None = None,
 ) -> Tensor:
-    """(a, scale_a) . (b, scale_b)^T + bias as a new tensor, or added to `add_to` in place.
+    """Return (a, scale_a) . (b, scale_b)^T + bias, [M, N], as a new tensor, or added to `add_to` in
+    place.
 
     Args:
         a, b: fp8 [M, K] and [N, K], contiguous rows.
-        scale_a: fp32 [M, K / 128], any strides. scale_b: fp32 [N / b_block, K / 128].
-        b_block: rows of b under one scale, 1 or 128.
-        promote_every: contracted elements after which partial sums join the fp32 sum: 32, 64 or
-            128.
+        scale_a: fp32 [M, K / 128], any strides.
+        scale_b: fp32 [N / b_block, K / 128].
+        b_block: number of rows of b under one scale, 1 or 128.
+        promote_every: number of contracted elements after which partial sums join the fp32 sum:
+            32, 64 or 128.
+        bias: [N].
+        add_to: [M, N]; it is returned.
     """
     from lowprec.gemm.triton_kernel import block_scaled_gemm
 
@@ -111,11 +118,13 @@ def block_scaled_mm(
     c = torch.empty(M, N, dtype=out_dtype, device=a.device) if add_to is None else add_to
     block_m, block_n = (128, 128) if a.is_cuda else (32, 32)
     if M and N:
-        kernel: Any = block_scaled_gemm  # whose constants a type checker can't know
+        kernel: Any = block_scaled_gemm  # a type checker can't know its constants
         kernel[(-(-M // block_m) * -(-N // block_n),)](
-            a, b, c, c if bias is None else bias, scale_a, scale_b, M, N, K, a.stride(0), b.stride(0), c.stride(0), scale_a.stride(0),
-            scale_a.stride(1), scale_b.stride(0), scale_b.stride(1), b_block, bias is not None, add_to is not None, block_m, block_n,
-            promote_every, num_warps=8 if a.is_cuda else 4, num_stages=3,
+            a, b, c, c if bias is None else bias, scale_a, scale_b, M, N, K,
+            a.stride(0), b.stride(0), c.stride(0), scale_a.stride(0), scale_a.stride(1),
+            scale_b.stride(0), scale_b.stride(1),
+            b_block, bias is not None, add_to is not None, block_m, block_n, promote_every,
+            num_warps=8 if a.is_cuda else 4, num_stages=3,
         )  # fmt: skip
     return c
 

@@ -1,4 +1,4 @@
-"""Which operand gets which representation, in which of a linear layer's three GEMMs."""
+"""Recipes: the representation of each operand in the three GEMMs of a linear layer."""
 
 from lowprec.recipe.base import FROM_FPROP, GEMMS, FromFprop, GemmSpec, Recipe
 

@@ -1,24 +1,24 @@
 """A recipe is data: three GEMMs of two operands each.
 
-    fprop   y_MN  = x_MK   . w_NK^T            a: x      b: w        contracts K, the input features
-    dgrad   dx_MK = g_MN   . (w^T)_KN^T        a: g      b: w^T      contracts N, the output features
-    wgrad   dw_NK = g^T_NM . (x^T)_KM^T        a: g^T    b: x^T      contracts M, the tokens
+    fprop   y_MN  = x_MK   . w_NK^T          a: x      b: w       contracts K, the input features
+    dgrad   dx_MK = g_MN   . (w^T)_KN^T      a: g      b: w^T     contracts N, the output features
+    wgrad   dw_NK = g^T_NM . (x^T)_KM^T      a: g^T    b: x^T     contracts M, the tokens
 
-What an operand is made from:
+The sources of an operand:
 
-    None          as it arrives, in high precision
-    OperandSpec   quantised from high precision along this GEMM's own contraction axis (training recipes: fprop's codes have their scales
-                  along another axis and can't serve)
-    FROM_FPROP    the very operand that fprop multiplied, for b of dgrad and wgrad. y is then differentiated as the function of the
-                  fake-quantised x and w that it is (quantisation-aware training), and the gradient
-                  passes straight through the rounding: as the identity inside the element's range,
-                  as zero where the clamp cut (arXiv 1712.05877, section 3; 1308.3432).
+    None          The tensor as it arrives, in high precision.
+    OperandSpec   The tensor quantised from high precision along this GEMM's own contraction axis.
+                  Training recipes use it: the scales of fprop's codes lie along another axis.
+    FROM_FPROP    The operand that fprop multiplied, for b of dgrad and wgrad. The backward is then
+                  that of the fake-quantised x and w (quantisation-aware training), and the gradient
+                  passes straight through the rounding: unchanged inside the element's range, zero
+                  where the clamp cut (arXiv 1712.05877, section 3; 1308.3432).
                   FromFprop(requantize=spec) quantises fprop's operand once more, along this GEMM's
-                  contraction axis (arXiv 2505.14669)
+                  contraction axis (arXiv 2505.14669).
 
-A Hadamard transform belongs to the GEMM, not to an operand: both must share it to cancel. The
-gradient of a transformed fprop that goes by FROM_FPROP comes out transformed and is transformed
-back.
+A Hadamard transform belongs to the GEMM, not to an operand: both operands must share it, so that it
+cancels. If fprop is transformed and the backward uses FROM_FPROP, the gradient comes out
+transformed, and is transformed back.
 """
 
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ class FromFprop:
     """The operand that fprop multiplied."""
 
     requantize: OperandSpec | None = None
-    """None: as it is."""
+    """The representation that it is quantised to once more; None: it is used unchanged."""
 
 
 FROM_FPROP: Final = FromFprop()
@@ -53,16 +53,16 @@ class GemmSpec:
     a: OperandSource = None
     b: OperandSource = None
     hadamard: Hadamard | None = None
-    """Applied to both operands along the contraction axis before they are quantised."""
+    """Transform of both operands along the contraction axis, before they are quantised."""
     accumulator_bits: int | None = None
-    """Significant bits of the accumulator between steps of the matrix unit; None: fp32's. Narrower
-    ones are emulated."""
+    """Significant bits of the accumulator between steps of the matrix unit; None: fp32's. A
+    narrower accumulator is emulated."""
     promote_every: int | None = None
-    """Contracted elements after which partial sums are promoted to fp32; None: never. It matters
-    where the accumulator is narrower."""
+    """Number of contracted elements after which partial sums are promoted to fp32; None: never. It
+    has an effect where the accumulator is narrower than fp32."""
 
     def __post_init__(self) -> None:
-        _ = self.sums  # which checks its fields
+        _ = self.sums  # Accumulation checks its fields
         if self.hadamard is not None and self.b == FROM_FPROP:
             raise ValueError(
                 "fprop's operand can't be transformed as it is: it is quantised already; "
@@ -71,6 +71,7 @@ class GemmSpec:
 
     @property
     def sums(self) -> Accumulation:
+        """The accumulator of the products."""
         return Accumulation(bits=self.accumulator_bits, promote_every=self.promote_every)
 
 
@@ -83,10 +84,10 @@ class Recipe:
     dgrad: GemmSpec = GemmSpec()
     wgrad: GemmSpec = GemmSpec()
     rest: ElementFormat = BF16
-    """What the rest of the model computes in on an accelerator (autocast's dtype); fp32 for
-    none."""
+    """Format in which the rest of the model computes on an accelerator (autocast's dtype); fp32
+    means no autocast."""
     about: str = ""
-    """One line: what it is, and the source."""
+    """Description in one line, with the source."""
 
     def __post_init__(self) -> None:
         if any(
@@ -116,12 +117,12 @@ class Recipe:
                 )
 
     def gemm(self, name: str) -> GemmSpec:
-        """fprop, dgrad or wgrad by its name."""
+        """Return fprop, dgrad or wgrad by its name."""
         return getattr(self, name)
 
     def operands(self, gemm: str) -> tuple[OperandSpec | None, OperandSpec | None]:
-        """The representations of a GEMM's two operands, FROM_FPROP replaced by what fprop has
-        there."""
+        """Return the representations of a GEMM's two operands, with FROM_FPROP replaced by the
+        representation that fprop has there."""
         spec = self.gemm(gemm)
         from_fprop = {"dgrad": self.fprop.b, "wgrad": self.fprop.a}.get(gemm)
         b = (spec.b.requantize or from_fprop) if isinstance(spec.b, FromFprop) else spec.b
@@ -131,22 +132,23 @@ class Recipe:
 
     @property
     def is_plain(self) -> bool:
-        """Whether nothing is done to any operand: the products are then those of an nn.Linear."""
+        """Flag: no operand is changed, so the products are those of an nn.Linear."""
         return all(spec == GemmSpec() for spec in map(self.gemm, GEMMS))
 
     @property
     def narrowest_bits(self) -> int:
-        """Bits of its narrowest operand's elements; 32 if no operand has a format of its own."""
+        """Bits of the narrowest operand's elements; 32 if no operand has a format of its own."""
         specs = [spec for gemm in GEMMS for spec in self.operands(gemm) if spec is not None]
         return min((spec.element.bits for spec in specs), default=32)
 
     def equation(self, gemm: str) -> str:
-        """'y = e4m3[1x128 fp32](x) · e4m3[128x128 fp32](w)ᵀ  (fp32 sums)'."""
+        """Return a GEMM as text: 'y = e4m3[1x128 fp32](x) · e4m3[128x128 fp32](w)ᵀ  (fp32 sums,
+        promoted every 128)'."""
         spec = self.gemm(gemm)
         out, a, b = _OPERANDS[gemm]
         own = f"{spec.hadamard}·" if spec.hadamard else ""
         result = f"{out} = {_applied(spec.a, own + a)} · "
-        if isinstance(spec.b, FromFprop):  # fprop's operand, which lies transposed already
+        if isinstance(spec.b, FromFprop):  # fprop's operand is read without a transpose
             theirs = f"{self.fprop.hadamard}·" if self.fprop.hadamard else ""
             inner = _applied(getattr(self.fprop, "b" if gemm == "dgrad" else "a"), theirs + b[0])
             result += (
@@ -160,21 +162,24 @@ class Recipe:
         return result if spec.sums == Accumulation() else f"{result}  ({spec.sums})"
 
     def with_gemms(self, **parts: "Recipe") -> "Recipe":
-        """This recipe with single GEMMs taken from others: `with_gemms(fprop=bf16)`."""
+        """Return this recipe with single GEMMs of others: `with_gemms(fprop=bf16)`."""
         return self.changed(parts, {})
 
     def with_fields(self, gemm: str, **fields: Any) -> "Recipe":
-        """This recipe with single fields of one GEMM changed: `with_fields("fprop",
+        """Return this recipe with single fields of one GEMM changed: `with_fields("fprop",
         accumulator_bits=14)`."""
         return self.changed({}, {gemm: fields})
 
     def changed(
         self, parts: "Mapping[str, Recipe]", fields: Mapping[str, Mapping[str, Any]]
     ) -> "Recipe":
-        """This recipe with GEMMs taken from others (`parts`) and GEMMs changed in single fields,
-        all at once.
+        """Return this recipe with several changes at once.
 
-        ValueError if the GEMMs don't fit together.
+        Args:
+            parts: recipes that GEMMs are taken from, by the GEMM's name.
+            fields: changed fields of GEMMs, by the GEMM's name.
+        Raises:
+            ValueError: the GEMMs don't fit together.
         """
         name = (
             f"{self.name}({', '.join(f'{gemm}={recipe.name}' for gemm, recipe in parts.items())})"

@@ -1,7 +1,7 @@
 """The named recipes, one expression each.
 
-`get(name)` returns one; `names()` lists them; `resolve` also takes the forms that a configuration
-may use.
+`get(name)` returns one, `names()` lists them, and `resolve` takes the forms of a configuration as
+well.
 """
 
 from collections.abc import Mapping
@@ -43,19 +43,17 @@ def _everywhere(name: str, spec: OperandSpec, **fields: Any) -> Recipe:
 def _deepseek(
     name: str, tile: OperandSpec, block: OperandSpec, about: str, wgrad_x: OperandSpec | None = None
 ) -> Recipe:
-    weight, tokens = (
-        GemmSpec(a=tile, b=block, promote_every=128),
-        GemmSpec(a=tile, b=wgrad_x or tile, promote_every=128),
-    )
+    """fprop and dgrad multiply 1x128 tiles by 128x128 blocks of w; wgrad multiplies tiles by
+    `wgrad_x`, or by tiles."""
+    weight = GemmSpec(a=tile, b=block, promote_every=128)
+    tokens = GemmSpec(a=tile, b=wgrad_x or tile, promote_every=128)
     return Recipe(name=name, fprop=weight, dgrad=weight, wgrad=tokens, about=about)
 
 
 def _nvfp4(name: str, about: str, **scaling: Any) -> Recipe:
-    """x, w and g in NVFP4; `scaling` goes to x and w."""
-    x, w = (
-        _scaled(E2M1, (1, 16), scale_format="e4m3", **scaling),
-        _scaled(E2M1, (16, 16), scale_format="e4m3", **scaling),
-    )
+    """x, w and g are in NVFP4; `scaling` holds more settings of x and w."""
+    x = _scaled(E2M1, (1, 16), scale_format="e4m3", **scaling)
+    w = _scaled(E2M1, (16, 16), scale_format="e4m3", **scaling)
     g = replace(_scaled(E2M1, (1, 16), scale_format="e4m3"), rounding="stochastic")
     mixing = Hadamard(size=16, signs=NVFP4_SIGNS)
     return Recipe(
@@ -67,16 +65,16 @@ def _nvfp4(name: str, about: str, **scaling: Any) -> Recipe:
     )
 
 
-_TENSOR, _ROW, _TILE, _BLOCK, _MX = (ALL, ALL), (1, ALL), (1, 128), (128, 128), (1, 32)
-_TENSOR_E4M3, _TENSOR_E5M2, _ROW_E4M3 = (
-    _scaled(E4M3, _TENSOR),
-    _scaled(E5M2, _TENSOR),
-    _scaled(E4M3, _ROW),
-)
-_DELAYED_E4M3, _DELAYED_E5M2 = (
-    _scaled(E4M3, _TENSOR, history=1024),
-    _scaled(E5M2, _TENSOR, history=1024),
-)
+_TENSOR = (ALL, ALL)
+_ROW = (1, ALL)
+_TILE = (1, 128)
+_BLOCK = (128, 128)
+_MX = (1, 32)
+_TENSOR_E4M3 = _scaled(E4M3, _TENSOR)
+_TENSOR_E5M2 = _scaled(E5M2, _TENSOR)
+_ROW_E4M3 = _scaled(E4M3, _ROW)
+_DELAYED_E4M3 = _scaled(E4M3, _TENSOR, history=1024)
+_DELAYED_E5M2 = _scaled(E5M2, _TENSOR, history=1024)
 _BF16 = OperandSpec(element=BF16)
 _STRAIGHT_THROUGH = GemmSpec(a=None, b=FROM_FPROP)
 _UNBIASED_MXFP4 = OperandSpec(
@@ -109,7 +107,8 @@ _RECIPES = (
         fprop=_same(_DELAYED_E4M3),
         dgrad=GemmSpec(a=_DELAYED_E5M2, b=_DELAYED_E4M3),
         wgrad=GemmSpec(a=_DELAYED_E5M2, b=_DELAYED_E4M3),
-        about="fp8_tensorwise with the largest of the last 1024 amaxes for its scale (arXiv 2209.05433, section 3)",
+        about="fp8_tensorwise with the largest of the last 1024 amaxes for its scale "
+        "(arXiv 2209.05433, section 3)",
     ),
     _everywhere(
         "fp8_rowwise",
@@ -121,13 +120,15 @@ _RECIPES = (
         fprop=_same(_ROW_E4M3),
         dgrad=_same(_ROW_E4M3),
         wgrad=_same(_BF16),
-        about="fp8_rowwise, but weight gradients from bf16 operands (as arXiv 2304.13013, section 2.2, has it for int8)",
+        about="fp8_rowwise, but weight gradients from bf16 operands "
+        "(as arXiv 2304.13013, section 2.2, has it for int8)",
     ),
     _deepseek(
         "fp8_blockwise",
         _scaled(E4M3, _TILE),
         _scaled(E4M3, _BLOCK),
-        about="DeepSeek-V3: 1x128 activation tiles, 128x128 weight blocks (arXiv 2412.19437, section 3.3)",
+        about="DeepSeek-V3: 1x128 activation tiles, 128x128 weight blocks "
+        "(arXiv 2412.19437, section 3.3)",
     ),
     _deepseek(
         "fp8_blockwise_ue8m0",
@@ -167,7 +168,8 @@ _RECIPES = (
         fprop=_same(_BF16),
         dgrad=GemmSpec(a=_UNBIASED_MXFP4, b=_UNBIASED_MXFP4, hadamard=Hadamard.seeded(64)),
         wgrad=GemmSpec(a=_UNBIASED_MXFP4, b=_UNBIASED_MXFP4, hadamard=Hadamard.seeded(64)),
-        about="MXFP4 in the backward only, unbiased: Hadamard transform, 3/4, stochastic rounding (arXiv 2502.20586, section 3)",
+        about="MXFP4 in the backward only, unbiased: Hadamard transform, 3/4, stochastic rounding "
+        "(arXiv 2502.20586, section 3)",
     ),
     Recipe(
         name="mxfp4_quartet",
@@ -178,11 +180,13 @@ _RECIPES = (
         wgrad=GemmSpec(
             a=_UNBIASED_MXFP4, b=FromFprop(requantize=_UNBIASED_MXFP4), hadamard=Hadamard.seeded(32)
         ),
-        about="Quartet: Hadamard and QuEST scales forward, unbiased MXFP4 of fprop's own operands backward (arXiv 2505.14669, section 4)",
+        about="Quartet: Hadamard and QuEST scales forward, unbiased MXFP4 of fprop's own operands "
+        "backward (arXiv 2505.14669, section 4)",
     ),
     _nvfp4(
         "nvfp4",
-        about="NVIDIA's NVFP4: 16x16 weights, stochastic gradients, Hadamard on wgrad (arXiv 2509.25149, section 4)",
+        about="NVIDIA's NVFP4: 16x16 weights, stochastic gradients, Hadamard on wgrad "
+        "(arXiv 2509.25149, section 4)",
     ),
     _nvfp4(
         "nvfp4_4over6",
@@ -194,39 +198,46 @@ _RECIPES = (
         fprop=GemmSpec(a=_scaled(INT8, _ROW), b=_scaled(INT8, _TENSOR)),
         dgrad=GemmSpec(a=_scaled(INT8, _ROW), b=_scaled(INT8, _TENSOR)),
         wgrad=_same(_BF16),
-        about="SwitchBack: int8 rows of x and g, one scale for w, 16-bit weight gradients (arXiv 2304.13013, section 2.2)",
+        about="SwitchBack: int8 rows of x and g, one scale for w, 16-bit weight gradients "
+        "(arXiv 2304.13013, section 2.2)",
     ),
     Recipe(
         name="qat_int8dyn_int4",
         fprop=GemmSpec(a=_scaled(INT8, _ROW, symmetric=False), b=_scaled(INT4, _MX)),
         dgrad=_STRAIGHT_THROUGH,
         wgrad=_STRAIGHT_THROUGH,
-        about="quantisation-aware training for int8 per-token activations, int4 weights in groups of 32",
+        about="quantisation-aware training for int8 per-token activations, int4 weights in groups "
+        "of 32",
     ),
 )
 _BY_NAME = {recipe.name: recipe for recipe in _RECIPES}
 
 
 def names() -> list[str]:
-    """The named recipes, in the order of the documentation."""
+    """Return the names of the recipes, in the order of the documentation."""
     return list(_BY_NAME)
 
 
 def get(name: str) -> Recipe:
-    """The recipe called `name`; UserError with the nearest known name otherwise."""
+    """Return the recipe called `name`; raise UserError with the nearest known name if there is
+    none."""
     if name not in _BY_NAME:
         raise UserError(f"unknown recipe '{name}'{nearest(name, _BY_NAME)}")
     return _BY_NAME[name]
 
 
 def resolve(value: Any) -> Recipe:
-    """A recipe from any form a user may give: a Recipe, a name, or a mapping of changes to one,
+    """Return a recipe from any form that a user may give: a Recipe, a name, or a mapping of
+    changes to one,
 
     {base: NAME, fprop: NAME, dgrad: {a: OPERAND, b: OPERAND, hadamard: SIZE, accumulator_bits: B,
     promote_every: N}, wgrad: ...}
 
-    where a GEMM is taken from another recipe by its name, or changed in single fields. An OPERAND
-    is written as in an equation ("e4m3[1x128 fp32]", see `quant/spec.py`), "none" for none.
+    The GEMM of another recipe is given by its name; a mapping changes single fields. An OPERAND is
+    written as in an equation ("e4m3[1x128 fp32]", see `quant/spec.py`); "none" is high precision.
+
+    Raises:
+        UserError: the value is no recipe, or the GEMMs don't fit together.
     """
     if isinstance(value, Recipe):
         return value
@@ -243,7 +254,8 @@ def resolve(value: Any) -> Recipe:
             "a recipe given as a mapping needs 'base', the recipe that it changes; got "
             f"{dict(value)!r}"
         )
-    base, given = resolve(value["base"]), {gemm: value[gemm] for gemm in GEMMS if gemm in value}
+    base = resolve(value["base"])
+    given = {gemm: value[gemm] for gemm in GEMMS if gemm in value}
     others = {
         gemm: resolve(other) for gemm, other in given.items() if not isinstance(other, Mapping)
     }
@@ -261,7 +273,7 @@ def resolve(value: Any) -> Recipe:
 
 
 def _gemm_field(key: str, value: Any) -> Any:
-    """A field of a GemmSpec from its form in a configuration."""
+    """Return the value of a GemmSpec's field, given its form in a configuration."""
     known = [field.name for field in fields(GemmSpec)]
     if key not in known:
         raise UserError(f"unknown key '{key}'{nearest(key, known)}")

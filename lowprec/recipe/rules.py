@@ -1,5 +1,5 @@
-"""Ordered rules: which modules take which recipe. The first rule whose expression matches a
-module's whole name decides."""
+"""Ordered rules that give recipes to modules: the first rule whose expression matches a module's
+whole name decides."""
 
 import re
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ class Rule:
     """Modules whose full name matches `modules` take `recipe`."""
 
     modules: str
-    """A regular expression for the whole dotted name ("layers.1" would else match "layers.10" as
-    well)."""
+    """A regular expression for the whole dotted name: by a part of the name, "layers.1" would
+    match "layers.10" as well."""
     recipe: Recipe | None
-    """None: leave them as they are."""
+    """None: the modules stay in high precision."""
 
     def __post_init__(self) -> None:
         try:
@@ -26,12 +26,13 @@ class Rule:
             raise UserError(f"rule '{self.modules}' is not a regular expression: {error}") from None
 
     def matches(self, name: str) -> bool:
+        """Return whether the rule matches a module of this full name."""
         return re.fullmatch(self.modules, name) is not None
 
 
 def check_rules(rules: Sequence[Rule], names: Sequence[str]) -> None:
-    """UserError for a rule that matches none of `names`, or whose matches earlier rules have all
-    taken."""
+    """Raise UserError if a rule matches none of `names`, or only names that earlier rules
+    match."""
     taken: set[str] = set()
     for rule in rules:
         matched = {name for name in names if rule.matches(name)}
@@ -49,11 +50,13 @@ def check_rules(rules: Sequence[Rule], names: Sequence[str]) -> None:
 
 
 def _hint(pattern: str, names: Sequence[str]) -> str:
+    """Return the end of an error message: the nearest thing that matches."""
     containing = [name for name in names if re.search(pattern, name)]
     if containing:
-        return f"; it is a part of '{containing[0]}', but a rule matches whole names: try '.*{pattern}.*'"
-    return (
-        nearest(pattern, names[:1000])
-        if len(names) <= 20
-        else nearest(pattern, {name.split(".")[-1] for name in names})
-    )
+        return (
+            f"; it is a part of '{containing[0]}', but a rule matches whole names: try "
+            f"'.*{pattern}.*'"
+        )
+    if len(names) <= 20:
+        return nearest(pattern, names)
+    return nearest(pattern, {name.split(".")[-1] for name in names})

@@ -12,7 +12,7 @@ from lowprec.conversion.config import ConversionConfig, RuleConfig, parse_conver
 from lowprec.conversion.convert import convert, make_plan, revert
 from lowprec.errors import UserError
 from lowprec.nn import LowPrecisionLinear
-from lowprec.recipe import library
+from lowprec.recipe import GEMMS, library
 from lowprec.training.control.precision import parse_precision
 from tests.builders import tiny_llama
 
@@ -356,8 +356,8 @@ def test_the_plan_is_what_convert_does():
         assert layer.shape == tuple(module.weight.shape)
         if isinstance(module, LowPrecisionLinear):
             chosen = module.gemms["cpu"]
-            assert [gemm.backend for gemm in layer.gemms] == [chosen.fprop.name, chosen.dgrad.name, chosen.wgrad.name]
-            assert [gemm.equation for gemm in layer.gemms] == [module.recipe.equation(gemm) for gemm in ("fprop", "dgrad", "wgrad")]
+            assert [gemm.backend for gemm in layer.gemms] == [chosen.backend_of(gemm).name for gemm in GEMMS]
+            assert [gemm.equation for gemm in layer.gemms] == [module.recipe.equation(gemm) for gemm in GEMMS]
 
 
 def test_the_repr_of_a_precision_shows_what_differs_from_the_defaults():
