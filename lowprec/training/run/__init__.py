@@ -1,1 +1,1 @@
-"""A run from its configuration, from the first check to the saved model."""
+"""A training run: from its configuration, over its checks, to the saved model."""

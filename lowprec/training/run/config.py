@@ -1,5 +1,4 @@
-"""The configuration of a run: YAML -> strict schema, with `key=value` overrides from the command
-line.
+"""The configuration of a run: a strict schema for YAML and `key=value` overrides.
 
 model: {preset: llama-tiny}
 data: {source: python-stdlib, seq_len: 512}
@@ -27,10 +26,11 @@ from lowprec.training.run.models import ModelConfig
 
 
 class AttentionConfig(StrictConfig):
-    """Who sees whom."""
+    """Attention: which tokens each token sees."""
 
     mask: str = "causal"
-    """Masks composed with &, | and ~: causal, document, sliding_window(N), prefix(N)."""
+    """Mask: causal, document, sliding_window(N) or prefix(N), or several composed with &, | and
+    ~."""
 
     @field_validator("mask")
     @classmethod
@@ -45,15 +45,15 @@ class AttentionConfig(StrictConfig):
 
 
 class KernelsConfig(StrictConfig):
-    """Fused kernels for what is not a linear layer."""
+    """Fused kernels for the parts of a model that are not linear layers."""
 
     liger: Literal["auto", "on", "off"] = "auto"
-    """Liger's kernels: where they apply and help (auto), or an error where they can't (on), or not
-    at all (off)."""
+    """Liger's kernels. auto: use those that apply and help. on: an error if none applies. off: use
+    none."""
 
 
 class RunConfig(StrictConfig):
-    """One training run."""
+    """The configuration of a training run."""
 
     model: ModelConfig
     data: DataConfig = DataConfig()
@@ -63,28 +63,29 @@ class RunConfig(StrictConfig):
     optimizer: OptimizerConfig = OptimizerConfig()
     """Formats of the weights and of AdamW's moments."""
     compile: Literal["blocks", "off"] = "off"
-    """torch.compile each decoder block in place, or nothing."""
+    """blocks: torch.compile each decoder block in place. off: compile nothing."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes CUDA where there is one."""
+    """Device. auto: CUDA if there is a CUDA device, else the CPU."""
     trainer: dict[str, Any] = Field(default_factory=dict)
-    """Fields of transformers.TrainingArguments, and `resume_from_checkpoint` (true: the last one)
-    and `overwrite_output_dir`."""
+    """Fields of transformers.TrainingArguments, and `resume_from_checkpoint` (a path, or true for
+    the last checkpoint) and `overwrite_output_dir`."""
 
     @field_validator("precision", mode="before")
     @classmethod
     def _any_form(cls, value: Any) -> Any:
-        # A recipe's name or a file alone is allowed; a mapping stays one, so that an error in it
-        # keeps its path.
+        # The name of a recipe or of a file is allowed in place of a mapping. A mapping is parsed
+        # later, so an error in it keeps its path.
         return value if isinstance(value, Mapping) else parse_precision(value)
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, dict[str, Any]]:
-    """The run that a YAML file and `key=value` overrides describe, and the same as plain data.
+    """Return the run that a YAML file and `key=value` overrides describe, and the same as plain
+    data.
 
-    A key is a dotted path ("precision.recipe"); a value is read as YAML.
+    A key is a dotted path ("precision.recipe"). A value is read as YAML.
 
     Raises:
-        UserError: with the dotted path of what is wrong.
+        UserError: a setting is wrong. The message begins with its dotted path.
     """
     data = load_mapping(path)
     for override in overrides:
@@ -98,12 +99,13 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig
 
 
 def _set(data: dict[str, Any], path: list[str], value: Any, override: str) -> None:
+    """Set `value` at `path` in nested mappings, which are made where they are missing."""
     *sections, last = path
     for section in sections:
         inner = data.setdefault(section, {})
         if section == "precision" and isinstance(inner, str):
             inner = data[section] = {"recipe": inner}
         if not isinstance(inner, dict):
-            raise UserError(f"'{override}': '{section}' is no section, it holds {inner!r}")
+            raise UserError(f"'{override}': '{section}' is not a section, it holds {inner!r}")
         data = inner
     data[last] = value

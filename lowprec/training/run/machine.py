@@ -2,17 +2,23 @@
 
 import ctypes
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from lowprec.conversion.discover import find_weights
 from lowprec.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 def resolve_device(device: str) -> str:
-    """'cpu' or 'cuda' from 'auto', 'cpu' or 'cuda'; UserError if CUDA was asked for and there is
-    none."""
+    """Return "cpu" or "cuda" for "auto", "cpu" or "cuda".
+
+    Raises:
+        UserError: CUDA was asked for, and there is no CUDA device.
+    """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -24,15 +30,15 @@ def resolve_device(device: str) -> str:
 
 
 def device_name(device_type: str) -> str:
-    return (
-        torch.cuda.get_device_name()
-        if device_type == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads"
-    )
+    """Return the name of the GPU, or the number of threads of a CPU."""
+    if device_type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"cpu, {torch.get_num_threads()} threads"
 
 
 def peak_memory_bytes(device_type: str) -> int:
-    """The most memory the process has held: allocated on the GPU, or resident on a CPU."""
+    """Return the most memory that the process has held [bytes]: allocated on the GPU, or resident
+    on a CPU."""
     if device_type == "cuda":
         return torch.cuda.max_memory_allocated()
     import resource
@@ -41,7 +47,7 @@ def peak_memory_bytes(device_type: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-_PEAKS = {
+_PEAK_FLOPS = {
     "H100": 989e12,
     "H200": 989e12,
     "H800": 989e12,
@@ -50,31 +56,30 @@ _PEAKS = {
     "B100": 1750e12,
     "A100": 312e12,
 }
-"""Dense bf16 operations a second by NVIDIA's data sheets (SXM), by a part of the device's name."""
+"""Dense bf16 operations per second by a part of the device's name (NVIDIA's data sheets, SXM)."""
 
 
 def peak_flops() -> float | None:
-    """Dense bf16 operations a second of the GPU, as its data sheet has it; None for a CPU or
-    another GPU."""
+    """Return the GPU's dense bf16 operations per second by its data sheet. None for a CPU or an
+    unknown GPU."""
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()
-    return next((peak for part, peak in _PEAKS.items() if part in name), None)
+    return next((peak for part, peak in _PEAK_FLOPS.items() if part in name), None)
 
 
-def flops_per_token(model: Any, seq_len: int) -> float:
-    """Operations of forward and backward for one token: 6 a weight that multiplies, 12 layers x
-    width x length for attention.
+def flops_per_token(model: "PreTrainedModel", seq_len: int) -> float:
+    """Return the operations of forward and backward for one token.
 
-    (arXiv 2204.02311, appendix B; embeddings that are only looked up do not count, masks do not
-    save anything.) Of the experts of a mixture those count that a token goes to.
+    They are 6 for each weight that multiplies, and 12 x layers x width x length for attention
+    (arXiv 2204.02311, appendix B). Embeddings that are only looked up do not count, and masks save
+    nothing. In a mixture of experts, the experts that a token goes to count.
     """
-    looked_up = model.get_input_embeddings().weight
+    embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
-    tied = head is not None and head.weight is looked_up
-    weights = sum(parameter.numel() for parameter in model.parameters()) - (
-        0 if tied else looked_up.numel()
-    )
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    if head is None or head.weight is not embedding:
+        weights -= embedding.numel()
     config = model.config
     chosen = getattr(config, "num_experts_per_tok", None)
     if chosen is not None:
@@ -84,19 +89,21 @@ def flops_per_token(model: Any, seq_len: int) -> float:
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep freed blocks instead of returning them to the kernel. Whether that was
-    possible.
+    """Let glibc keep freed blocks instead of returning them to the kernel. Return True if it does.
 
-    Training on a CPU frees and allocates the same few megabytes thousands of times a second; by
-    default each of them is unmapped and faulted in again, page by page, which costs more than the
-    arithmetic (docs/experiments.md). Only for a process that does nothing else.
+    Training on a CPU frees and allocates the same few megabytes thousands of times per second. By
+    default each block is unmapped and then faulted in again, page by page, which costs more than
+    the arithmetic (docs/experiments.md). Use this only in a process that does nothing but train.
     """
     if not sys.platform.startswith("linux"):
         return False
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):  # another libc
+    except (OSError, AttributeError):  # Another libc than glibc.
         return False
-    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # <malloc.h>
+    # The options' numbers in <malloc.h>.
+    trim_threshold = -1
+    top_pad = -2
+    mmap_threshold = -3
     settings = ((mmap_threshold, 1 << 30), (trim_threshold, (1 << 31) - 1), (top_pad, 1 << 26))
     return all(mallopt(option, value) == 1 for option, value in settings)

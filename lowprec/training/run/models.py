@@ -1,15 +1,18 @@
-"""The models that a run can train: presets by name, or any Hugging Face configuration or checkpoint
-folder."""
+"""The models that a run can train: presets by name, or any Hugging Face configuration or
+checkpoint."""
 
 import json
 from collections.abc import Container
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from lowprec.config.schema import StrictConfig
 from lowprec.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 def _llama(
@@ -23,6 +26,7 @@ def _llama(
     theta: float = 1e4,
     **more: Any,
 ) -> dict[str, Any]:
+    """Return the fields of a LlamaConfig by shorter names; `more` are further fields."""
     return {
         "hidden_size": width,
         "intermediate_size": mlp,
@@ -35,8 +39,8 @@ def _llama(
     }
 
 
-# Widths are multiples of 128, so that every linear layer fills whole blocks. A preset's vocabulary
-# is the tokenizer's.
+# Widths are multiples of 128, so that every linear layer fills whole blocks. The vocabulary of a
+# preset is that of the tokenizer.
 PRESETS: dict[str, dict[str, Any]] = {
     "llama-tiny": _llama(width=256, mlp=512, layers=3, heads=4, positions=2048),
     "llama-60m": _llama(width=512, mlp=1408, layers=8, heads=8, positions=2048),
@@ -58,6 +62,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 _VOCABULARY_MULTIPLE = 64
+"""The vocabulary of a preset is padded to a multiple of this number."""
 
 _SIZES = (
     "hidden_size",
@@ -72,10 +77,10 @@ _SIZES = (
     "vocab_size",
     "max_position_embeddings",
 )
-"""Fields that no model has at 0, by their usual names. Of others, 0 may say that there is nothing
-of the kind."""
+"""Fields that can't be 0 in any model, by their usual names. Other fields may be 0, for a part that
+the model does not have."""
 
-_NOT_THE_MODELS = (
+_FIELDS_OF_USE = (
     "architectures",
     "dtype",
     "torch_dtype",
@@ -83,38 +88,39 @@ _NOT_THE_MODELS = (
     "_name_or_path",
     "use_cache",
 )
-"""Fields that say how a configuration was saved or a model is used."""
+"""Fields that describe how a configuration was saved or how a model is used, not the model."""
 
 
 class ModelConfig(StrictConfig):
-    """Which model to train: a preset or a path."""
+    """The model to train: a preset or a path."""
 
     preset: str | None = None
-    """One of the presets, with random weights."""
+    """Name of a preset, with random weights."""
     path: str | None = None
-    """A folder in Hugging Face's format (or a config.json): its weights are loaded if it holds any,
-    else they are random."""
+    """Folder in Hugging Face's format, or a config.json. The folder's weights are loaded if there
+    are any; else the weights are random."""
     overrides: dict[str, Any] = Field(default_factory=dict)
-    """Fields of the model's configuration to change, e.g. {num_hidden_layers: 2}."""
+    """Fields of the model's configuration to change, such as {num_hidden_layers: 2}."""
 
 
-def build_config(model: ModelConfig, vocab_size: int) -> Any:
-    """The transformers configuration of `model` for a tokenizer of `vocab_size` tokens.
+def build_config(model: ModelConfig, vocab_size: int) -> "PretrainedConfig":
+    """Return the transformers configuration of `model` for a tokenizer of `vocab_size` tokens.
 
     Raises:
-        UserError: unknown preset or field, missing folder, or a vocabulary too small for the
-            tokenizer.
+        UserError: a preset or a field is unknown, a folder is missing, a value is wrong, or the
+            vocabulary is too small for the tokenizer.
     """
     from huggingface_hub.errors import StrictDataclassError
 
     if (model.preset is None) == (model.path is None):
         raise UserError("model: give one of 'preset' and 'path'")
-    config = (
-        _preset_config(model.preset, vocab_size)
-        if model.preset is not None
-        else _folder_config(Path(str(model.path)))
-    )
-    sizes = {*_SIZES, *(config.attribute_map.get(name) for name in _SIZES)}  # n_embd, say
+    config: Any
+    if model.preset is not None:
+        config = _preset_config(model.preset, vocab_size)
+    else:
+        config = _folder_config(Path(str(model.path)))
+    # The same sizes by the names of this kind of model, such as n_embd.
+    sizes = {*_SIZES, *(config.attribute_map.get(name) for name in _SIZES)}
     for key, value in model.overrides.items():
         if not hasattr(config, key):
             raise UserError(
@@ -142,32 +148,37 @@ def build_config(model: ModelConfig, vocab_size: int) -> Any:
 
 
 def differences(
-    config: Any, folder: Path, ignore: Container[str] = ()
+    config: "PretrainedConfig", folder: Path, ignore: Container[str] = ()
 ) -> dict[str, tuple[Any, Any]]:
-    """The fields in which a configuration is another model's than the one in a folder: {name: (in
-    the folder, here)}.
+    """Return the fields in which the model of `config` differs from the one in `folder`.
 
-    Ids of special tokens, which follow the tokenizer, are none of them, nor are fields that say how
-    a model is used.
+    The result is {name: (value in the folder, value in config)}. Ids of special tokens are not
+    compared, because they follow the tokenizer, and neither are fields that describe how a model is
+    used.
     """
-    # Lists and tuples, say, are the same when they are saved.
+    # As JSON, because some values differ in type alone before they are saved: lists and tuples.
     saved, here = (
         json.loads(each.to_json_string(use_diff=False)) for each in (_folder_config(folder), config)
     )
-    names = [
-        name
-        for name in dict.fromkeys((*saved, *here))
-        if name not in _NOT_THE_MODELS and name not in ignore
-    ]
-    pairs = {
-        name: (saved.get(name), here.get(name)) for name in names if not name.endswith("_token_id")
-    }
-    return {name: (before, now) for name, (before, now) in pairs.items() if before != now}
+    changed = {}
+    for name in dict.fromkeys((*saved, *here)):
+        if name in _FIELDS_OF_USE or name in ignore or name.endswith("_token_id"):
+            continue
+        if saved.get(name) != here.get(name):
+            changed[name] = (saved.get(name), here.get(name))
+    return changed
 
 
-def build_model(model: ModelConfig, config: Any, *, attn_implementation: str) -> Any:
-    """The causal language model, on the CPU (or the device of an enclosing `torch.device` context),
-    weights in fp32."""
+def build_model(
+    model: ModelConfig, config: "PretrainedConfig", *, attn_implementation: str
+) -> "PreTrainedModel":
+    """Return the causal language model with weights in fp32.
+
+    It is on the CPU, or on the device of an enclosing `torch.device` context.
+
+    Raises:
+        UserError: the weights in `model.path` do not fit `config`, or some are missing.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -189,7 +200,7 @@ def build_model(model: ModelConfig, config: Any, *, attn_implementation: str) ->
         if missing := sorted(info["missing_keys"]):
             raise UserError(
                 f"model.path: no weights in {model.path} for {len(missing)} parameters of the "
-                f"model, {missing[0]} for one"
+                f"model, such as {missing[0]}"
             )
         return loaded
     return AutoModelForCausalLM.from_config(
@@ -197,8 +208,8 @@ def build_model(model: ModelConfig, config: Any, *, attn_implementation: str) ->
     )
 
 
-def check_length(config: Any, seq_len: int) -> None:
-    """UserError if the model has no positions for sequences of `seq_len`."""
+def check_length(config: "PretrainedConfig", seq_len: int) -> None:
+    """Raise UserError if the model has no positions for sequences of `seq_len` tokens."""
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and seq_len > limit:
         raise UserError(
@@ -207,7 +218,7 @@ def check_length(config: Any, seq_len: int) -> None:
         )
 
 
-def _preset_config(name: str, vocab_size: int) -> Any:
+def _preset_config(name: str, vocab_size: int) -> "PretrainedConfig":
     from transformers import LlamaConfig
 
     if name not in PRESETS:
@@ -216,7 +227,7 @@ def _preset_config(name: str, vocab_size: int) -> Any:
     return LlamaConfig(vocab_size=padded, **PRESETS[name])
 
 
-def _folder_config(path: Path) -> Any:
+def _folder_config(path: Path) -> "PretrainedConfig":
     from transformers import AutoConfig
 
     if not path.exists():
@@ -230,6 +241,7 @@ def _folder_config(path: Path) -> Any:
 
 
 def _one_line(error: BaseException, limit: int = 300) -> str:
+    """Return the message of `error` as one line of at most `limit` characters."""
     text = " ".join(str(error).split())
     return text if len(text) <= limit else text[:limit] + " ..."
 

@@ -125,7 +125,7 @@ def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> d
     _, found = run_directory.locate(config_path, settings, reads=reads)
     if found is not None:
         if (steps := settings.get("max_steps", -1)) > 0:
-            resume_checks.check_goes_on(found, steps)
+            resume_checks.check_steps_left(found, steps)
         resume_checks.check_same_model(
             found,
             build_config(config.model, 1),
@@ -166,7 +166,7 @@ def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> d
     make_schedule(config.precision.schedule, steps, _tokens_per_step(config, settings), warn=False)
     if found is not None:
         resume_checks.check_same_model(found, model_config, data)
-        resume_checks.check_goes_on(found, steps)
+        resume_checks.check_steps_left(found, steps)
     model, liger = _build(config, settings, device_type, model_config, loaded)
 
     # Nothing has been written so far.

@@ -1,5 +1,4 @@
-"""What a run shows while it goes on and keeps when it is over: a progress bar, and
-metrics.jsonl."""
+"""Callbacks that report a run's progress: throughput, metrics.jsonl and the progress bar."""
 
 import json
 import sys
@@ -8,25 +7,41 @@ from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lowprec.training.file_names import METRICS
 from lowprec.training.run.machine import peak_flops
 
 
 class ThroughputCallback(TrainerCallback):
-    """Adds tokens_per_second, over the steps since the last log, to what the Trainer logs, and the
-    share of the devices' bf16 peak that its operations are (mfu), where that is known. Comes before
-    whatever shows the logs."""
+    """A callback that adds the throughput to the Trainer's logs.
+
+    It adds `tokens_per_second`, over the steps since the last log, and `mfu`, the operations as a
+    share of the devices' bf16 peak, if the peak is known. It must come before the callbacks that
+    show the logs.
+    """
 
     def __init__(self, seq_len: int, flops_per_token: float | None = None) -> None:
-        self.seq_len, self.flops_per_token, self.peak = seq_len, flops_per_token, peak_flops()
-        self._step, self._time = 0, 0.0
+        self.seq_len = seq_len
+        self.flops_per_token = flops_per_token
+        self.peak = peak_flops()
+        self._step = 0
+        self._time = 0.0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._step, self._time = state.global_step, time.perf_counter()
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._step = state.global_step
+        self._time = time.perf_counter()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if not logs or "loss" not in logs or state.global_step <= self._step:
             return
         now = time.perf_counter()
@@ -38,30 +53,41 @@ class ThroughputCallback(TrainerCallback):
             logs["mfu"] = (
                 logs["tokens_per_second"] * self.flops_per_token / (self.peak * args.world_size)
             )
-        self._step, self._time = state.global_step, now
+        self._step = state.global_step
+        self._time = now
 
 
 class MetricsCallback(TrainerCallback):
-    """Appends every log to <output_dir>/metrics.jsonl: {"step": ..., "loss": ..., ...}, floats in
-    full."""
+    """A callback that appends every log to <output_dir>/metrics.jsonl.
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    A line is {"step": ..., "loss": ..., ...}. Floats have all their digits.
+    """
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if logs and state.is_world_process_zero:
-            with open(Path(args.output_dir) / METRICS, "a", encoding="utf-8") as file:
+            with open(Path(str(args.output_dir)) / METRICS, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 
 class ProgressBar(TrainerCallback):
-    """One line: step, loss, tokens/s and the time that is left."""
+    """A callback that shows one line: step, loss, tokens/s and the time that is left."""
 
     def __init__(self) -> None:
         self._bar: Any = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if state.is_world_process_zero and not args.disable_tqdm:
-            interval = (
-                0.1 if sys.stderr.isatty() else 10.0
-            )  # a log file gets a line now and then, not a film
+            # Seconds between updates: a log file gets few lines.
+            interval = 0.1 if sys.stderr.isatty() else 10.0
             self._bar = tqdm(
                 total=state.max_steps,
                 initial=state.global_step,
@@ -70,11 +96,20 @@ class ProgressBar(TrainerCallback):
                 dynamic_ncols=True,
             )
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if self._bar is None or not logs:
             return
         shown = {}
@@ -87,7 +122,9 @@ class ProgressBar(TrainerCallback):
         if shown:
             self._bar.set_postfix(shown, refresh=False)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None

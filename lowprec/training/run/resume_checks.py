@@ -1,12 +1,12 @@
-"""What a run that goes on from a checkpoint must have in common with the one that wrote it, and
-what it keeps of that one.
+"""Checks of a run that resumes from a checkpoint, and the record of its configuration.
 
-The checks write nothing, and come before anything is written.
+The resumed run must train the same model with the same kind of optimizer as the run that wrote the
+checkpoint. The checks write nothing, and they run before anything is written.
 """
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lowprec.config.schema import parse
 from lowprec.config.yaml import dump, load_mapping
@@ -18,48 +18,58 @@ from lowprec.training.log import show_log
 from lowprec.training.optim.adamw import OptimizerConfig
 from lowprec.training.run.models import differences
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 logger = logging.getLogger("lowprec")
 
 _STEERING = ("output_dir", "resume_from_checkpoint", "overwrite_output_dir")
-"""What says where a run goes and how it begins; whoever repeats it says it anew."""
+"""Keys of `trainer:` that say where a run writes and how it starts. They are not kept in
+config.yaml, so a repetition of the run states them anew."""
 
 _SAME_STATE = ("adamw_torch", "adamw_torch_fused")
-"""Optimizers of transformers that go on with each other's state."""
+"""Optimizers of transformers that can load each other's state."""
 
 
-def check_goes_on(checkpoint: Path, steps: int) -> None:
-    """UserError if a run of so many steps has nothing left to do after a whole checkpoint;
-    transformers would do a step too many."""
+def check_steps_left(checkpoint: Path, steps: int) -> None:
+    """Raise UserError if a run of `steps` steps has none left after a complete checkpoint.
+
+    transformers would take one step too many.
+    """
     done = checkpoint_files.global_step(checkpoint)
     if done >= steps:
         raise UserError(
             f"trainer.resume_from_checkpoint: {checkpoint} is the end of its run, after {done} "
-            "steps; more trainer.max_steps (or "
-            "num_train_epochs, in a run without them) go on from it"
+            "steps; to resume from it, raise trainer.max_steps (or num_train_epochs, in a run "
+            "without max_steps)"
         )
 
 
 def check_same_model(
-    checkpoint: Path, config: Any, data: dict[str, Any], *, any_vocabulary: bool = False
+    checkpoint: Path,
+    config: "PretrainedConfig",
+    data: dict[str, Any],
+    *,
+    any_vocabulary: bool = False,
 ) -> None:
-    """UserError if a checkpoint is of another model than a run's.
+    """Raise UserError if a checkpoint holds another model than this run trains.
 
     Args:
-        checkpoint: to go on from.
-        config: the model's, of transformers.
-        data: the run's configuration, which is compared where the checkpoint has no model's
-            (sharded ones have none).
-        any_vocabulary: the size of the vocabulary is not known yet.
+        checkpoint: Checkpoint to resume from.
+        config: Configuration of this run's model.
+        data: Configuration of this run. It is compared instead if the checkpoint has no
+            configuration of a model, as a sharded one.
+        any_vocabulary: Flag: the size of the vocabulary is not known yet, so it is not compared.
     """
     if (checkpoint / "config.json").is_file():
         changed = differences(config, checkpoint, ("vocab_size",) if any_vocabulary else ())
         if changed:
-            what = "; ".join(
+            details = "; ".join(
                 f"{name} is {before} there, {now} here" for name, (before, now) in changed.items()
             )
-            raise UserError(f"model: {checkpoint} is of another model: {what}")
+            raise UserError(f"model: {checkpoint} is of another model: {details}")
         return
-    before = _until(checkpoint)
+    before = _config_until(checkpoint)
     if before is not None and before.get("model") != data.get("model"):
         raise UserError(
             f"model: {checkpoint} is of another model, {before.get('model')}, not "
@@ -68,65 +78,66 @@ def check_same_model(
 
 
 def check_same_optimizer(checkpoint: Path, data: dict[str, Any]) -> None:
-    """UserError if the optimizer's state in a checkpoint is not one that a run's optimizer can go
-    on with."""
-    before = _until(checkpoint)
-    if before is None or not any(
-        checkpoint.glob("optimizer*")
-    ):  # trainer.save_only_model: the optimizer starts anew
+    """Raise UserError if this run's optimizer can't load the optimizer state of a checkpoint."""
+    before = _config_until(checkpoint)
+    if before is None or not any(checkpoint.glob("optimizer*")):
+        # A checkpoint of trainer.save_only_model has no optimizer state: the optimizer starts anew.
         return
     old, new = (
-        parse(OptimizerConfig, each.get("optimizer") or {}, "optimizer") for each in (before, data)
+        parse(OptimizerConfig, config.get("optimizer") or {}, "optimizer")
+        for config in (before, data)
     )
     for name in ("weights", "moments"):
-        was, now = getattr(old, name), getattr(new, name)
+        was = getattr(old, name)
+        now = getattr(new, name)
         if was != now:
             raise UserError(
                 f"optimizer.{name}: {checkpoint} has the state of an optimizer with {was}, not "
-                f"{now}; go on with {name}: {was}"
+                f"{now}; resume with {name}: {was}"
             )
     was, now = (
-        (each.get("trainer") or {}).get("optim") or _SAME_STATE[0] for each in (before, data)
+        (config.get("trainer") or {}).get("optim") or _SAME_STATE[0] for config in (before, data)
     )
     if was != now and not {was, now} <= set(_SAME_STATE):
         raise UserError(
-            f"trainer.optim: {checkpoint} has the state of {was}, not of {now}; go on with "
+            f"trainer.optim: {checkpoint} has the state of {was}, not of {now}; resume with "
             f"trainer.optim={was}"
         )
 
 
 def write_config(directory: Path, checkpoint: Path | None, data: dict[str, Any]) -> None:
-    """config.yaml; another one that a resumed run had until now becomes config-<step>.yaml."""
-    kept, before = _kept(data), None if checkpoint is None else _until(checkpoint)
-    if checkpoint is not None and before is not None and before != kept:
+    """Write config.yaml. If a resumed run had another configuration until its checkpoint, keep that
+    one as config-<step>.yaml and log what changed."""
+    now = _without_steering(data)
+    before = None if checkpoint is None else _config_until(checkpoint)
+    if checkpoint is not None and before is not None and before != now:
         step = checkpoint_files.global_step(checkpoint)
-        changed = [
-            key for key in dict.fromkeys((*before, *kept)) if before.get(key) != kept.get(key)
-        ]
+        changed = [key for key in dict.fromkeys((*before, *now)) if before.get(key) != now.get(key)]
         show_log()
         logger.warning(
-            "the run goes on with another configuration than until step %d: %s changed",
+            "the run resumes with another configuration than until step %d: %s changed",
             step,
             ", ".join(changed),
         )
         write_atomically(directory / f"config-{step}.yaml", dump(before))
-    write_atomically(directory / CONFIG, dump(kept))
+    write_atomically(directory / CONFIG, dump(now))
 
 
-def _until(checkpoint: Path) -> dict[str, Any] | None:
-    """The configuration of a run until it wrote a checkpoint, if it is there."""
+def _config_until(checkpoint: Path) -> dict[str, Any] | None:
+    """Return the configuration that a run had until it wrote `checkpoint`; None if it is not
+    kept."""
     directory = checkpoint_files.run_of(checkpoint)
-    # The first is there if the run has gone on from that step before.
+    # config-<step>.yaml exists if the run has resumed from that step before.
     paths = (
         directory / f"config-{checkpoint_files.global_step(checkpoint)}.yaml",
         directory / CONFIG,
     )
     path = next((path for path in paths if path.is_file()), None)
-    return None if path is None else _kept(load_mapping(path))
+    return None if path is None else _without_steering(load_mapping(path))
 
 
-def _kept(data: dict[str, Any]) -> dict[str, Any]:
-    """A run's configuration without what steers it."""
+def _without_steering(data: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's configuration without the keys in `_STEERING`."""
     trainer = {
         key: value for key, value in (data.get("trainer") or {}).items() if key not in _STEERING
     }

@@ -1,18 +1,24 @@
-"""The loss of a finished run on its validation split, each token of it counted once."""
+"""The loss of a finished run on its validation split. Each token counts once."""
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Trainer
 
+if TYPE_CHECKING:
+    import numpy as np
+
 
 @torch.no_grad()
-def validate(trainer: Trainer, token_bytes: Any) -> dict[str, Any]:
-    """val_loss, the mean negative log-likelihood [nats] of all predicted tokens of the validation
-    split, and bits per byte of its text."""
-    model: Any = trainer.model_wrapped  # with its FSDP or DDP wrapping, if any
+def validate(trainer: Trainer, token_bytes: "np.ndarray | None") -> dict[str, float | None]:
+    """Return `val_loss` and `bits_per_byte` of the validation split, and log them.
+
+    `val_loss` is the mean negative log-likelihood [nats] of all predicted tokens. `bits_per_byte`
+    is None without `token_bytes`, the bytes of text per token id.
+    """
+    model: Any = trainer.model_wrapped  # With its FSDP or DDP wrapper, if it has one.
     model.eval()
     table = (
         None if token_bytes is None else torch.as_tensor(token_bytes, device=trainer.args.device)
@@ -21,10 +27,10 @@ def validate(trainer: Trainer, token_bytes: Any) -> dict[str, Any]:
     for rows in _shares(trainer):
         inputs = trainer._prepare_inputs(rows)
         with trainer.compute_loss_context_manager():
-            loss: Any = model(**inputs).loss  # the Trainer's may be another (label smoothing)
-        predicted = inputs["labels"][
-            :, 1:
-        ]  # the model shifts: the first label of a row has no prediction
+            # The model's own loss: the Trainer's may differ, for example by label smoothing.
+            loss: Any = model(**inputs).loss
+        # The model shifts the labels: the first label of a row has no prediction.
+        predicted = inputs["labels"][:, 1:]
         predicted = predicted[predicted != -100]
         if not predicted.numel():
             continue
@@ -38,21 +44,22 @@ def validate(trainer: Trainer, token_bytes: Any) -> dict[str, Any]:
         "val_loss": nats / tokens,
         "bits_per_byte": nats / math.log(2) / text_bytes if text_bytes else None,
     }
-    trainer.log(
-        {"eval_loss": result["val_loss"]}
-        | ({"eval_bits_per_byte": result["bits_per_byte"]} if text_bytes else {})
-    )
+    logs = {"eval_loss": result["val_loss"]}
+    if text_bytes:
+        logs["eval_bits_per_byte"] = result["bits_per_byte"]
+    trainer.log(logs)
     return result
 
 
 def _shares(trainer: Trainer) -> Iterator[dict[str, Any]]:
-    """This rank's batches of the validation split, as many as every rank has; those too many have
-    no labels.
+    """Yield this rank's batches of the validation split. Every rank has the same number of them.
 
-    (Accelerate's loader would repeat rows to even ranks out, and they would count twice.)
+    Padding batches have no labels. (Accelerate's loader would repeat rows to give all ranks the
+    same number, and repeated rows would count twice.)
     """
     dataset: Any = trainer.eval_dataset
-    ranks, size = trainer.args.world_size, trainer.args.eval_batch_size
+    ranks = trainer.args.world_size
+    size = trainer.args.eval_batch_size
     own = range(trainer.args.process_index, len(dataset), ranks)
     for first in range(0, -(-len(dataset) // ranks), size):
         rows = [dataset[number] for number in own[first : first + size]]
