@@ -20,7 +20,7 @@ def command(config: str, overrides: tuple[str, ...], as_json: bool) -> str:
     from lowprec.training.run.config import load_run
 
     run, _ = load_run(path, overrides)
-    from lowprec.training.run.pretrain import plan_run
+    from lowprec.training.run.plan import plan_run
 
     plan = plan_run(run)
     return json.dumps(plan.to_dict(), indent=1, ensure_ascii=False) if as_json else str(plan)

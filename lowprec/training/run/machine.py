@@ -2,7 +2,7 @@
 
 import ctypes
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -75,7 +75,7 @@ def flops_per_token(model: "PreTrainedModel", seq_len: int) -> float:
     (arXiv 2204.02311, appendix B). Embeddings that are only looked up do not count, and masks save
     nothing. In a mixture of experts, the experts that a token goes to count.
     """
-    embedding = model.get_input_embeddings().weight
+    embedding: Any = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
     weights = sum(parameter.numel() for parameter in model.parameters())
     if head is None or head.weight is not embedding:

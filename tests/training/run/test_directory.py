@@ -1,4 +1,4 @@
-"""Where a run writes, and which checkpoint it goes on from."""
+"""The directory of a run, and the checkpoint that it resumes from."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from lowprec import UserError
+from lowprec.files import keep_lines_until
 from lowprec.training.checkpoint import files as checkpoint_files
 from lowprec.training.run import directory as run_directory
 
@@ -49,7 +50,7 @@ def test_locating_makes_nothing_and_numbers_are_taken_once(tmp_path: Path):
     assert (first, second) == (tmp_path / "tiny" / "001", tmp_path / "tiny" / "002")
 
 
-def test_a_directory_of_other_things_is_no_run(tmp_path: Path):
+def test_a_directory_of_other_files_is_not_a_run(tmp_path: Path):
     (tmp_path / "notes.txt").write_text("mine")
     assert run_directory.prepare("x.yaml", {"output_dir": str(tmp_path)}) == (tmp_path, None)
 
@@ -57,12 +58,12 @@ def test_a_directory_of_other_things_is_no_run(tmp_path: Path):
 def test_metrics_after_the_checkpoint_are_dropped(tmp_path: Path):
     path = tmp_path / run_directory.METRICS
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
-    run_directory.keep_lines_until(tmp_path / run_directory.METRICS, 2)
+    keep_lines_until(tmp_path / run_directory.METRICS, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 def _finished(directory: Path, **trainer: object) -> Path:
-    """What a run of four steps leaves in `directory`."""
+    """Write the files of a finished run of four steps into `directory`."""
     _checkpoint(directory, 4, '{"global_step": 4}')
     _folder(directory / "model")
     (directory / run_directory.CONFIG).write_text(f"trainer: {json.dumps(trainer)}")
@@ -80,8 +81,8 @@ def _names(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir()}
 
 
-def test_a_model_of_ones_own_is_no_run_and_is_not_written_over(tmp_path: Path):
-    """A run would write its own there when it ends."""
+def test_a_model_of_the_users_own_is_not_a_run_and_is_not_overwritten(tmp_path: Path):
+    """A run would write its own model there when it ends."""
     _folder(tmp_path / "model")
     for more in ({}, {"overwrite_output_dir": True}):
         with pytest.raises(UserError, match="model is not the model of a run that finished there") as refused:
@@ -94,7 +95,7 @@ def test_a_model_of_ones_own_is_no_run_and_is_not_written_over(tmp_path: Path):
 
 
 @pytest.mark.parametrize("resume", [True, "checkpoint-4"])
-def test_a_run_that_goes_on_does_not_write_over_a_model_of_ones_own(resume: bool | str, tmp_path: Path):
+def test_a_run_that_resumes_does_not_overwrite_a_model_of_the_users_own(resume: bool | str, tmp_path: Path):
     _checkpoint(tmp_path, 4, '{"global_step": 4}')
     _folder(tmp_path / "model")
     trainer = {"output_dir": str(tmp_path), "resume_from_checkpoint": resume if resume is True else str(tmp_path / resume)}
@@ -136,8 +137,8 @@ def test_what_a_run_reads_is_not_deleted(tmp_path: Path):
     assert _names(store) == {"config.json"}
 
 
-def test_the_checkpoint_to_go_on_from_is_not_deleted(tmp_path: Path):
-    """Found through a link elsewhere, it is of another run than the one that is overwritten."""
+def test_the_checkpoint_to_resume_from_is_not_deleted(tmp_path: Path):
+    """The checkpoint is named by a link elsewhere, so it counts as one of another run than the one that is overwritten."""
     run = _finished(tmp_path / "run")
     (tmp_path / "best").symlink_to(run / "checkpoint-4")
     trainer = {"output_dir": str(run), "overwrite_output_dir": True, "resume_from_checkpoint": str(tmp_path / "best")}
@@ -166,7 +167,7 @@ def test_the_directory_of_a_checkpoint_named_from_within(tmp_path: Path, monkeyp
     assert run_directory.locate("x.yaml", {"resume_from_checkpoint": "."}) == (tmp_path, Path("."))
 
 
-def test_what_cannot_be_deleted_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_path_that_cannot_be_deleted_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     run = _finished(tmp_path / "run")
 
     def fail(path: Path) -> None:
@@ -178,7 +179,7 @@ def test_what_cannot_be_deleted_is_said(tmp_path: Path, monkeypatch: pytest.Monk
     assert (run / run_directory.CONFIG).is_file()
 
 
-def test_a_runs_own_configuration_resumes_that_run(tmp_path: Path):
+def test_the_configuration_in_a_runs_directory_resumes_that_run(tmp_path: Path):
     run = _finished(tmp_path / "somewhere")
     other = _checkpoint(tmp_path / "config" / "001", 2, '{"global_step": 2}')
     resume = {"resume_from_checkpoint": True}

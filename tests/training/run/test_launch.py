@@ -1,4 +1,4 @@
-"""The Accelerate launch files: each is what Accelerate can read, and the command on its top trains."""
+"""The Accelerate launch files: Accelerate can read each one, and the command in its first comment trains."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def small(corpus: Path, output: Path, batch: int) -> list[str]:
 
 
 def test_two_processes_on_the_cpu_train_as_one_on_their_batches(tmp_path: Path):
-    """In fp32, whose gradients do not depend on which process has which rows, but by the order of their sums."""
+    """In fp32, gradients depend on how rows are shared among processes only by the order of the sums."""
     corpus, two, one = make_corpus(tmp_path / "corpus"), tmp_path / "two", tmp_path / "one"
     _, _, *arguments = command_of(FOLDER / "cpu.yaml")
     run("accelerate.commands.launch", *arguments, *small(corpus, two, 4), "trainer.save_steps=2")
@@ -54,13 +54,13 @@ def test_two_processes_on_the_cpu_train_as_one_on_their_batches(tmp_path: Path):
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
     assert len(read_metrics(two)) == len(read_metrics(one))  # the main process alone writes them
     assert losses(two)[3] < losses(two)[1]
-    # Of a number of rows that two processes can't share evenly: none of them counts twice.
+    # Two processes can't share the rows evenly; no row counts twice.
     assert summaries[0]["val_loss"] == pytest.approx(summaries[1]["val_loss"], rel=1e-6)
     assert summaries[0]["bits_per_byte"] == pytest.approx(summaries[1]["bits_per_byte"], rel=1e-6)
     assert summaries[0]["data"]["validation"]["examples"] % 2 == 1
-    # And they go on from their checkpoint.
-    goes_on = f"trainer.resume_from_checkpoint={two / 'checkpoint-2'}"
-    run("accelerate.commands.launch", *arguments, *small(corpus, tmp_path / "again", 4), goes_on)
+    # They resume from their checkpoint.
+    resume = f"trainer.resume_from_checkpoint={two / 'checkpoint-2'}"
+    run("accelerate.commands.launch", *arguments, *small(corpus, tmp_path / "again", 4), resume)
     assert losses(tmp_path / "again") == {3: losses(two)[3]}
     assert json.loads((tmp_path / "again" / "summary.json").read_text())["val_loss"] == summaries[0]["val_loss"]
 
@@ -74,7 +74,7 @@ def test_the_comment_on_top_is_a_command_that_names_the_file_and_a_configuration
 
 
 def validated(file: Path) -> Any:
-    """The launcher's arguments as it makes them of a file."""
+    """Return the arguments that the launcher makes of a file."""
     arguments = launch_command_parser().parse_args(["--config_file", str(file), "script.py"])
     return _validate_launch_command(arguments)[0]
 
@@ -92,7 +92,7 @@ def test_accelerate_reads_every_key(file: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_fsdp2_shards_each_block(monkeypatch: pytest.MonkeyPatch):
-    """What the launcher hands to the processes, and what Accelerate's plugin makes of it there."""
+    """The environment that the launcher gives to the processes, and the plugin that Accelerate makes of it."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for name, value in prepare_multi_gpu_env(validated(FOLDER / "fsdp2.yaml")).items():
         if name.startswith(("FSDP_", "ACCELERATE_")):

@@ -1,4 +1,4 @@
-"""What is known of a machine and of a model's work."""
+"""The operations that a model takes for a token."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def test_operations_of_a_token():
 
 
 @pytest.mark.parametrize("chosen", [1, 2])
-def test_of_experts_those_count_that_a_token_goes_to(chosen: int):
+def test_only_the_experts_that_a_token_goes_to_count(chosen: int):
     with torch.device("meta"):
         model = MixtralForCausalLM(MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=chosen))
     weights = 2 * (ATTENTION + chosen * 3 * 32 * 48 + 8 * 32) + NORMS + 64 * 32  # the router has a row for each expert

@@ -1,4 +1,4 @@
-"""What a run that goes on must have in common with the one before: its model, its optimizer, and something left to do."""
+"""Checks of a run that resumes: it has the same model and optimizer, and steps left."""
 
 import json
 from collections.abc import Callable
@@ -34,12 +34,12 @@ def checkpoint_of(run: Path, data: dict[str, Any] | None = None, *, step: int = 
     return path
 
 
-def test_what_is_left_to_do(tmp_path: Path):
+def test_steps_left(tmp_path: Path):
     checkpoint = checkpoint_of(tmp_path, step=6)
     for steps in (6, 3):
         with pytest.raises(UserError, match="is the end of its run, after 6 steps"):
-            resume_checks.check_goes_on(checkpoint, steps)
-    resume_checks.check_goes_on(checkpoint, 7)
+            resume_checks.check_steps_left(checkpoint, steps)
+    resume_checks.check_steps_left(checkpoint, 7)
 
 
 @pytest.mark.parametrize("epochs", [0.02, 0.5, 1.5, 2])
@@ -95,7 +95,7 @@ def test_another_model(tmp_path: Path):
     [
         ({}, {"optimizer": {"moments": "bf16"}}, "optimizer.moments: .* with fp32, not bf16"),
         ({"optimizer": {"moments": "8bit"}}, {}, "optimizer.moments: .* with 8bit, not fp32"),
-        ({"optimizer": {"moments": "8bit"}}, {"optimizer": {"moments": "4bit"}}, "go on with moments: 8bit"),
+        ({"optimizer": {"moments": "8bit"}}, {"optimizer": {"moments": "4bit"}}, "resume with moments: 8bit"),
         ({"optimizer": {"weights": "bf16"}}, {"optimizer": {"weights": "fp32"}}, "optimizer.weights: .* with bf16, not fp32"),
         ({}, {"optimizer": {"weights": "bf16"}}, "optimizer.weights: .* with fp32, not bf16"),
         ({"trainer": {"optim": "adafactor"}}, {}, "trainer.optim: .* state of adafactor, not of adamw_torch"),
@@ -130,7 +130,7 @@ def command(corpus: Path, output: Path, *more: str, **settings: Any) -> list[str
     return ["train", str(CONFIG), *overrides(corpus, **given), *more]
 
 
-def test_what_is_refused_has_changed_nothing(run: Path, corpus: Path, refused: Callable[..., str]):
+def test_refusals_change_nothing(run: Path, corpus: Path, refused: Callable[..., str]):
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     resume = "trainer.resume_from_checkpoint=true"
     assert "is the end of its run" in refused(*command(corpus, run, resume))
@@ -141,8 +141,8 @@ def test_what_is_refused_has_changed_nothing(run: Path, corpus: Path, refused: C
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
-def test_more_epochs_or_more_data_go_on_elsewhere(run: Path, corpus: Path, tmp_path: Path):
-    """And in another configuration, which is said and kept also in another directory."""
+def test_more_epochs_or_more_data_resume_in_another_directory(run: Path, corpus: Path, tmp_path: Path):
+    """Another configuration is logged and kept, also in another directory."""
     first, done = (run / run_directory.CONFIG).read_text(), max(losses(run))
     resume = f"trainer.resume_from_checkpoint={run}/checkpoint-{done}"
     result = lowprec(*command(corpus, tmp_path / "epochs", resume, precision__recipe="bf16", trainer__num_train_epochs=1), check=True)

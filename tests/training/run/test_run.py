@@ -1,4 +1,4 @@
-"""`lowprec train`: what a run writes, resuming, and what it refuses."""
+"""`lowprec train`: the files of a run, resuming, and refusals."""
 
 import json
 import os
@@ -33,14 +33,14 @@ def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     return cwd / "runs" / "llama-tiny-cpu" / "001", result
 
 
-def test_a_run_writes_what_it_says(finished: tuple[Path, subprocess.CompletedProcess[str]]):
+def test_the_files_and_output_of_a_run(finished: tuple[Path, subprocess.CompletedProcess[str]]):
     run, result = finished
     summary = json.loads((run / "summary.json").read_text())
     assert {"val_loss", "bits_per_byte", "tokens_per_second", "peak_memory_bytes", "steps", "wall_s", "recipe"} <= set(summary)
     assert summary["recipe"] == "fp8_blockwise"
     assert summary["steps"] == 12
     assert summary["peak_memory_bytes"] > 50e6
-    assert 0 < summary["val_loss"] < 5.55  # ln 257: what a uniform guess has
+    assert 0 < summary["val_loss"] < 5.55  # ln 257 is the loss of a uniform guess
     assert summary["tokens_per_second"] == pytest.approx(12 * 4 * 64 / summary["wall_s"])
     plan = json.loads((run / "plan.json").read_text())
     assert plan["totals"]["emulated"] == 7
@@ -57,7 +57,7 @@ def test_a_run_writes_what_it_says(finished: tuple[Path, subprocess.CompletedPro
 
 
 def test_bits_per_byte_are_the_loss_over_the_text(finished: tuple[Path, subprocess.CompletedProcess[str]], corpus: Path):
-    """With the byte tokenizer every predicted token but the separators is one byte."""
+    """With the byte tokenizer every predicted token is one byte, except the separators."""
     import math
 
     from lowprec.training.data import DataConfig, load_data
@@ -73,7 +73,7 @@ def test_bits_per_byte_are_the_loss_over_the_text(finished: tuple[Path, subproce
 
 
 def test_the_validation_loss_is_the_models_own(corpus: Path, tmp_path: Path):
-    """Whatever the loss that trains; without a learning rate both models are the one that they began with."""
+    """It does not depend on the training loss. The learning rate is 0, so both models stay the same."""
     found = []
     for smoothing in (0.0, 0.3):
         output = tmp_path / str(smoothing)
@@ -172,8 +172,8 @@ def test_killed_and_resumed_is_the_same_run_bit_for_bit(corpus: Path, finished: 
 
 
 @pytest.mark.parametrize("recipe", ["nvfp4", "fp8_delayed", "mxfp4_quartet"])
-def test_a_checkpoint_holds_what_a_recipe_keeps_between_steps(recipe: str, corpus: Path, tmp_path: Path):
-    """Draws of stochastic rounding and amax histories go on after resuming as if nothing had happened, bit for bit."""
+def test_a_checkpoint_holds_the_state_of_a_recipe(recipe: str, corpus: Path, tmp_path: Path):
+    """Draws of stochastic rounding and amax histories continue after resuming as without an interruption, bit for bit."""
     output = tmp_path / "run"
     settings = {"precision__recipe": recipe, "trainer__max_steps": 6, "trainer__save_steps": 3, "trainer__output_dir": str(output)}
     arguments = ["train", str(CONFIG), *overrides(corpus, **settings)]

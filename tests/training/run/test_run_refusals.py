@@ -1,4 +1,4 @@
-"""What `lowprec train` refuses in one line, before it writes, deletes or trains; and how a run goes on in another configuration."""
+"""Runs that `lowprec train` refuses in one line, before it writes, deletes or trains; and runs that resume with another configuration."""
 
 import importlib.util
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import lowprec.training.run.pretrain
 from lowprec import UserError
 from lowprec.cli.main import main
+from lowprec.files import keep_lines_until
 from lowprec.training.checkpoint import files as checkpoint_files
 from lowprec.training.run import directory as run_directory
 from lowprec.training.run.models import ModelConfig, build_config
@@ -43,7 +44,7 @@ def everything(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(folder.rglob("*"))}
 
 
-def test_the_finished_model_is_there_for_transformers(runs: Path):
+def test_transformers_loads_the_finished_model(runs: Path):
     model = AutoModelForCausalLM.from_pretrained(runs / "a" / "model", output_loading_info=True)
     assert not any(model[1][key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert not [name for name in model[0].state_dict() if "rounding_state" in name]
@@ -54,12 +55,12 @@ def test_the_finished_model_is_there_for_transformers(runs: Path):
     assert all(torch.equal(tensor, trained[name]) for name, tensor in model[0].state_dict().items())
 
 
-def test_what_is_refused_around_runs_that_are_there(runs: Path, corpus: Path, refused: Refused):
+def test_refusals_beside_finished_runs_change_nothing(runs: Path, corpus: Path, refused: Refused):
     before = everything(runs)
     cases: list[tuple[list[str], str]] = [
-        # another run's checkpoint into this one's directory
+        # a checkpoint of another run for this run's directory
         (command(corpus, runs / "b", f"trainer.resume_from_checkpoint={runs}/a/checkpoint-2"), "holds another run"),
-        # a run that is over
+        # a run that has finished
         (command(corpus, runs / "b", "trainer.max_steps=4", "trainer.resume_from_checkpoint=true"), "is the end of its run, after 4 steps"),
         # no checkpoint
         (command(corpus, None, f"trainer.resume_from_checkpoint={runs}/a"), f"did you mean {runs}/a/checkpoint-4?"),
@@ -74,7 +75,7 @@ def test_what_is_refused_around_runs_that_are_there(runs: Path, corpus: Path, re
         # no place to write
         (command(corpus, runs / "a" / "config.yaml"), "config.yaml is a file"),
         (command(corpus, runs / "a" / "config.yaml" / "sub"), "config.yaml is a file"),
-        # a setting that no run can have, with a directory that would be deleted
+        # a setting that no run can have, and a directory that would be overwritten
         (command(corpus, runs / "b", "trainer.overwrite_output_dir=true", "trainer.report_to=wandbb"), "wandbb"),
         (command(corpus, runs / "b", "trainer.overwrite_output_dir=true", "trainer.per_device_eval_batch_size=0"), "from 1, got 0"),
     ]
@@ -96,7 +97,7 @@ def test_what_is_refused_around_runs_that_are_there(runs: Path, corpus: Path, re
         ("model.overrides.num_hidden_layers=-1", "model.overrides.num_hidden_layers: expected a number from 1, got -1"),
         ("model.overrides.num_hidden_layers=two", "model.overrides.num_hidden_layers: "),
         ("model.overrides.head_dim=0", "model.overrides.head_dim: expected a number from 1, got 0"),
-        # phases out of order, which shows when they are told in steps
+        # phases out of order, which shows only after they are converted to steps
         (
             "precision.schedule=[{until: 2k steps, recipe: bf16}, {until: 50%}, {until: 100%}]",
             "precision.schedule.1.until: phases out of order: 50% is step 6, the phase before ends at step 2000",
@@ -121,8 +122,8 @@ def test_values_that_no_run_can_have(what: str, override: str, message: str, cor
         ("trainer.fsdp_config={version: 1}", "trainer.fsdp: low precision needs FSDP2; say version: 2 in trainer.fsdp_config"),
     ],
 )
-def test_shards_that_no_run_can_have(override: str, message: str, corpus: Path, tmp_path: Path, refused: Refused):
-    """Before anything is written: the Trainer would fail, or train the whole model."""
+def test_sharding_that_is_refused(override: str, message: str, corpus: Path, tmp_path: Path, refused: Refused):
+    """The refusal comes before anything is written. The Trainer would fail, or train the whole model."""
     given = command(corpus, tmp_path / "run", override, trainer__fsdp=True)
     assert message in refused(*given)
     assert not (tmp_path / "run").exists()
@@ -135,7 +136,7 @@ def test_shards_that_no_run_can_have(override: str, message: str, corpus: Path, 
         ("optimizer.moments=8bit", "optimizer.weights and optimizer.moments have to be fp32"),
     ],
 )
-def test_what_is_not_offloaded(
+def test_state_and_low_bit_optimizers_are_not_offloaded(
     override: str, message: str, corpus: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(lowprec.training.run.pretrain, "offloads", lambda args: True)  # on a CPU nothing is sharded
@@ -158,7 +159,9 @@ def test_what_is_not_offloaded(
         ),
     ],
 )
-def test_schedules_of_the_learning_rate(overrides: tuple[str, ...], message: str, corpus: Path, tmp_path: Path, refused: Refused):
+def test_wrong_settings_of_the_learning_rate_schedule(
+    overrides: tuple[str, ...], message: str, corpus: Path, tmp_path: Path, refused: Refused
+):
     assert message in refused(*command(corpus, tmp_path / "run", *overrides))
     assert not (tmp_path / "run").exists()
 
@@ -171,42 +174,42 @@ def test_an_optimizer_that_is_not_installed(corpus: Path, tmp_path: Path, refuse
 
 
 def test_a_schedule_that_does_not_fit_the_epochs(corpus: Path, tmp_path: Path, refused: Refused):
-    """It shows once the data is loaded, and before anything is written."""
+    """The error shows after the data is loaded and before anything is written."""
     schedule = "precision.schedule=[{until: 2k steps, recipe: bf16}, {until: 50%}, {until: 100%}]"
     given = command(corpus, tmp_path / "run", schedule, trainer__max_steps=-1, trainer__num_train_epochs=1)
     assert "precision.schedule.1.until: phases out of order: 50% is step" in refused(*given)
     assert not (tmp_path / "run").exists()
 
 
-def test_weights_that_are_not_all_there(runs: Path, corpus: Path, refused: Refused):
+def test_weights_that_do_not_fit_the_model(runs: Path, corpus: Path, refused: Refused):
     given = [argument for argument in overrides(corpus) if not argument.startswith("model.")]
     given += ["model.preset=null", f"model.path={runs}/a/model"]
     assert "no weights in" in refused("train", str(CONFIG), *given, "model.overrides.num_hidden_layers=3")
     assert "don't fit its configuration" in refused("train", str(CONFIG), *given, "model.overrides.intermediate_size=512")
 
 
-def test_configurations_that_are_no_text(tmp_path: Path, refused: Refused):
+def test_configuration_files_that_are_not_text(tmp_path: Path, refused: Refused):
     (tmp_path / "bin.yaml").write_bytes(b"\xff\xfe\x00")
     assert "not a text file in UTF-8" in refused("plan", "bin.yaml")
     (tmp_path / "folder").mkdir()
     assert "folder: a folder, not a file" in refused("plan", "folder")
 
 
-def test_data_for_no_batch(corpus: Path, tmp_path: Path, refused: Refused):
+def test_data_that_fills_no_batch(corpus: Path, tmp_path: Path, refused: Refused):
     settings = {"trainer__per_device_train_batch_size": 4096, "trainer__dataloader_drop_last": True, "trainer__max_steps": 2}
     with pytest.raises(SystemExit) as stopped:
         main(command(corpus, tmp_path / "run", **settings))
     assert stopped.value.code == 2
 
 
-def test_a_run_goes_on_in_another_configuration_and_says_so(corpus: Path, tmp_path: Path):
+def test_a_run_that_resumes_with_another_configuration_logs_it(corpus: Path, tmp_path: Path):
     run = tmp_path / "run"
     lowprec(*command(corpus, run, precision__recipe="mxfp4", trainer__max_steps=4), check=True)
     first = (run / "config.yaml").read_text()
     assert "output_dir" not in first
     more = ["trainer.resume_from_checkpoint=true", "trainer.max_steps=6"]
     result = lowprec(*command(corpus, run, *more, precision__recipe="fp8_blockwise"), check=True)
-    assert f"going on from {run}/checkpoint-4, after step 4" in result.stderr
+    assert f"resuming from {run}/checkpoint-4, after step 4" in result.stderr
     assert "another configuration than until step 4: " in result.stderr
     assert "precision" in result.stderr.split("another configuration than until step 4: ")[1].splitlines()[0]
     assert (run / "config-4.yaml").read_text() == first
@@ -219,18 +222,18 @@ def test_a_run_goes_on_in_another_configuration_and_says_so(corpus: Path, tmp_pa
     once_more = [f"trainer.resume_from_checkpoint={run}/checkpoint-6", "trainer.max_steps=7"]
     past = (run / "config-6.yaml").read_text()
     lowprec(*command(corpus, run, *once_more), check=True)
-    assert (run / "config-6.yaml").read_text() == past  # what the run had until then, not what was tried since
+    assert (run / "config-6.yaml").read_text() == past  # the configuration until step 6, not one that was tried since
     (run / "config-mine.yaml").write_text("mine")
     lowprec(*command(corpus, run, "trainer.overwrite_output_dir=true", trainer__max_steps=2), check=True)
     assert [path.name for path in run.glob("config-*.yaml")] == ["config-mine.yaml"]
 
 
-def test_somebody_elses_events(tmp_path: Path):
+def test_an_events_file_of_another_origin(tmp_path: Path):
     path = tmp_path / run_directory.EVENTS
     path.write_text('{"my": 1}\n[2]\n{"step": 5}\n')
     with pytest.raises(UserError, match="holds another run"):
         run_directory.locate("x.yaml", {"output_dir": str(tmp_path)})
-    run_directory.keep_lines_until(path, 4)
+    keep_lines_until(path, 4)
     assert path.read_text() == '{"my": 1}\n'
 
 
@@ -251,7 +254,7 @@ def test_fields_that_may_be_0(kind: str, field: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("field", ["n_embd", "hidden_size", "n_layer"])
-def test_sizes_may_not_be_0_whatever_their_name(field: str, tmp_path: Path):
+def test_sizes_may_not_be_0_under_any_name(field: str, tmp_path: Path):
     AutoConfig.for_model("gpt2").save_pretrained(tmp_path)
     with pytest.raises(UserError, match=f"model.overrides.{field}: expected a number from 1, got 0"):
         build_config(ModelConfig(path=str(tmp_path), overrides={field: 0}), 256)

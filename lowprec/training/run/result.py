@@ -1,0 +1,74 @@
+"""The result of a finished run: summary.json and the model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, Trainer
+
+from lowprec.files import write_atomically
+from lowprec.training.callback import LowPrecisionCallback
+from lowprec.training.data import LoadedData
+from lowprec.training.file_names import MODEL, SUMMARY
+from lowprec.training.run.machine import device_name, peak_memory_bytes
+from lowprec.training.run.setup import RunSetup
+from lowprec.training.run.validation import validate
+
+
+def summarise(
+    setup: RunSetup,
+    model: PreTrainedModel,
+    trainer: Trainer,
+    low_precision: LowPrecisionCallback,
+    data: LoadedData,
+    *,
+    first_step: int,
+    wall_s: float,
+) -> dict[str, Any]:
+    """Return the summary of a run that has trained. Its validation loss is computed now.
+
+    Args:
+        first_step: Number of steps before this run resumed, 0 if it did not.
+        wall_s: Duration of the training since then [s].
+    """
+    args = trainer.args
+    steps = trainer.state.global_step - first_step
+    rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    tokens = steps * rows_per_step * setup.config.data.seq_len
+    recipe = setup.config.precision.recipe
+    controller = low_precision.controller
+    return {
+        "recipe": recipe.name if recipe else None,
+        "steps": trainer.state.global_step,
+        **validate(trainer, data.token_bytes),
+        "tokens_per_second": tokens / wall_s if tokens else None,
+        "peak_memory_bytes": peak_memory_bytes(setup.device_type),
+        "wall_s": wall_s,
+        "device": device_name(setup.device_type),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "data": data.stats,
+        "plan": low_precision.plan.totals() if low_precision.plan else None,
+        "skipped_steps": controller.skipped_steps,
+        "recoveries": controller.recoveries,
+        "output_dir": str(args.output_dir),
+    }
+
+
+def save_result(trainer: Trainer, summary: dict[str, Any]) -> None:
+    """Write summary.json and the finished model into the directory of the run."""
+    directory = Path(str(trainer.args.output_dir))
+    if trainer.args.should_save:
+        write_atomically(directory / SUMMARY, json.dumps(summary, indent=1) + "\n")
+    if trainer.args.save_strategy != "no":
+        _save_model(trainer, directory / MODEL)
+
+
+def _save_model(trainer: Trainer, directory: Path) -> None:
+    """Save the model of a run. Every rank takes part."""
+    if not trainer.is_fsdp_enabled:
+        trainer.save_model(str(directory))
+        return
+    # `save_model` writes nothing if checkpoints are sharded. All ranks gather the weights.
+    weights = trainer.accelerator.get_state_dict(trainer.model)
+    if trainer.args.should_save:
+        trainer._save(str(directory), state_dict=weights)
