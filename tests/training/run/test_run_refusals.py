@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import lowprec.training.run.pretrain
 from lowprec import UserError
 from lowprec.cli.main import main
 from lowprec.files import keep_lines_until
 from lowprec.training.checkpoint import files as checkpoint_files
 from lowprec.training.run import directory as run_directory
+from lowprec.training.run import pretrain
 from lowprec.training.run.models import ModelConfig, build_config
 from tests.runs import CONFIG, losses, lowprec, make_corpus, overrides
 
@@ -139,7 +139,7 @@ def test_sharding_that_is_refused(override: str, message: str, corpus: Path, tmp
 def test_state_and_low_bit_optimizers_are_not_offloaded(
     override: str, message: str, corpus: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(lowprec.training.run.pretrain, "offloads", lambda args: True)  # on a CPU nothing is sharded
+    monkeypatch.setattr(pretrain, "offloads", lambda args: True)  # on a CPU nothing is sharded
     assert f"FSDP's offloading of parameters to host memory (cpu_offload): {message}" in refused(
         *command(corpus, tmp_path / "run", override)
     )
