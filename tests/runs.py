@@ -1,14 +1,12 @@
 """Small runs of the command for the tests: the tiny model on a corpus made here."""
 
 import json
-import os
 import struct
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from tests.processes import ROOT
+
 CONFIG = ROOT / "configs" / "llama-tiny-cpu.yaml"
 
 SMALL = (
@@ -26,30 +24,6 @@ def make_corpus(folder: Path, documents: int = 40) -> Path:
         text = f"document {number}: " + "the quick brown fox jumps over the lazy dog. " * (4 + number % 7)
         (folder / f"{number:02d}.txt").write_text(text)
     return folder
-
-
-def run_ranks(script: str, folder: Path, *arguments: str, processes: int = 2) -> None:
-    """A Python program, written to `folder`, in processes that torchrun starts; each on one core."""
-    file = folder / "script.py"
-    file.write_text(script)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([*launcher, str(file), *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr[-4000:]
-
-
-def lowprec(*arguments: str, cwd: Path = ROOT, check: bool = False) -> subprocess.CompletedProcess[str]:
-    """The command as a user runs it."""
-    result = subprocess.run(
-        [sys.executable, "-m", "lowprec", *arguments],
-        cwd=cwd,
-        env={**os.environ, "WANDB_MODE": "offline"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert not check or result.returncode == 0, result.stderr[-4000:]
-    return result
 
 
 def overrides(corpus: Path, **settings: Any) -> list[str]:

@@ -1,15 +1,13 @@
 """The commands and snippets of the README and the guides run as they are printed; only trainings are cut short."""
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.processes import ROOT, run
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHORT = ["trainer.max_steps=1", "trainer.per_device_train_batch_size=2", "trainer.per_device_eval_batch_size=32", "data.max_bytes=200000"]
 
@@ -44,8 +42,7 @@ def test_command(page: str, command: str, tmp_path: Path):
         arguments = ["-m", "lowprec", *arguments, *shortened]
     else:
         assert program == "python"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run([sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    result = run(*arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout
 

@@ -15,7 +15,7 @@ import pytest
 
 import lowprec
 from lowprec.config import shipped
-from tests.training.runs import make_corpus, overrides
+from tests.runs import make_corpus, overrides
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -11,8 +11,9 @@ import pytest
 
 import lowprec
 from lowprec.cli.app import COMMANDS
-from tests.runs import CONFIG, ROOT
-from tests.runs import lowprec as command
+from tests.processes import ROOT, run
+from tests.processes import lowprec as command
+from tests.runs import CONFIG
 
 
 def test_help_loads_nothing_heavy():
@@ -42,7 +43,7 @@ def test_plan_of_a_large_model_builds_no_weights():
         f"main(['plan', {str(CONFIG)!r}, 'model.preset=llama-8b-4l', '--json'])\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    result = run("-c", code)
     *plan, peak_kib = result.stdout.splitlines()
     assert int(peak_kib) < 2 * 2**20
     shapes = {layer["name"]: layer["shape"] for layer in json.loads("\n".join(plan))["layers"]}
@@ -53,7 +54,8 @@ def test_plan_of_a_large_model_builds_no_weights():
 
 def test_what_libraries_print_is_not_part_of_the_answer(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    result = command("plan", str(CONFIG), "--json", check=True)
+    arguments = [sys.executable, "-m", "lowprec", "plan", str(CONFIG), "--json"]  # an interpreter of its own: they print when imported
+    result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
     assert json.loads(result.stdout)["device"] == "cpu"
     assert "WANDB" in result.stderr  # transformers tells of it on stdout
     assert "Failed to load" not in result.stderr  # torchao of its GPU kernels

@@ -1,14 +1,12 @@
 """Loss scaling in two processes: if a gradient overflows in one process, both skip the step."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.runs import run_ranks
+from tests.processes import run, run_ranks
 
 _SCRIPT = """
 import json, os, sys
@@ -208,9 +206,7 @@ os._exit(0)
 
 def test_a_sharded_optimizer_is_loaded_beside_its_scaler(tmp_path: Path):
     """The state is loaded as transformers does under FSDP2. Without a scale that fails; with one the run continues bit for bit."""
-    process = subprocess.run(
-        [sys.executable, "-c", _LOADED, str(tmp_path)], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120
-    )
+    process = run("-c", _LOADED, str(tmp_path))
     assert process.returncode == 0, process.stderr[-3000:]
     without, prepared = json.loads(process.stdout.splitlines()[-1])
     assert "_scale is None" in without

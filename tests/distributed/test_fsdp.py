@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.runs import run_ranks
+from tests.processes import run_ranks
 
 _SCRIPT = """
 import json, os, sys

@@ -8,7 +8,7 @@ import torch
 
 from lowprec.training.control.step_stats import Watch
 from tests.builders import tiny_llama
-from tests.runs import run_ranks
+from tests.processes import run_ranks
 
 _SCRIPT = """
 import json, os, sys

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from tests.runs import run_ranks
+from tests.processes import run_ranks
 
 _SCRIPT = """
 import copy, json, os, sys

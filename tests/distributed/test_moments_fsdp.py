@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lowprec.training.optim.adamw import OptimizerConfig, build
-from tests.runs import run_ranks
+from tests.processes import run_ranks
 
 # [33, 256]: rows of whole blocks, uneven shards. [64, 33]: blocks cross rows, uneven shards, so fp32. [128, 64]: blocks cross rows, even shards.
 SHAPES = ((256, 33), (33, 64), (64, 128), (128, 8))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.runs import run_ranks
+from tests.processes import run_ranks
 
 _SCRIPT = """
 import json, os, sys

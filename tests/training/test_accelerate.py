@@ -1,10 +1,7 @@
 """A training loop of one's own on Accelerate: `lowprec.training.accelerate.prepare` in the place of `accelerator.prepare`."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,7 @@ from lowprec.nn import LowPrecisionLinear
 from lowprec.training.accelerate import controller, prepare
 from lowprec.training.optim.loss_scaling import LossScaleError
 from tests.builders import prose, tiny_llama
-from tests.runs import ROOT, run_ranks
+from tests.processes import ROOT, run, run_ranks
 
 LAYER = "model.layers.1.mlp.down_proj"
 GUARD = {"snapshot_every": 2, "warmup": 4, "window": 8}
@@ -334,7 +331,7 @@ def test_other_ways_to_distribute_are_refused(kind: DistributedType, name: str, 
 
 
 def test_one_accelerator_has_one_precision():
-    with pytest.raises(UserError, match=r"this Accelerator has no precision: call trainers\.accelerate\.prepare first"):
+    with pytest.raises(UserError, match=r"this Accelerator has no precision: call lowprec\.training\.accelerate\.prepare first"):
         controller(Accelerator(cpu=True))
     loop = Loop("fp8_blockwise")
     with pytest.raises(UserError, match="make another Accelerator for another model"):
@@ -406,9 +403,7 @@ def test_the_example_goes_on_as_it_would_have(tmp_path: Path):
     """Two processes one after the other: the second resumes from the checkpoint that the first wrote at step 15 of 30."""
 
     def example(*arguments: str) -> dict[int, str]:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(ROOT / "examples" / "accelerate_loop.py"), *arguments]
-        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+        result = run(str(ROOT / "examples" / "accelerate_loop.py"), *arguments, cwd=tmp_path)
         assert result.returncode == 0, result.stderr[-3000:]
         return {int(step): rest for step, rest in re.findall(r"^step (\d+): loss (.*)$", result.stdout, re.MULTILINE)}
 

@@ -25,9 +25,9 @@ from lowprec import LowPrecisionCallback
 from lowprec.training.checkpoint import hf_names
 from lowprec.training.checkpoint.hf_names import accept_original_names
 from tests.builders import losses, prose, small_trainer, tiny_config, tiny_llama
+from tests.processes import lowprec as command
 from tests.runs import CONFIG, make_corpus, overrides
 from tests.runs import losses as run_losses
-from tests.runs import lowprec as command
 
 SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 PHASES = [{"until": "50%", "recipe": "bf16"}, {"recipe": "mxfp4_aws"}]

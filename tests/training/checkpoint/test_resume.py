@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -19,7 +17,7 @@ from lowprec.nn import LowPrecisionLinear
 from lowprec.training.callback import STATE
 from lowprec.training.checkpoint import files as checkpoint_files
 from tests.builders import losses, prose, small_trainer, tiny_llama
-from tests.runs import ROOT
+from tests.processes import run
 
 PHASES = [{"until": "25%", "recipe": "bf16"}, {"until": "75%"}, {"recipe": {"base": "mxfp4_aws", "fprop": "bf16"}}]
 GUARD = {"snapshot_every": 4, "warmup": 4, "window": 8}
@@ -147,9 +145,7 @@ trainer.train()
 @pytest.mark.parametrize("what", ["optimizer", "rng_state", "trainer_state"])
 def test_killed_while_it_writes_a_checkpoint(what: str, tmp_path: Path):
     """The checkpoint before it is taken, also by a Trainer that looks for the last one itself."""
-    process = subprocess.run(
-        [sys.executable, "-c", _KILLED_WHILE_WRITING, str(tmp_path), what], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    process = run("-c", _KILLED_WHILE_WRITING, str(tmp_path), what)
     assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
     torn = tmp_path / "checkpoint-4"
     assert torn.is_dir()

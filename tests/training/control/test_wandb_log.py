@@ -13,7 +13,8 @@ from lowprec import LowPrecisionCallback
 from lowprec.nn import LowPrecisionLinear
 from lowprec.training.control.wandb_log import log_plan, log_scalars
 from tests.builders import losses, small_trainer, tiny_llama
-from tests.runs import CONFIG, lowprec, make_corpus, overrides, read_metrics, wandb_history
+from tests.processes import lowprec
+from tests.runs import CONFIG, make_corpus, overrides, read_metrics, wandb_history
 
 wandb = pytest.importorskip("wandb")
 

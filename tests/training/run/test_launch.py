@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +14,13 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.fsdp import OffloadPolicy
 
 from lowprec.config.yaml import load_mapping
+from tests import processes
 from tests.builders import tiny_llama
-from tests.runs import ROOT, losses, make_corpus, overrides, read_metrics
+from tests.processes import ROOT
+from tests.runs import losses, make_corpus, overrides, read_metrics
 
 FOLDER = ROOT / "configs" / "accelerate"
 FILES = sorted(FOLDER.glob("*.yaml"))
-ENVIRONMENT = {**os.environ, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
 
 
 def command_of(file: Path) -> list[str]:
@@ -31,7 +30,7 @@ def command_of(file: Path) -> list[str]:
 
 
 def run(*command: str) -> None:
-    result = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    result = processes.run("-m", *command, WANDB_MODE="offline", OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr[-4000:]
 
 

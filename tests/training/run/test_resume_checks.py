@@ -14,7 +14,8 @@ from lowprec.training.run import resume_checks
 from lowprec.training.run.models import ModelConfig, build_config
 from lowprec.training.run.training_args import total_steps
 from tests.builders import counting, small_trainer, tiny_config
-from tests.runs import CONFIG, losses, lowprec, make_corpus, overrides
+from tests.processes import lowprec
+from tests.runs import CONFIG, losses, make_corpus, overrides
 
 
 def config(vocab_size: int = 256, layers: int = 1) -> LlamaConfig:

@@ -1,11 +1,8 @@
 """`lowprec train`: the files of a run, resuming, and refusals."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.runs import CONFIG, ROOT, SMALL, losses, lowprec, make_corpus, overrides, read_metrics, wandb_history
+from tests.processes import ROOT, lowprec, start
+from tests.runs import CONFIG, SMALL, losses, make_corpus, overrides, read_metrics, wandb_history
 
 
 @pytest.fixture(scope="module")
@@ -152,9 +150,7 @@ def test_killed_and_resumed_is_the_same_run_bit_for_bit(corpus: Path, finished: 
     """SIGKILL after a checkpoint; the resumed run's losses equal those of a run that was never interrupted."""
     whole, output = finished[0], tmp_path / "killed"
     arguments = ["train", str(CONFIG), *overrides(corpus, trainer__max_steps=12, trainer__save_steps=6, trainer__output_dir=str(output))]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lowprec", *arguments], cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
+    process = start("-m", "lowprec", *arguments)
     try:
         deadline = time.monotonic() + 120
         while not (output / "checkpoint-6" / "trainer_state.json").exists() or len(losses(output)) < 8:
@@ -162,8 +158,7 @@ def test_killed_and_resumed_is_the_same_run_bit_for_bit(corpus: Path, finished: 
             assert time.monotonic() < deadline
             time.sleep(0.005)
     finally:
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        process.kill()
     assert not (output / "checkpoint-12").exists()
     lowprec(*arguments, "trainer.resume_from_checkpoint=true", check=True)
     assert losses(output) == losses(whole)

@@ -16,7 +16,8 @@ from lowprec.training.checkpoint import files as checkpoint_files
 from lowprec.training.run import directory as run_directory
 from lowprec.training.run import pretrain
 from lowprec.training.run.models import ModelConfig, build_config
-from tests.runs import CONFIG, losses, lowprec, make_corpus, overrides
+from tests.processes import lowprec
+from tests.runs import CONFIG, losses, make_corpus, overrides
 
 Refused = Callable[..., str]
 
