@@ -103,8 +103,9 @@ def attention(
     kernel = choose(
         mask, q.device.type, requires_grad=grad, head_dim=min(q.shape[-1], v.shape[-1])
     ).kernel
-    batch, q_len, kv_len = q.shape[0], q.shape[2], k.shape[2]
-    gqa = q.shape[1] != k.shape[1]
+    batch, heads, q_len, _ = q.shape
+    kv_len = k.shape[2]
+    gqa = heads != k.shape[1]
     if kernel == "flex":
         return run_flex(q, k, v, mask.block_mask(batch, q_len, kv_len, q.device), scale=scale)
     if kernel == "sdpa":

@@ -83,7 +83,7 @@ class Mask:
 
         It is [B, 1, Q, K], or [1, 1, Q, K] if the mask does not depend on the batch.
         """
-        rows = self._rows(batch, q_len, kv_len)
+        rows = self._mask_batch(batch, q_len, kv_len)
         b = torch.arange(rows, device=device)[:, None, None, None]
         h = torch.zeros((1, 1, 1, 1), dtype=torch.int64, device=device)
         q = torch.arange(q_len, device=device)[None, None, :, None]
@@ -96,7 +96,7 @@ class Mask:
         """Return the mask in tiles of 128 x 128 for FlexAttention
         (torch.nn.attention.flex_attention). Its batch size is B or 1, as in `dense`."""
         return build_block_mask(
-            self.function(), self._rows(batch, q_len, kv_len), q_len, kv_len, device
+            self.function(), self._mask_batch(batch, q_len, kv_len), q_len, kv_len, device
         )
 
     def function(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
@@ -111,7 +111,9 @@ class Mask:
 
         return mask_mod
 
-    def _rows(self, batch: int, q_len: int, kv_len: int) -> int:
+    def _mask_batch(self, batch: int, q_len: int, kv_len: int) -> int:
+        """Return the batch size of the mask: B with documents, else 1. Raise UserError if the
+        document ids do not cover the batch."""
         if not self.needs_documents:
             return 1
         for ids in _bound_ids(self):

@@ -25,6 +25,9 @@ from lowprec.recipe.state import operand_spec
 Shape = tuple[int, int, int]
 """M, N, K of a_MK . b_NK^T. For a linear layer: tokens, output features, input features."""
 
+_Key = tuple[str, int | Shape]
+"""Kind of a ceiling with its size: the words that are copied, or M, N, K."""
+
 MATRICES = {
     "x": (("fprop", "a"), ("wgrad", "b")),
     "w": (("fprop", "b"), ("dgrad", "b")),
@@ -96,7 +99,7 @@ class Ceilings:
     def __init__(self, device: torch.device, seconds: float = 0.5) -> None:
         self.device = device
         self.seconds = seconds
-        self._measured: dict[Any, Ceiling | None] = {}
+        self._measured: dict[_Key, Ceiling | None] = {}
 
     def copy(self, nbytes: int) -> Ceiling:
         """Return the ceiling of a copy of `nbytes`; on a GPU, the copy is at least 256 MiB."""
@@ -151,7 +154,7 @@ class Ceilings:
         """Return all measured ceilings as plain data."""
         return [asdict(ceiling) for ceiling in self._measured.values() if ceiling is not None]
 
-    def _once(self, key: Any, make: Callable[[], Ceiling | None]) -> Ceiling | None:
+    def _once(self, key: _Key, make: Callable[[], Ceiling | None]) -> Ceiling | None:
         if key not in self._measured:
             self._measured[key] = make()
         return self._measured[key]

@@ -128,7 +128,8 @@ class _Case:
     """One shape's matrices: x [M, K], g [M, N] and the layer's weight [N, K], all bf16."""
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
-        M, N, K = self.shape = shape
+        M, N, K = shape
+        self.shape = shape
         self.device = device
         generator = torch.Generator(device).manual_seed(0)
 
@@ -151,7 +152,8 @@ class _Case:
 
         def figures() -> dict[str, Any]:
             if make is None:
-                forward, weight = self.linear, self.linear.weight
+                forward = self.linear
+                weight = self.linear.weight
                 time = measure(bf16, self.device, seconds=seconds)
                 bf16_time = time
             else:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lowprec.errors import UserError, nearest
 
 T = TypeVar("T")
+Model = TypeVar("Model", bound=nn.Module)
 
 Layer = tuple[Callable[[Tensor], Tensor], Tensor]
 """A linear layer: its forward, and the weight that gets the gradient."""
@@ -100,8 +101,8 @@ def _torchao_float8(linear: nn.Linear, kind: str) -> Layer:
 
 
 def convert_by_torchao(
-    model: Any, kind: str, wanted: Callable[[nn.Module, str], bool] = lambda module, name: True
-) -> Any:
+    model: Model, kind: str, wanted: Callable[[nn.Module, str], bool] = lambda module, name: True
+) -> Model:
     """Replace the linear layers of `model` by torchao's, in place, and return the model.
 
     Args:

@@ -25,7 +25,7 @@ codes inside the library.
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +86,7 @@ class Probe:
         """Results of the last sampled step: the layers that ran in training mode, in the model's
         order."""
         self._handles: list[RemovableHandle] = []
-        self._stance: Any = None
+        self._stance: AbstractContextManager[Any] | None = None
         self._found: dict[str, dict[str, Tensor]] = {}
 
     @property
@@ -170,7 +170,9 @@ class Probe:
         """
         watched = False
 
-        def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
+        def hook(
+            module: LowPrecisionLinear | ExpertProjection, args: tuple[Any, ...], output: Tensor
+        ) -> None:
             nonlocal watched
             if watched or not output.requires_grad or not module.training or not output.numel():
                 return
@@ -186,7 +188,11 @@ class Probe:
 def _measure_inputs(found: dict[str, Tensor]) -> Any:
     """Return a forward pre-hook that measures w, and x after autocast and SwiGLU's product."""
 
-    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def hook(
+        module: LowPrecisionLinear | ExpertProjection,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
         x: Tensor = args[0] if args else kwargs["input"]
         if "x" in found or not module.training or not x.numel():
             return

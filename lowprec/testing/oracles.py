@@ -24,7 +24,8 @@ def e8m0_scale(amax: float, fmt: ElementFormat, rule: str) -> float:
     """
     if amax == 0:
         return 2.0**-127
-    a, largest = Fraction(amax), Fraction(fmt.max)
+    a = Fraction(amax)
+    largest = Fraction(fmt.max)
     # floor: amax / s has the exponent of the format's largest value.
     exponent = _floor_log2(a) - fmt.emax
     if rule == "ceil":

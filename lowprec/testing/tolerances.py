@@ -17,14 +17,14 @@ Measurements agree with these to 0.1 dB for every power-of-two scale. An fp32 sc
 two and makes rho a little larger if one scale serves few values, which gains up to 0.7 dB in heavy
 tails.
 
-The recipe fp32 has exact operands: only its sums are rounded (p = 23). How much that costs depends on
-the order in which a CPU's kernel adds. The worst order is one product after the other. A sum of K
+The recipe fp32 has exact operands: only its sums are rounded (p = 23). The cost depends on the
+order in which a CPU's kernel adds. The worst order is one product after the other. A sum of K
 products then has K partial sums, and the kth one has k/K of the variance of the result, so
 
     noise / signal = (K / 2) / (12 * 4^p * rho)
 
-which is 127.9, 129.1 and 130.9 dB for SQNR_SHAPE. Kernels that keep several partial sums gain a few dB
-(131 to 134 dB were measured), so fp32 has no ceiling.
+which is 127.9, 129.1 and 130.9 dB for SQNR_SHAPE. Kernels that keep several partial sums gain a few
+dB (131 to 134 dB were measured), so fp32 has no ceiling.
 
 Saturation (mxfp4's floor rule), integer steps and the mask of the straight-through gradient (QAT's
 wgrad) add noise. Their floors come from measurement: shape SQNR_SHAPE, 5 seeds, the smallest value.
@@ -65,7 +65,7 @@ SQNR_FLOORS_DB: dict[str, dict[str, tuple[float, float, float]]] = {
 
 SQNR_CEILING_ABOVE_FLOOR_DB = 2.0
 """Largest distance of a recipe's SQNR above its floor. If one of two equal operands stays in high
-precision by mistake, the SQNR gains 3 dB. fp32 has no such ceiling, because its operands are exact."""
+precision by mistake, the SQNR gains 3 dB. fp32 has no ceiling, because its operands are exact."""
 
 FP32_ROUNDINGS = 3 * 2.0**-24
 """Bound on the relative error of x * (1 / s) * s in fp32, without the rounding to a code. It sums
