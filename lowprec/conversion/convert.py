@@ -28,7 +28,8 @@ from lowprec.conversion.plan import Plan
 from lowprec.nn import experts
 from lowprec.nn.experts import ExpertProjection
 from lowprec.recipe import GemmSpec, Recipe
-from lowprec.recipe.state import FINISHED, states_of
+from lowprec.recipe.finished import begin_run
+from lowprec.recipe.state import states_of
 
 AS_IT_IS = Recipe(
     name="as it is",
@@ -108,9 +109,7 @@ def make_plan(
 
 def apply(model: nn.Module, decisions: Decisions) -> None:
     """Convert the layers of `model` as decided, in place."""
-    for module in model.modules():  # another run begins
-        if getattr(module, FINISHED, False):
-            setattr(module, FINISHED, False)
+    begin_run(model)
     projections: dict[nn.Module, dict[str, ExpertProjection]] = {}
     for number, decision in enumerate(decisions.layers.values()):
         weight = decision.weight

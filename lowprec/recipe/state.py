@@ -36,11 +36,6 @@ def history_name(gemm: str, side: str) -> str:
 HISTORIES = tuple(history_name(*operand) for operand in OPERANDS)
 """Names of the buffers with amax histories, in the order of `OPERANDS`."""
 
-FINISHED = "_lowprec_finished"
-"""Of a model whose run is over and that is saved without its state, whether it still is.
-`lowprec.convert` takes that back."""
-
-
 def is_state(name: str) -> bool:
     """Return whether a buffer of this full name belongs to a recipe's state."""
     last = name.rpartition(".")[2]

@@ -1,12 +1,13 @@
 """Low precision in a training loop of one's own on Accelerate.
 
-    model, optimizer, loader = prepare(accelerator, model, optimizer, loader,
-    precision="fp8_blockwise", steps=1000)
+    model, optimizer, loader = prepare(
+        accelerator, model, optimizer, loader, precision="fp8_blockwise", steps=1000
+    )
 
-takes the place of `accelerator.prepare`. From then on every `optimizer.step()` that is a step (not
-one within gradient accumulation) moves the schedule on, lets the guard look, and counts what loss
-scaling skips. `accelerator.save_state` and `load_state` keep and restore all of it. What to log is
-in `controller(accelerator).scalars()`.
+takes the place of `accelerator.prepare`. From then on each call of `optimizer.step()` that really
+steps (outside of gradient accumulation) advances the schedule, is checked by the guard, and is
+counted if loss scaling skips it. `accelerator.save_state` and `load_state` save and restore all of
+it. `controller(accelerator).scalars()` returns what to log.
 """
 
 import functools
@@ -17,10 +18,12 @@ from types import MethodType
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DynamoBackend
 from torch import nn
 
 from lowprec.config.schema import whole_number
+from lowprec.conversion.config import Precision
 from lowprec.distributed.fsdp2 import (
     SUMS_IN_FP32,
     check_offloaded,
@@ -40,11 +43,11 @@ logger = logging.getLogger("lowprec")
 
 
 def prepare(
-    accelerator: Any,
+    accelerator: Accelerator,
     model: nn.Module,
-    optimizer: Any,
+    optimizer: torch.optim.Optimizer,
     *others: Any,
-    precision: Any,
+    precision: Precision,
     steps: int | None = None,
     tokens: int | None = None,
     compiled: bool = False,
@@ -53,26 +56,27 @@ def prepare(
     """Convert `model` in place, then `accelerator.prepare(model, optimizer, *others)`.
 
     Args:
-        accelerator: an accelerate.Accelerator; its mixed precision is autocast's. fp16 gets the
-            precision's loss scaling.
-        model, optimizer: not prepared yet; the optimizer may hold the model's parameters already,
-            which stay the same objects.
+        accelerator: its mixed precision is autocast's. fp16 gets the precision's loss scaling.
+        model: not prepared yet.
+        optimizer: not prepared yet. It may hold the model's parameters already; they stay the same
+            objects.
         others: data loaders, learning-rate schedulers.
         precision: a recipe name, a mapping, a YAML path, a Recipe or a PrecisionConfig.
             `guard.data` must be "skip": only the loop itself could go back in its data.
-        steps: optimizer steps of the whole run; phases that end at a share of it need it.
-        tokens: of a forward pass on one device; phases in tokens need it.
+        steps: number of optimizer steps of the whole run; phases that end at a share of it need it.
+        tokens: number of tokens in a forward pass on one device; phases in tokens need it.
         compiled: whether the blocks are compiled, if the accelerator's dynamo backend does not say
             so.
-        directory: where events.jsonl is written; nowhere if left out.
+        directory: where events.jsonl is written; None: nowhere.
     Returns:
-        What `accelerator.prepare` returns for them, in the same order.
+        The result of `accelerator.prepare` for model, optimizer and others, in this order.
     Raises:
         UserError: the precision is wrong, or does not fit this run. Nothing has been converted or
             prepared then.
     """
     steps = None if steps is None else whole_number(steps, "steps: the steps of the run")
-    compiled = compiled or accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+    dynamo = accelerator.state.dynamo_plugin
+    compiled = compiled or (dynamo is not None and dynamo.backend != DynamoBackend.NO)
     controller = PrecisionController(precision, tokens=tokens, compiled=compiled)
     _check(accelerator, model, optimizer, controller)
     per_step = (
@@ -110,9 +114,9 @@ def prepare(
     return prepared
 
 
-def controller(accelerator: Any) -> PrecisionController:
-    """What `prepare` made for it: plan, phase, events, scalars. UserError if that was never
-    called."""
+def controller(accelerator: Accelerator) -> PrecisionController:
+    """Return the controller that `prepare` made: it has the plan, the phase, events and scalars.
+    Raise UserError if `prepare` was never called."""
     run = _find(accelerator)
     if run is None:
         raise UserError(
@@ -121,15 +125,17 @@ def controller(accelerator: Any) -> PrecisionController:
     return run.controller
 
 
-def _find(accelerator: Any) -> "_Run | None":
+def _find(accelerator: Accelerator) -> "_Run | None":
     return next(
         (registered for registered in accelerator._custom_objects if isinstance(registered, _Run)),
         None,
     )
 
 
-def _check(accelerator: Any, model: Any, optimizer: Any, controller: PrecisionController) -> None:
-    """UserError for what can't be trained."""
+def _check(
+    accelerator: Accelerator, model: Any, optimizer: Any, controller: PrecisionController
+) -> None:
+    """Raise UserError for a run that can't be trained."""
     if not isinstance(model, nn.Module):
         raise UserError(
             f"prepare takes one model after the accelerator, got {type(model).__name__}"
@@ -176,8 +182,12 @@ def _check(accelerator: Any, model: Any, optimizer: Any, controller: PrecisionCo
 
 
 class _Run:
-    """Counts the optimizer's steps and drives the controller by them; what a checkpoint holds of
-    both."""
+    """A run on Accelerate: counts the optimizer's steps and drives the controller by them.
+
+    Accelerate's checkpoints hold it as a registered object.
+    """
+
+    name = "lowprec"
 
     def __init__(
         self,
@@ -186,14 +196,14 @@ class _Run:
         optimizer: Any,
         settings: dict[str, Any],
     ) -> None:
-        self.controller, self.model, self.optimizer, self.settings = (
-            controller,
-            model,
-            optimizer,
-            settings,
-        )
+        self.controller = controller
+        self.model = model
+        self.optimizer = optimizer
+        self.settings = settings
         self.step = 0
+        """Number of finished optimizer steps."""
         self._counts = True
+        """Flag: calls of the optimizer's step are steps of the run."""
         self._begin()
         inner = optimizer.step
 
@@ -205,14 +215,17 @@ class _Run:
                 controller.before_step(self.step)
             return result
 
-        # A method, since a learning-rate scheduler that is made after this looks for its function.
+        # It has to be a method: a learning-rate scheduler that is made later looks for its
+        # function.
         optimizer.step = MethodType(step, optimizer)
 
-    def keep_with(self, accelerator: Any) -> None:
-        """Be in the accelerator's checkpoints from now on."""
+    def keep_with(self, accelerator: Accelerator) -> None:
+        """Add this run to the accelerator's checkpoints."""
         accelerator.register_for_checkpointing(self)
-        accelerator.save_state = self._aside(accelerator.save_state, self._about_to_save)
-        accelerator.load_state = self._aside(accelerator.load_state)
+        accelerator.save_state = self._without_counting(
+            accelerator.save_state, self._prepare_to_save
+        )
+        accelerator.load_state = self._without_counting(accelerator.load_state)
 
     def state_dict(self) -> dict[str, Any]:
         scaler = self.settings["scaler"]
@@ -226,8 +239,8 @@ class _Run:
         scaler = self.settings["scaler"]
         self.step = state["step"]
         if scaler is not None and state["scaler"]:
-            # Accelerate has loaded it, too, but under FSDP2 before the step that `_aside` tells of,
-            # which moves it on.
+            # Accelerate has loaded it, too. But under FSDP2 it did so before the empty step of the
+            # optimizer (see `_without_counting`), which changes the scaler.
             scaler.load_state_dict(state["scaler"])
             configure(scaler, self.controller.config.loss_scaling, resumed=True)
         self.controller.load_state_dict(state)
@@ -237,17 +250,19 @@ class _Run:
         self.controller.start(self.model, self.optimizer, step=self.step, **self.settings)
         self.controller.before_step(self.step)
 
-    def _about_to_save(self) -> None:
+    def _prepare_to_save(self) -> None:
         if self.settings["scaler"] is not None:
             prepare_to_load(self.settings["scaler"], next(self.model.parameters()).device)
         self.controller.saved(self.step)
 
-    def _aside(
+    def _without_counting(
         self, method: Callable[..., Any], first: Callable[[], None] = lambda: None
     ) -> Callable[..., Any]:
-        """`method` without counting steps: sharded optimizers make their state by a step on
-        gradients of zero, when it is saved or loaded before there is any
-        (torch.distributed.checkpoint.state_dict, `_init_optim_state`)."""
+        """Return a function that calls `first`, and then `method` without counting steps.
+
+        A sharded optimizer without state makes it by an empty step, on gradients of zero, when it
+        is saved or loaded (torch.distributed.checkpoint.state_dict, `_init_optim_state`).
+        """
 
         @functools.wraps(method)
         def wrapped(*args: Any, **kwargs: Any) -> Any:

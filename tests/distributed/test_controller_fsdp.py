@@ -53,7 +53,7 @@ result = {
     "recipes": [layer.recipe.name, model.model.layers[0].mlp.up_proj.recipe.name],
     "weight": [weight.isfinite().all().item(), weight.double().sum().item()],
     "sharded": type(layer.weight).__name__,
-    "sqnr": controller._sqnr,
+    "sqnr": controller.recovery.sqnr,
     "own": {name: min(probe.sqnr_x, probe.sqnr_w, probe.sqnr_g) for name, probe in controller.probed.items()},
 }
 Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(result))

@@ -103,7 +103,7 @@ def test_the_guard_goes_back_to_a_snapshot_in_pinned_memory(recipe: str, tmp_pat
         """Before the run is over, and the snapshots' memory is free."""
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            snapshots = callback.controller._snapshots._snapshots
+            snapshots = callback.controller.recovery.snapshots._snapshots
             held[:] = [part for snapshot in snapshots for tensor in snapshot.held().values() for part in tensor.parts]
 
     trainer = _trainer(tmp_path, model, callback, NaNGradient(model, 16), Look(), bf16=True, max_steps=30)

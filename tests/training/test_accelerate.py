@@ -266,7 +266,7 @@ def test_a_step_that_makes_the_optimizers_state_is_none():
 
     loop = Loop({"schedule": [{"until": "1 steps", "recipe": "bf16"}, {"recipe": "mxfp8"}]}, scaler=True)
     run = loop.accelerator._custom_objects[0]
-    run._aside(lambda: _init_optim_state(loop.optimizer), run._about_to_save)()
+    run._without_counting(lambda: _init_optim_state(loop.optimizer), run._prepare_to_save)()
     assert loop.optimizer.state
     assert (run.step, loop.controller.phase) == (0, 0)
     assert [entry["recipe"] for entry in loop.train(2).seen] == ["bf16", "mxfp8"]

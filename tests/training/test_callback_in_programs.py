@@ -18,7 +18,7 @@ from lowprec.conversion.discover import recipes_of
 from lowprec.distributed.processes import use_one_gpu
 from lowprec.observe import LayerProbe
 from lowprec.recipe.state import is_state
-from lowprec.training.control import controller as controlling
+from lowprec.training.control import recovery
 from lowprec.training.control.controller import PrecisionController
 from tests.builders import losses, prose, small_trainer, tiny_llama
 from tests.training.control.test_guard_in_training import GUARD, NaNGradient
@@ -46,7 +46,7 @@ def test_one_callback_in_two_trainers_one_after_the_other(tmp_path: Path):
     callback = LowPrecisionCallback({"recipe": "mxfp4", "guard": GUARD})
     small_trainer(tmp_path / "1", callback, NaNGradient(model, 15), model=model, max_steps=18).train()
     assert callback.controller.raised
-    assert not callback.controller._snapshots.steps  # their memory is free
+    assert not callback.controller.recovery.snapshots.steps  # their memory is free
     saves = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     plain = small_trainer(tmp_path / "2", **saves)
     plain.train()
@@ -155,7 +155,7 @@ def test_one_snapshot_at_least_has_settled():
         controller.after_step(step)
         if step % 2:
             controller.saved(step)
-        steps = controller._snapshots.steps
+        steps = controller.recovery.snapshots.steps
         assert step < 2 or steps[0] <= step + 1 - 3  # if the next one is a breach
         assert len(steps) <= 2
         assert steps[-1] >= step - 4
@@ -163,12 +163,12 @@ def test_one_snapshot_at_least_has_settled():
 
 def test_quantisation_errors_are_in_the_state():
     controller = PrecisionController({"recipe": "mxfp8", "guard": True})
-    controller._sqnr = {"a": 12.5}
+    controller.recovery.sqnr = {"a": 12.5}
     other = PrecisionController({"recipe": "mxfp8", "guard": True})
     other.load_state_dict(controller.state_dict())
-    assert other._sqnr == {"a": 12.5}
+    assert other.recovery.sqnr == {"a": 12.5}
     other.forget()
-    assert other._sqnr is None
+    assert other.recovery.sqnr is None
     old = controller.state_dict()
     del old["sqnr"]
     other.load_state_dict(old)  # of a checkpoint from before
@@ -185,9 +185,9 @@ def test_ranks_that_measured_other_layers_reduce_the_same(monkeypatch: pytest.Mo
         reduced.append(lowest.clone())
         lowest[1] = 5.0  # what the other rank measured
 
-    monkeypatch.setattr(controlling.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(controlling.dist, "all_reduce", all_reduce)
-    found = controller._worst_sqnr({names[3]: LayerProbe(sqnr_x=20.0, sqnr_w=30.0, sqnr_g=10.0)})
+    monkeypatch.setattr(recovery.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(recovery.dist, "all_reduce", all_reduce)
+    found = recovery.worst_sqnr(model, {names[3]: LayerProbe(sqnr_x=20.0, sqnr_w=30.0, sqnr_g=10.0)}, "cpu")
     assert [len(values) for values in reduced] == [len(names)]
     assert found == {names[1]: 5.0, names[3]: 10.0}
 

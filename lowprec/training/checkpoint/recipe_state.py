@@ -1,95 +1,101 @@
-"""What a recipe keeps, beside checkpoints that hold a part of the model only: PEFT's have the
-adapters, not the layers beneath them.
+"""Recipe state next to PEFT adapter checkpoints: those hold the adapters, not the layers beneath
+them, whose buffers a recipe keeps.
 
-The file is written and read with the adapters themselves: so it is there before a checkpoint counts
-as whole, and it is found wherever the Trainer goes on from. A sharded model is saved and loaded
-past PEFT; there the callback does it.
+The file is written and read together with the adapters. So it is there before a checkpoint counts
+as complete, and it is found wherever the Trainer resumes from. The Trainer saves and loads a
+sharded model without PEFT's methods; the callback saves and loads the file then.
 """
 
-import os
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
+from lowprec.recipe.finished import FinishedFlag
 from lowprec.recipe.state import is_state
-from lowprec.training.checkpoint.files import is_whole, state_of
-from lowprec.training.checkpoint.final_model import is_finished
 from lowprec.training.checkpoint.peft import is_peft
-
-FILE = "lowprec_state.safetensors"
-
-_READ = "_lowprec_state_read"
-"""Set on a model that has read its state with its adapters."""
+from lowprec.training.checkpoint.saved import load_tensors, save_tensors
 
 
-def leaves_state_out(model: Any) -> bool:
-    """Whether the Trainer's checkpoints of `model` have no buffers of its layers, and it has such
-    that a recipe keeps."""
+class RecipeState:
+    """The buffers of a model that recipes keep, as a part of a checkpoint."""
+
+    name = "lowprec_state"
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {
+            name: buffer.detach().cpu().contiguous()
+            for name, buffer in self.model.named_buffers()
+            if is_state(name)
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Copy into the buffers of the same name and shape; the rest of `state` is ignored."""
+        for name, buffer in self.model.named_buffers():
+            if name in state and state[name].shape == buffer.shape:
+                buffer.copy_(state[name])
+
+
+def leaves_state_out(model: nn.Module) -> bool:
+    """Return whether the Trainer's checkpoints of `model` lack recipe state that the model has."""
     return is_peft(model) and any(is_state(name) for name, _ in model.named_buffers())
 
 
-def keep_beside_adapters(model: Any) -> None:
-    """Let a model of PEFT's write the state when it saves its adapters, and read it when it loads
-    them."""
-    if is_peft(model) and not isinstance(vars(model).get("load_adapter"), partial):
-        model.save_pretrained, model.load_adapter = partial(_save, model), partial(_load, model)
+class StateBesideAdapters:
+    """Makes a PEFT model write recipe state when it saves its adapters, and read it when it loads
+    them.
+
+    It takes the place of the model's methods `save_pretrained` and `load_adapter`.
+    """
+
+    def __init__(self, model: Any, finished: FinishedFlag) -> None:
+        self.model = model
+        self._finished = finished
+        self._was_read = False
+        model.save_pretrained = self.save_pretrained
+        model.load_adapter = self.load_adapter
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **settings: Any) -> Any:
+        """Save the adapters by PEFT and, unless the run has finished, recipe state beside them."""
+        result = type(self.model).save_pretrained(self.model, save_directory, *args, **settings)
+        wanted = leaves_state_out(self.model) and not self._finished.finished
+        if wanted and settings.get("is_main_process", True):
+            save_tensors(RecipeState(self.model), Path(save_directory))
+        return result
+
+    def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **settings: Any) -> Any:
+        """Load an adapter by PEFT, and recipe state if it lies beside it."""
+        load = type(self.model).load_adapter
+        result = load(self.model, model_id, adapter_name, *args, **settings)
+        state, folder = RecipeState(self.model), Path(model_id)
+        # An adapter that is not called "default" lies in a folder of its name, below the state.
+        self._was_read = load_tensors(state, folder) or (
+            folder.name == adapter_name and load_tensors(state, folder.parent)
+        )
+        return result
+
+    def take_was_read(self) -> bool:
+        """Return whether the adapters that were loaded last had recipe state beside them, and
+        forget it."""
+        was_read, self._was_read = self._was_read, False
+        return was_read
 
 
-def _save(model: Any, save_directory: Any, *args: Any, **settings: Any) -> Any:
-    result = type(model).save_pretrained(model, save_directory, *args, **settings)
-    if leaves_state_out(model) and not is_finished(model) and settings.get("is_main_process", True):
-        save_state(model, Path(save_directory))
-    return result
+def keep_beside_adapters(model: Any, finished: FinishedFlag) -> StateBesideAdapters | None:
+    """Return the StateBesideAdapters of a PEFT model, a new one if it has none; None for another
+    model.
 
-
-def _load(model: Any, model_id: Any, adapter_name: str, *args: Any, **settings: Any) -> Any:
-    result = type(model).load_adapter(model, model_id, adapter_name, *args, **settings)
-    place = Path(
-        model_id
-    )  # of this adapter; one that is not called "default" lies below what the others share
-    found = load_state(model, place) or (
-        place.name == adapter_name and load_state(model, place.parent)
-    )
-    setattr(model, _READ, found)
-    return result
-
-
-def has_read_state(model: nn.Module) -> bool:
-    """Whether the adapters that `model` loaded last had the state beside them; asked once."""
-    return vars(model).pop(_READ, False)
-
-
-def save_state(model: Any, checkpoint: Path) -> None:
-    state = {
-        name: buffer.detach().cpu().contiguous()
-        for name, buffer in model.named_buffers()
-        if is_state(name)
-    }
-    unfinished = checkpoint / f".{FILE}"
-    save_file(state, unfinished)
-    os.replace(unfinished, checkpoint / FILE)
-
-
-@torch.no_grad()
-def load_state(model: Any, checkpoint: Path) -> bool:
-    """Whether the checkpoint had any; what the model has no place for is left."""
-    if not (checkpoint / FILE).is_file():
-        return False
-    state = load_file(checkpoint / FILE)
-    for name, buffer in model.named_buffers():
-        if name in state and state[name].shape == buffer.shape:
-            buffer.copy_(state[name])
-    return True
-
-
-def is_checkpoint_of(checkpoint: Path, state: Any) -> bool:
-    """Whether a TrainerState was read from this checkpoint: the callback is told of the state, not
-    of the place."""
-    if not is_whole(checkpoint):
-        return False
-    held = state_of(checkpoint)
-    return held["global_step"] == state.global_step and held["log_history"] == state.log_history
+    Args:
+        finished: the model's flag; while it is up the adapters are saved alone.
+    """
+    if not is_peft(model):
+        return None
+    present = getattr(vars(model).get("load_adapter"), "__self__", None)
+    if isinstance(present, StateBesideAdapters):
+        return present
+    return StateBesideAdapters(model, finished)

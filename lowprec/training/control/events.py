@@ -32,7 +32,7 @@ class Events:
         """
         self._directory, self._logs, self._stale_after = directory, logs, stale_after
 
-    def tell(self, step: int, event: str, reason: str, **more: Any) -> None:
+    def add(self, step: int, event: str, reason: str, **more: Any) -> None:
         record = {"step": step, "event": event, "reason": reason, **more}
         self.records.append(record)
         if self._logs:

@@ -14,8 +14,9 @@ from transformers import Trainer, TrainerCallback
 
 from lowprec import LowPrecisionCallback
 from lowprec.nn import LowPrecisionLinear
-from lowprec.training.callback import STATE
 from lowprec.training.checkpoint import files as checkpoint_files
+from lowprec.training.checkpoint.torn import STILL_WRITTEN
+from lowprec.training.control.controller import PrecisionController
 from tests.builders import losses, prose, small_trainer, tiny_llama
 from tests.processes import run
 
@@ -94,7 +95,7 @@ def test_a_checkpoint_without_the_callbacks_state_is_taken(tmp_path: Path):
     plain = small_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
     plain.train()
     checkpoint = tmp_path / "checkpoint-2"
-    assert STATE not in json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"]
+    assert PrecisionController.name not in json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"]
     trainer = small_trainer(tmp_path, LowPrecisionCallback({"recipe": "mxfp4_aws", "guard": True}), max_steps=4)
     trainer.train(resume_from_checkpoint=str(checkpoint))
     assert trainer.state.global_step == 4
@@ -185,7 +186,7 @@ def test_a_checkpoint_that_was_cut_short_just_now_is_not_resumed_from(tmp_path: 
     (tmp_path / "checkpoint-4" / "optimizer.pt").write_bytes(b"half of it")
     began = time.monotonic()
     again = small_trainer(tmp_path, LowPrecisionCallback("bf16"), max_steps=4, **settings)
-    assert time.monotonic() - began < checkpoint_files.STILL_WRITTEN + 3
+    assert time.monotonic() - began < STILL_WRITTEN + 3
     assert (tmp_path / "torn-checkpoint-4").is_dir()
     again.train(resume_from_checkpoint=True)
     assert sorted(losses(again)) == [1, 2, 3, 4]

@@ -13,6 +13,7 @@ from lowprec import UserError
 from lowprec.cli.main import main
 from lowprec.files import keep_lines_until
 from lowprec.training.checkpoint import files as checkpoint_files
+from lowprec.training.checkpoint.torn import set_aside_torn
 from lowprec.training.run import directory as run_directory
 from lowprec.training.run import pretrain
 from lowprec.training.run.models import ModelConfig, build_config
@@ -240,7 +241,7 @@ def test_an_events_file_of_another_origin(tmp_path: Path):
 
 def test_a_file_named_like_a_checkpoint(tmp_path: Path):
     (tmp_path / "checkpoint-5").write_text("mine")
-    assert checkpoint_files.set_aside_torn(tmp_path) == []
+    assert set_aside_torn(tmp_path) == []
     assert checkpoint_files.last_checkpoint(tmp_path) is None
 
 

@@ -1,0 +1,73 @@
+"""What a checkpoint holds beside the weights, and where it is kept.
+
+Each part is an object with a name and the pair `state_dict` and `load_state_dict`, which is torch's
+own contract (`torch.distributed.checkpoint.stateful.Stateful`). Who writes the checkpoint decides
+the place:
+
+    the Trainer     trainer_state.json, under `stateful_callbacks[name]`: plain JSON data
+    PEFT            <name>.safetensors beside the adapters: tensors
+    Accelerate      custom_checkpoint_N.pkl, by `accelerator.register_for_checkpointing(part)`
+"""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from safetensors.torch import load_file, save_file
+
+if TYPE_CHECKING:
+    from transformers import TrainerState
+
+
+class Saved(Protocol):
+    """A part of a checkpoint."""
+
+    @property
+    def name(self) -> str:
+        """Name of the part, part of the format: checkpoints of earlier versions have it."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def put_into_trainer_state(part: Saved, state: "TrainerState") -> None:
+    """Put the part into the state that the Trainer writes with its next checkpoint."""
+    _entries(state)[part.name] = part.state_dict()
+
+
+def load_from_trainer_state(part: Saved, state: "TrainerState") -> bool:
+    """Load the part from the state of a resumed Trainer; return False if it is not there."""
+    held = _entries(state).get(part.name)
+    if held is None:
+        return False
+    part.load_state_dict(held)
+    return True
+
+
+def _entries(state: "TrainerState") -> dict[str, Any]:
+    entries: Any = state.stateful_callbacks  # declared as the list that it is made of
+    return entries
+
+
+def tensor_file(part: Saved) -> str:
+    """Return the name of the part's file."""
+    return f"{part.name}.safetensors"
+
+
+def save_tensors(part: Saved, directory: Path) -> None:
+    """Write the part to its file in `directory`, all of it or nothing."""
+    file = tensor_file(part)
+    unfinished = directory / f".{file}"
+    save_file(part.state_dict(), unfinished)
+    os.replace(unfinished, directory / file)
+
+
+def load_tensors(part: Saved, directory: Path) -> bool:
+    """Load the part from its file in `directory`; return False if there is none."""
+    file = directory / tensor_file(part)
+    if not file.is_file():
+        return False
+    part.load_state_dict(load_file(file))
+    return True
