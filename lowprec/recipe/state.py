@@ -36,6 +36,7 @@ def history_name(gemm: str, side: str) -> str:
 HISTORIES = tuple(history_name(*operand) for operand in OPERANDS)
 """Names of the buffers with amax histories, in the order of `OPERANDS`."""
 
+
 def is_state(name: str) -> bool:
     """Return whether a buffer of this full name belongs to a recipe's state."""
     last = name.rpartition(".")[2]

@@ -1,10 +1,10 @@
-"""Automatic mixed precision for a training loop of one's own, and the loss scaling of fp16, also
-for a GradScaler that somebody else owns.
+"""Automatic mixed precision for a training loop of one's own: autocast, and the loss scaling of
+fp16.
 
 Small gradients are zero in fp16: its smallest positive number is 2^-24. So the loss is multiplied
-by a large scale before the backward and the gradients are divided by it after (arXiv 1710.03740,
-section 3.2). The scale is dynamic: it falls when a gradient overflows, and that step is skipped; it
-rises after a while without.
+by a large scale before the backward, and the gradients are divided by it afterwards (arXiv
+1710.03740, section 3.2). The scale is dynamic: when a gradient overflows, the scale falls and the
+step is skipped; after a number of steps without overflow it rises.
 """
 
 from contextlib import AbstractContextManager
@@ -23,20 +23,20 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 
 @dataclass(frozen=True, kw_only=True)
 class StepInfo:
-    """What an optimizer step did."""
+    """The result of an optimizer step."""
 
     skipped: bool
-    """A gradient was Inf or NaN under fp16, on some rank: neither weights nor optimizer state have
-    changed."""
+    """Flag: a gradient was Inf or NaN under fp16, on some rank. So neither weights nor optimizer
+    state have changed."""
     grad_norm: Tensor | None
-    """fp32 scalar: the 2-norm of all unscaled gradients before clipping, over all ranks' shards;
-    None without `max_norm`."""
+    """2-norm of all unscaled gradients before clipping, over the shards of all ranks, as an fp32
+    scalar; None without `max_norm`."""
     loss_scale: float | None
-    """That of the next backward; None without loss scaling."""
+    """Loss scale of the next backward; None without loss scaling."""
 
 
 class Amp:
-    """Mixed precision in a loop of one's own, on one device, in DDP or in FSDP2.
+    """Mixed precision in a training loop of one's own, on one device, in DDP or in FSDP2.
 
         amp = Amp("fp16", model)
         for batch in batches:
@@ -47,14 +47,15 @@ class Amp:
             optimizer.zero_grad()
 
     Args:
-        precision: "bf16" or "fp16" autocast, the latter with loss scaling; or "off".
-        model: what is trained, after it was moved, converted and wrapped.
+        precision: "bf16" (autocast), "fp16" (autocast with loss scaling) or "off".
+        model: the model to train, after it was moved, converted and wrapped.
         loss_scaling: settings for fp16.
-        device_type: "cpu" or "cuda"; None: that of the model's first parameter.
+        device_type: "cpu" or "cuda"; None: the type of the model's first parameter.
     Attributes:
         scaler: the LossScaler; None without fp16.
     Raises:
-        UserError: another word for the precision, fp16 weights in fp16, another device type.
+        UserError: the precision or the device type is another word, or "fp16" has to train fp16
+            weights.
     """
 
     def __init__(
@@ -85,29 +86,31 @@ class Amp:
             self.scaler = LossScaler(loss_scaling, self.device_type)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """What the forward runs in; "off" also switches an outer autocast off."""
+        """Return the context for the forward pass; "off" also switches an outer autocast off."""
         return torch.autocast(
             self.device_type, dtype=_DTYPES[self.precision], enabled=self.precision != "off"
         )
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a scalar loss, scaled under fp16. To accumulate over n batches, give
-        each loss / n."""
-        # A loss in fp16 would overflow when it is scaled.
-        loss = loss.float()
+        """Add the gradients of a scalar loss, scaled under fp16. To accumulate over n batches, pass
+        loss / n for each."""
+        loss = loss.float()  # a loss in fp16 would overflow when it is scaled
+        if self.scaler is not None:
+            loss = self.scaler.scale(loss)
         self._backward_since_step = True
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        loss.backward()
 
     def step(self, optimizer: torch.optim.Optimizer, max_norm: float | None = None) -> StepInfo:
-        """Unscale the gradients, clip their norm to `max_norm`, step unless one is not finite
-        (under fp16), and adapt the scale.
+        """Unscale the gradients, clip their norm to `max_norm`, step unless a gradient is not
+        finite (under fp16), and adapt the scale.
 
-        The gradients stay for the caller to clear.
+        The gradients stay; the caller clears them.
 
         Raises:
             LossScaleError: the scale fell below its floor.
-            UserError: no backward since the last step. After it the gradients of a second optimizer
-                have a scale that is no longer known: give one optimizer all parameters, in groups.
+            UserError: there was no backward since the last step. After a step, the scale of the
+                gradients of a second optimizer is unknown: give one optimizer all parameters, in
+                groups.
         """
         if not self._backward_since_step:
             raise UserError(
@@ -130,12 +133,12 @@ class Amp:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The loss scaler's state, numbers only; empty without one."""
+        """Return the state of the loss scaler, numbers only; an empty dict without loss scaling."""
         return {} if self.scaler is None else self.scaler.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """From `state_dict`, or a GradScaler's. An empty one, of a run without fp16, leaves the
-        scale as configured."""
+        """Take the result of `state_dict`, or of a GradScaler's. An empty dict (from a run without
+        fp16) keeps the configured scale."""
         if self.scaler is not None and state_dict:
             self.scaler.load_state_dict(state_dict)
 

@@ -56,8 +56,7 @@ from lowprec.training.control.controller import PrecisionController
 from lowprec.training.control.guard import check_replay
 from lowprec.training.control.precision import PrecisionConfig
 from lowprec.training.control.replay import Replay
-from lowprec.training.control.wandb_log import log_events, log_plan, log_scalars
-from lowprec.training.file_names import PLAN
+from lowprec.training.control.trainer_log import TrainerLog
 from lowprec.training.log import show_log
 from lowprec.training.optim.adamw import is_low_bit
 from lowprec.training.optim.loss_scaling import (
@@ -106,18 +105,13 @@ class LowPrecisionCallback(TrainerCallback):
             precision, parts=parts, tokens=tokens, compiled=compiled
         )
         self._replay = Replay(self.controller)
+        self._log = TrainerLog(self.controller)
         self._hooked: nn.Module | None = None
         """The model that has this callback's hooks."""
         self._finished: FinishedFlag | None = None
         """The flag of the hooked model."""
         self._adapters: StateBesideAdapters | None = None
         """Set if the hooked model is one of PEFT's."""
-        self._comes_first = False
-        """Flag: the callback comes before those that log."""
-        self._plan_is_due = False
-        """Flag: the plan is to be logged when the next step begins."""
-        self._reported = 0
-        """Number of events that the plan on disk and wandb know of."""
 
     @property
     def precision(self) -> PrecisionConfig:
@@ -142,7 +136,7 @@ class LowPrecisionCallback(TrainerCallback):
             return 1 if callback is self else 2
 
         trainer.callback_handler.callbacks.sort(key=place)
-        self._comes_first = True
+        self._log.comes_first = True
 
     def train(self, trainer: Trainer, resume_from_checkpoint: str | bool | None = None) -> Any:
         """Call `trainer.train()`, and call it again from the last good checkpoint whenever the
@@ -249,30 +243,23 @@ class LowPrecisionCallback(TrainerCallback):
         if not was_read and state.global_step and leaves_state_out(model):
             self._load_recipe_state(model, args, state)
         put_into_trainer_state(controller, state)
-        if state.is_world_process_zero and controller.plan is not None:
-            controller.plan.save(_output_dir(args) / PLAN)
-        self._plan_is_due = True
+        self._log.begin(args, state)
         self._set_finished(False)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        plan = self.controller.plan
-        if self._plan_is_due and _logs_to_wandb(args, state) and plan is not None:
-            # When training begins is too early: if wandb's callback comes after this one, it has
-            # not started the run then.
-            log_plan(plan, state.global_step)
-        self._plan_is_due = False
+        self._log.show_plan(args, state)
         phase = self.controller.phase
         self.controller.before_step(state.global_step)
         if self.controller.phase != phase:
-            self._report_events(args, state)
+            self._log.show_events(args, state)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         self.controller.after_step(state.global_step)
-        self._report_events(args, state)
+        self._log.show_events(args, state)
         put_into_trainer_state(self.controller, state)
         if self.controller.replay_before is not None:
             # The run goes back: the present weights are neither saved nor evaluated.
@@ -318,16 +305,10 @@ class LowPrecisionCallback(TrainerCallback):
         logs |= values
         if state.log_history:
             state.log_history[-1].update(values)
-        if values and _logs_to_wandb(args, state) and not self._comes_first:
-            log_scalars(values, state.global_step)
+        self._log.show_scalars(values, args, state)
 
     def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.controller.stop()
         self._set_finished(self.controller.replay_before is None)
@@ -366,7 +347,7 @@ class LowPrecisionCallback(TrainerCallback):
             return
         if begins or self.controller.replay_before is None:
             self.controller.forget()
-            self._reported = 0
+            self._log.forget()
 
     def _load_recipe_state(self, model: Any, args: TrainingArguments, state: TrainerState) -> None:
         """Load what the recipe keeps from beside the adapters that the Trainer resumed with."""
@@ -377,24 +358,7 @@ class LowPrecisionCallback(TrainerCallback):
                 "anew"
             )
 
-    def _report_events(self, args: TrainingArguments, state: TrainerState) -> None:
-        """Bring the plan on disk and wandb up to date with new events."""
-        events = self.controller.events[self._reported :]
-        if not events:
-            return
-        self._reported = len(self.controller.events)
-        plan = self.controller.plan
-        if not state.is_world_process_zero or plan is None:
-            return
-        plan.save(_output_dir(args) / PLAN)
-        if _logs_to_wandb(args, state):
-            log_events(events, plan)
-
 
 def _output_dir(args: TrainingArguments) -> Path:
     assert args.output_dir is not None
     return Path(args.output_dir)
-
-
-def _logs_to_wandb(args: TrainingArguments, state: TrainerState) -> bool:
-    return state.is_world_process_zero and "wandb" in (args.report_to or ())

@@ -1,5 +1,5 @@
-"""Names of the files that a run writes into its directory (`run/directory.py` says what each
-holds)."""
+"""Names of the files that a run writes into its directory. `run/directory.py` says what each of
+them holds."""
 
 CONFIG = "config.yaml"
 PLAN = "plan.json"

@@ -1,4 +1,4 @@
-"""Where the "lowprec" logger writes."""
+"""The output of the "lowprec" logger."""
 
 import logging
 import sys
@@ -7,8 +7,8 @@ logger = logging.getLogger("lowprec")
 
 
 def show_log() -> None:
-    """Let the "lowprec" logger write to stderr, unless the program has set up logging: a user
-    should see what was converted."""
+    """Make the "lowprec" logger write to stderr, unless the program has set up logging. So a user
+    sees what was converted."""
     if not logger.hasHandlers():
         logger.addHandler(logging.StreamHandler(sys.stderr))
         logger.setLevel(logging.INFO)

@@ -1,1 +1,1 @@
-"""What a checkpoint holds, and how it is read again."""
+"""Checkpoints: the parts that they hold, and loading them again."""

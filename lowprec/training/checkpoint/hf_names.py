@@ -1,11 +1,11 @@
-"""Loading what transformers saved under a model's original names.
+"""Loading checkpoints that transformers saved under a model's original names.
 
-transformers 5 keeps some models, most mixtures of experts among them, under other names than their
-checkpoints have: `save_pretrained` writes `block_sparse_moe.experts.0.w1.weight` for a slice of
-`mlp.experts.gate_up_proj`, and `from_pretrained` puts it back. The Trainer saves its checkpoints by
-the one, but resumes, and loads the best model, by `load_state_dict`, which ignores names that it
-does not know: experts and router silently stay as they were (transformers 5.17). So the model
-translates what it is handed.
+Some models of transformers 5, most mixtures of experts among them, have other names than their
+checkpoints: `save_pretrained` writes `block_sparse_moe.experts.0.w1.weight` for a slice of
+`mlp.experts.gate_up_proj`, and `from_pretrained` puts it back. The Trainer saves checkpoints by
+`save_pretrained`. But it resumes, and loads the best model, by `load_state_dict`, which ignores
+unknown names: experts and router silently keep their values (transformers 5.17). So a hook of the
+model translates the names of the state dict that it loads.
 """
 
 import copy
@@ -21,16 +21,16 @@ from lowprec.recipe.state import is_state
 
 _NUMBER = re.compile(r"\d+")
 _OWN_PARTS = 3
-"""Last parts of a buffer's name that no renaming touches: `low_precision.down_proj.rounding_state`,
-`q_proj.rounding_state`'s too."""
+"""Number of last parts of a buffer's name that no renaming changes:
+`low_precision.down_proj.rounding_state`, `q_proj.rounding_state`."""
 
 
 def accept_original_names(model: nn.Module) -> Any:
-    """Let `model.load_state_dict` take a state dict that `save_pretrained` wrote. Returns the
+    """Make `model.load_state_dict` accept a state dict that `save_pretrained` wrote. Return the
     hook's handle.
 
-    Only a model of transformers' that is neither wrapped nor sharded is helped; a state dict that
-    has all of its names is left alone.
+    This works for a model of transformers that is neither wrapped nor sharded. A state dict that
+    has all names of the model is not changed.
     """
     return model.register_load_state_dict_pre_hook(_translate)
 
@@ -41,7 +41,7 @@ def _translate(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_:
     known = _saved_names(model)
     missing = known - state_dict.keys()
     strange = {name: tensor for name, tensor in state_dict.items() if name not in known}
-    # What recipes keep differs between them, and says nothing of the weights' names.
+    # The names of recipe state differ between recipes, and do not show how weights are named.
     if all(map(is_state, missing)) or all(map(is_state, strange)):
         return
     kind: Any = next(
@@ -49,16 +49,16 @@ def _translate(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_:
         for base in type(model).__mro__
         if base.__module__.startswith("transformers.") or base is PreTrainedModel
     )
-    if (
-        kind.forward is nn.Module.forward
-    ):  # no model yet: what is one is the user's own, which transformers knows no other names of
+    # A user's own class is directly below an abstract class of transformers', which has no forward.
+    # transformers knows no other names of it.
+    if kind.forward is nn.Module.forward:
         return
     # transformers translates only while it builds a model.
     weights = {name: tensor for name, tensor in state_dict.items() if not is_state(name)}
-    built, told = _build(kind, model, weights)
-    if not missing & built.keys() - told:
+    built, without_value = _build(kind, model, weights)
+    if not missing & built.keys() - without_value:
         return
-    for name in missing & built.keys() - told:
+    for name in missing & built.keys() - without_value:
         state_dict[name] = built[name]
     for name in filter(is_state, missing):
         like = [other for other in strange if is_state(other) and _place(other) == _place(name)]
@@ -69,7 +69,8 @@ def _translate(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_:
 
 
 def _saved_names(model: nn.Module) -> set[str]:
-    """The names in the model's state dict, those of tied weights and what hooks leave out too."""
+    """Return the names in the model's state dict, with those of tied weights and those that hooks
+    leave out."""
     modules = dict(model.named_modules(remove_duplicate=False)).items()
     unsaved = {
         f"{name}.{buffer}".lstrip(".")
@@ -88,9 +89,9 @@ def _saved_names(model: nn.Module) -> set[str]:
 def _build(
     kind: Any, model: PreTrainedModel, weights: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], set[str]]:
-    """What transformers' class `kind` makes of these weights, by the model's names, and the names
-    for which they had nothing."""
-    # The widest dtype holds all of them; what is loaded from it is rounded to the model's own.
+    """Load the weights into a new model of transformers' class `kind`. Return its state dict, and
+    the names in it that got no value."""
+    # The widest dtype holds all weights; `load_state_dict` rounds to the dtypes of the model.
     dtype = reduce(
         torch.promote_types,
         (tensor.dtype for tensor in weights.values() if tensor.is_floating_point()),
@@ -108,5 +109,6 @@ def _build(
 
 
 def _place(name: str) -> tuple[Any, ...]:
-    """What stays of a buffer's name if modules are renamed: the numbers in it, and its end."""
+    """Return the parts of a buffer's name that stay when modules are renamed: the numbers in it,
+    and its end."""
     return (*_NUMBER.findall(name), *name.split(".")[-_OWN_PARTS:])

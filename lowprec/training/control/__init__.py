@@ -1,1 +1,1 @@
-"""The precision of a run while it trains: schedule, guard, snapshots, events."""
+"""Control of the precision during a run: schedule, guard, recovery, events."""

@@ -1,5 +1,5 @@
-"""What happened in a run: phases of the precision, breaches and recoveries; in memory, in the log
-and in the run's events.jsonl."""
+"""The events of a run: new phases of the precision, breaches and recoveries. They are kept in
+memory, in the log and in the run's events.jsonl."""
 
 import json
 import logging
@@ -13,26 +13,37 @@ logger = logging.getLogger("lowprec")
 
 
 class Events:
-    """Events of a run, oldest first in `records`. Without `begin` they are only kept."""
+    """The events of a run. Before `begin`, events are only added to `records`."""
 
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
+        """All events, oldest first."""
         self._directory: Path | None = None
         self._logs = True
         self._stale_after: int | None = None
 
     def begin(self, directory: Path | None, *, logs: bool, stale_after: int | None) -> None:
-        """The run begins, or goes on.
+        """Begin a run, or resume it.
 
         Args:
-            directory: where events.jsonl is written, if anywhere.
-            logs: whether this process tells of events in the log.
-            stale_after: after which step the file may have events of a course that the run has
-                left; None: it has none.
+            directory: where events.jsonl is written; None: nowhere.
+            logs: whether this process logs events.
+            stale_after: the step that the run resumes after. Later events in the file may be stale:
+                they belong to steps that the run takes again. None: the file has no stale events.
         """
-        self._directory, self._logs, self._stale_after = directory, logs, stale_after
+        self._directory = directory
+        self._logs = logs
+        self._stale_after = stale_after
 
     def add(self, step: int, event: str, reason: str, **more: Any) -> None:
+        """Record an event, log it, and append it to the file.
+
+        Args:
+            step: number of finished steps.
+            event: kind of the event, in one word.
+            reason: one line.
+            more: other entries of the record; `layers` is a list of lines for the log.
+        """
         record = {"step": step, "event": event, "reason": reason, **more}
         self.records.append(record)
         if self._logs:
@@ -48,7 +59,7 @@ class Events:
                 file.write(json.dumps(record) + "\n")
 
     def forget_stale(self) -> None:
-        """Take what is stale out of the file, once."""
+        """Remove stale events from the file. Only the first call after `begin` does something."""
         if self._directory is not None and self._stale_after is not None:
             keep_lines_until(self._directory / EVENTS, self._stale_after)
         self._stale_after = None

@@ -1,12 +1,12 @@
-"""The precision of a training run, in the forms that a user may give it: that of the layers, and
-how it changes over the run.
+"""The configuration of a training run's precision: the precision of the layers, and its changes
+over the run.
 
 precision:
-  recipe: fp8_blockwise                       # this and more as in `lowprec.conversion.config`
+  recipe: fp8_blockwise                       # and all settings of `lowprec.conversion.config`
   schedule:                                   # precision over the run
     - {until: 5%, recipe: bf16}
     - {until: 100%, recipe: fp8_blockwise}
-  loss_scaling: {init_scale: 65536}           # of fp16 autocast
+  loss_scaling: {init_scale: 65536}           # for fp16 autocast
   guard: true                                 # or its settings, {snapshot_every: 50}
   probe_every: 50
 """
@@ -18,7 +18,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 
 from lowprec.config.schema import parse
-from lowprec.conversion.config import ConversionConfig, precision_settings
+from lowprec.conversion.config import ConversionConfig, Precision, precision_settings
 from lowprec.recipe import library
 from lowprec.recipe.state import new_state
 from lowprec.training.control.guard import GuardConfig
@@ -27,17 +27,18 @@ from lowprec.training.optim.loss_scaling import LossScalingConfig
 
 
 class PrecisionConfig(ConversionConfig):
-    """Which precision the linear layers of a model train in."""
+    """The precision of a model's linear layers in training."""
 
     schedule: tuple[PhaseConfig, ...] = ()
-    """Precision over the run, phase after phase. Empty: one precision throughout."""
+    """Phases of the run. Empty: one precision throughout."""
     loss_scaling: LossScalingConfig = LossScalingConfig()
-    """Of fp16 autocast."""
+    """Loss scaling of fp16 autocast."""
     guard: GuardConfig | None = None
-    """Watch the run, and go back to the last good state with more precision when it diverges.
-    `true`: with the default settings."""
+    """Settings of the guard, which watches the run and goes back to the last good state, with more
+    precision, when the run diverges. `true`: the default settings."""
     probe_every: int = Field(default=0, ge=0)
-    """Steps between measurements of each layer's quantisation error, which are logged; 0: never."""
+    """Number of steps between measurements of each layer's quantisation error, which are logged; 0:
+    no measurements."""
 
     @field_validator("guard", mode="before")
     @classmethod
@@ -74,15 +75,16 @@ class PrecisionConfig(ConversionConfig):
         return self
 
     def phases(self) -> list["PrecisionConfig"]:
-        """The configuration of each phase, without a schedule; this one alone if there is none."""
+        """Return the configuration of each phase, which has no schedule. Without a schedule, return
+        this configuration alone."""
         if not self.schedule:
             return [self]
         return [self._in_phase(phase) for phase in self.schedule]
 
     @property
     def keeps_state(self) -> bool:
-        """Whether a recipe of it keeps something between steps (`recipe/state.py`), whatever layers
-        the model has."""
+        """Flag: a recipe of the configuration keeps something between steps (`recipe/state.py`),
+        whether or not a layer of the model takes it."""
         recipes = [
             recipe
             for phase in self.phases()
@@ -103,8 +105,8 @@ class PrecisionConfig(ConversionConfig):
         return self.model_copy(update=changes)
 
 
-def parse_precision(precision: Any, where: str = "precision") -> PrecisionConfig:
-    """A PrecisionConfig from a recipe or its name, a mapping, the path of a YAML file, or a
+def parse_precision(precision: Precision, where: str = "precision") -> PrecisionConfig:
+    """Return the PrecisionConfig for a recipe or its name, a mapping, the path of a YAML file, or a
     PrecisionConfig.
 
     Raises:

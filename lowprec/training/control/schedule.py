@@ -1,4 +1,4 @@
-"""Precision over a run: which phase of `precision.schedule` a step belongs to."""
+"""The schedule of the precision: the phases of a run, and the phase that each step belongs to."""
 
 import logging
 import math
@@ -18,17 +18,19 @@ logger = logging.getLogger("lowprec")
 
 
 _UNITS = {"%": 1e-2, "steps": 1.0, "step": 1.0, "tokens": 1.0}
-
-
+_UNIT_NAMES: dict[str, Literal["share", "steps", "tokens"]] = {
+    "%": "share",
+    "steps": "steps",
+    "step": "steps",
+    "tokens": "tokens",
+}
 _MAGNITUDES = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
-
-
 _UNTIL = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([kmbt]?)\s*(%|steps?|tokens)\s*", re.IGNORECASE)
 
 
 class Until(StrictConfig):
-    """A moment of a run: a share of its steps, a number of optimizer steps, or of tokens trained
-    on."""
+    """The end of a phase: a share of the run's steps, a number of optimizer steps, or a number of
+    tokens to train on."""
 
     value: float
     """Share (1 is the end), steps or tokens."""
@@ -36,7 +38,8 @@ class Until(StrictConfig):
 
     @classmethod
     def parse(cls, text: Any) -> "Until":
-        """From "5%", "200 steps" or "1.5B tokens". ValueError for anything else."""
+        """Return the Until for "5%", "200 steps" or "1.5B tokens". Raise ValueError for anything
+        else."""
         if isinstance(text, Until):
             return text
         match = _UNTIL.fullmatch(text) if isinstance(text, str) else None
@@ -49,9 +52,7 @@ class Until(StrictConfig):
         value = float(match[1]) * _MAGNITUDES[match[2].lower()] * _UNITS[unit]
         if unit == "%" and value > 1:
             raise ValueError(f"{text} is after the end of the run")
-        return cls(
-            value=value, unit="share" if unit == "%" else "tokens" if unit == "tokens" else "steps"
-        )
+        return cls(value=value, unit=_UNIT_NAMES[unit])
 
     def __str__(self) -> str:
         if self.unit == "share":
@@ -68,18 +69,18 @@ class Until(StrictConfig):
 
 
 class PhaseConfig(StrictConfig):
-    """A part of the run with a precision of its own. What it does not say is as the configuration
-    around it has it."""
+    """A part of the run with its own precision. Unset fields inherit the enclosing
+    configuration."""
 
     until: Annotated[Until, BeforeValidator(Until.parse), PlainSerializer(str)] = Until(
         value=1.0, unit="share"
     )
-    """Where it ends: a share of the run's steps ("5%"), "200 steps" or "1B tokens" since the start.
-    The last one lasts until 100%."""
+    """End of the phase, since the start of the run: a share of its steps ("5%"), "200 steps" or "1B
+    tokens". The last phase ends at 100%."""
     recipe: Recipe | Literal["configured"] | None = "configured"
-    """The recipe of all layers that no rule names; left out: the configuration's own."""
+    """Recipe of all layers that no rule names. Unset: that of the configuration."""
     rules: tuple[RuleConfig, ...] | None = None
-    """Left out: the configuration's own, which hold in every phase."""
+    """Rules of the phase. Unset: those of the configuration."""
 
     @field_validator("recipe", mode="before")
     @classmethod
@@ -89,14 +90,15 @@ class PhaseConfig(StrictConfig):
 
 @dataclass(frozen=True)
 class Schedule:
-    """The phases of a run of known length."""
+    """The ends of a run's phases in optimizer steps."""
 
     ends: tuple[int, ...]
-    """The number of optimizer steps after which each phase is over; those of phases without steps
-    repeat the one before."""
+    """For each phase, the number of optimizer steps after which it is over. A phase without steps
+    repeats the number of the phase before."""
 
     def phase(self, step: int) -> int:
-        """The number of the phase of the step that comes after `step` finished ones."""
+        """Return the number of the phase that the next step belongs to, after `step` finished
+        ones."""
         return next(
             (number for number, end in enumerate(self.ends) if step < end), len(self.ends) - 1
         )
@@ -109,16 +111,16 @@ def make_schedule(
     *,
     warn: bool = True,
 ) -> Schedule:
-    """The schedule of a run.
+    """Return the schedule of a run.
 
     Args:
-        total_steps: optimizer steps of the run, if known; shares need it.
-        tokens_per_step: tokens that an optimizer step trains on, over all ranks, if known; phases
-            in tokens need it.
-        warn: of phases that never run.
+        phases: the configured phases; none: one phase throughout.
+        total_steps: number of optimizer steps of the run, if known; shares need it.
+        tokens_per_step: number of tokens that an optimizer step trains on, over all ranks, if
+            known; phases in tokens need it.
+        warn: whether to log a warning for phases that never run.
     Raises:
-        UserError: phases whose order shows only now are out of order or overlap, or a length is not
-            known.
+        UserError: a length is not known, or phases in different units are out of order or overlap.
     """
     if not phases:
         return Schedule(ends=(total_steps or 0,))
@@ -128,24 +130,21 @@ def make_schedule(
     ]
     untils = [phase.until for phase in phases]
     for number in range(1, len(ends)):
-        (before, end), place = ends[number - 1 : number + 1], f"precision.schedule.{number}.until"
-        if end < before and number < len(ends) - 1:
+        before, end = ends[number - 1 : number + 1]
+        place = f"precision.schedule.{number}.until"
+        is_last = number == len(ends) - 1
+        if end < before and not is_last:
             raise UserError(
                 f"{place}: phases out of order: {untils[number]} is {_step(end)}, the phase before "
                 f"ends at {_step(before)}"
             )
-        if (
-            end == before
-            and untils[number].unit != untils[number - 1].unit
-            and number < len(ends) - 1
-        ):
+        if end == before and untils[number].unit != untils[number - 1].unit and not is_last:
             raise UserError(
                 f"{place}: phases overlap: {untils[number - 1]} and {untils[number]} are both "
                 f"{_step(end)}"
             )
-        if (
-            end <= before and warn
-        ):  # a short run rounds phases to nothing, or ends before they begin
+        # In a short run a phase may be rounded to no steps, or the run ends before it begins.
+        if end <= before and warn:
             logger.warning(
                 "precision.schedule: phase %d never runs: it is over at %s, as the phase before",
                 number + 1,
@@ -176,4 +175,6 @@ def _end(until: Until, number: int, total_steps: int | None, tokens_per_step: in
 
 
 def _step(end: float) -> str:
-    return "the end" if math.isinf(end) else f"step {int(end)}" if end else "the start"
+    if math.isinf(end):
+        return "the end"
+    return f"step {int(end)}" if end else "the start"

@@ -1,11 +1,11 @@
-"""The last good states of a run in host memory: weights, buffers and optimizer, to go back to
-without reading a checkpoint.
+"""Snapshots of a run in host memory: weights, buffers and optimizer state, to restore without
+reading a checkpoint.
 
-A state is copied out and back in place, tensor by tensor: parameters and optimizer state keep their
-identity, so that hooks, compiled code and sharding go on as if nothing had happened. Tensors that
-are made of others are copied as those: a DTensor by its local shard, torchao's quantised optimizer
-state by its codes and scales. Neither random number generators nor the data's position are part of
-it, nor the learning rate, whose schedule goes on.
+A snapshot is copied out and back in place, tensor by tensor. So parameters and optimizer state keep
+their identity, and hooks, compiled code and sharding are not affected. A tensor that is made of
+others is copied by its parts: a DTensor by its local shard, torchao's quantised optimizer state by
+its codes and scales. A snapshot has neither random number generators nor the position in the data,
+nor the learning rate, whose schedule continues.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,31 +21,35 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from lowprec.nn.codes import forget_weights
 
 _NOT_KEPT = ("params", "lr")
-"""Of an optimizer's parameter groups."""
+"""Entries of an optimizer's parameter groups that a snapshot does not have."""
 
 
 @dataclass(frozen=True)
 class _Held:
-    """A tensor in host memory."""
+    """The copy of a tensor in host memory."""
 
     parts: list[Tensor]
-    """The plain tensors that it is made of."""
+    """Copies of the plain tensors that it is made of."""
     form: Any
-    """How it is made of them (`_form`)."""
+    """The way that it is made of them, see `_form`."""
 
 
 @dataclass
 class _Snapshot:
+    """The state of a run after a step."""
+
     step: int
     tensors: dict[str, _Held] = field(default_factory=dict)
     """Parameters and buffers by name."""
     state: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """The optimizer's state by the number of the parameter; a `_Held` for each tensor."""
+    """Optimizer state by the number of the parameter; each tensor in it is a `_Held`."""
     groups: list[dict[str, Any]] = field(default_factory=list)
+    """The optimizer's parameter groups, without parameters and tensors."""
     scaler: dict[str, Any] = field(default_factory=dict)
+    """State dict of the gradient scaler; empty without one."""
 
     def held(self) -> dict[Any, _Held]:
-        """All tensors, by what they are."""
+        """Return all copies, by a name or a pair (parameter number, key of its optimizer state)."""
         state = {
             (number, key): value
             for number, values in self.state.items()
@@ -56,8 +60,8 @@ class _Snapshot:
 
 
 class Snapshots:
-    """The newest `keep` states of a model and its optimizer; each takes as much host memory as they
-    do."""
+    """The newest `keep` snapshots of a model and its optimizer. Each takes as much host memory as
+    these take on their device."""
 
     def __init__(self, keep: int = 2) -> None:
         if keep < 1:
@@ -67,20 +71,20 @@ class Snapshots:
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """The steps after which states were taken, oldest first."""
+        """The steps after which the snapshots were taken, oldest first."""
         return tuple(snapshot.step for snapshot in self._snapshots)
 
     @torch.no_grad()
     def take(self, step: int, model: nn.Module, optimizer: Any, scaler: Any = None) -> None:
         """Copy the state after optimizer step `step`: trainable parameters, all buffers, the
-        optimizer's state and groups, the scaler's.
+        optimizer's state and groups, the scaler's state.
 
         From a GPU the copies go to pinned memory, in the order of the current stream, without
-        waiting. States of that step and later ones belong to a course that the run has left, and
-        are dropped. Memory of the oldest state serves again.
+        waiting. Snapshots of this step and later ones are dropped: the run has gone back behind
+        them. The memory of the oldest snapshot is used again.
 
         Args:
-            optimizer: a torch.optim.Optimizer, or what Accelerate wraps around one.
+            optimizer: a torch.optim.Optimizer, also in Accelerate's wrapper.
             scaler: a torch.amp.GradScaler; its scale is read, which waits for the device.
         """
         self._snapshots = [snapshot for snapshot in self._snapshots if snapshot.step < step]
@@ -109,22 +113,22 @@ class Snapshots:
         self._snapshots.append(snapshot)
 
     def drop_newest(self) -> None:
-        """Forget the newest state: another takes its place."""
+        """Drop the newest snapshot, so that another one can replace it."""
         self._snapshots.pop()
 
     @torch.no_grad()
     def restore(
         self, model: nn.Module, optimizer: Any, scaler: Any = None, before: int | None = None
     ) -> int:
-        """Put the newest state back, or the newest of step `before` or earlier; drop later ones.
-        Returns its step.
+        """Restore the newest snapshot, or the newest of step `before` or earlier; drop later ones.
+        Return its step.
 
         Optimizer state that did not exist at that step is dropped. Buffers that the model did not
-        have then, or in another shape, stay as
-        they are: a recipe that has changed since may bring its own. Gradients are not touched.
+        have then, or had in another shape, keep their values: a recipe that has changed since may
+        have brought them. Gradients keep their values, too.
 
         Raises:
-            LookupError: there is no such state.
+            LookupError: there is no such snapshot.
         """
         while self._snapshots and before is not None and self._snapshots[-1].step > before:
             self._snapshots.pop()
@@ -141,8 +145,8 @@ class Snapshots:
         _restore_optimizer(snapshot, optimizer)
         if scaler is not None and snapshot.scaler:
             scaler.load_state_dict(deepcopy(snapshot.scaler))
-        # The copies above count as changes of a plain weight; a weight made of others does not
-        # notice what is written to its parts.
+        # The cache of codes notices a copy into a plain weight. It does not notice a copy into the
+        # parts of a weight that is made of other tensors.
         forget_weights()
         return snapshot.step
 
@@ -179,12 +183,12 @@ def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes in a model: trainable parameters and buffers, by name."""
+    """Return what training changes in a model: trainable parameters and buffers, by name."""
     if dist.is_available() and dist.is_initialized():
         from torch.distributed.fsdp import FSDPModule
 
-        # After a forward pass without a backward FSDP2 may hold gathered copies, which would
-        # outlive what is written to the shards.
+        # After a forward pass without a backward FSDP2 may hold gathered parameters. The next
+        # forward would use them instead of the restored shards.
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -195,8 +199,8 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _parts(tensor: Any) -> list[Tensor]:
-    """The plain tensors that a tensor is made of, sharing its memory: a DTensor's local shard, a
-    quantised state's codes and scales."""
+    """Return the plain tensors that a tensor is made of, which share its memory: a DTensor's local
+    shard, the codes and scales of quantised state."""
     if not is_traceable_wrapper_subclass(tensor):
         return [tensor.detach()]
     names, _ = tensor.__tensor_flatten__()
@@ -205,8 +209,8 @@ def _parts(tensor: Any) -> list[Tensor]:
 
 
 def _form(tensor: Any) -> Any:
-    """How a tensor is made of its parts; a plain tensor's is its device. What is no tensor, as a
-    DTensor's mesh, stands for itself."""
+    """Return a description of how a tensor is made of its parts, for `_build`. It is the device for
+    a plain tensor; for another value than a tensor, such as a DTensor's mesh, it is the value."""
     if not isinstance(tensor, Tensor):
         return tensor
     if not is_traceable_wrapper_subclass(tensor):
@@ -222,6 +226,8 @@ def _form(tensor: Any) -> Any:
 
 
 def _build(form: Any, part: Callable[[torch.device], Tensor]) -> Any:
+    """Make a tensor of the form `form`. `part` returns the next plain tensor, on the given
+    device."""
     if isinstance(form, torch.device):
         return part(form)
     if not isinstance(form, tuple):
@@ -239,6 +245,7 @@ def _fits(parts: list[Tensor], others: list[Tensor]) -> bool:
 
 
 def _copy_out(tensor: Tensor, old: _Held | None) -> _Held:
+    """Copy `tensor` to host memory, to that of `old` if it fits."""
     parts = _parts(tensor)
     if old is not None and _fits(old.parts, parts):
         hosts = old.parts
@@ -250,7 +257,8 @@ def _copy_out(tensor: Tensor, old: _Held | None) -> _Held:
 
 
 def _copy_back(held: _Held, tensor: Tensor) -> bool:
-    """Whether the tensor has the shape that it had."""
+    """Copy a snapshot's tensor to `tensor`; return False, and copy nothing, if shape or dtype
+    differ."""
     parts = _parts(tensor)
     if not _fits(held.parts, parts):
         return False

@@ -1,8 +1,8 @@
-"""What a run tells Weights & Biases beyond transformers' own callback: the plan as a table, events,
-and scalars that came too late for it.
+"""Logging to Weights & Biases beyond transformers' own callback: the plan as a table, events, and
+scalars that come too late for that callback.
 
-Everything goes to the run that is active (transformers' callback starts it when training begins);
-without one nothing happens.
+All functions log to the active wandb run, which transformers' callback starts when training begins.
+Without an active run they do nothing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,15 +11,14 @@ from typing import Any
 from lowprec.conversion.plan import Plan
 
 _STEP = "train/global_step"
-"""transformers' name of the step, by which its callback orders all metrics."""
+"""Name of the step in transformers' callback, which orders all metrics by it."""
 
 
 def log_plan(plan: Plan, step: int = 0) -> None:
-    """The plan as a table, "lowprec/plan", and in one line in the run's summary,
+    """Log the plan as a table, "lowprec/plan", and as one line in the run's summary,
     "lowprec/plan_summary".
 
-    (Under the table's own name the line would take the table's place in the summary, where the
-    workspace looks for it.)
+    The names differ because the workspace finds the table in the summary, by its name.
     """
     if (run := _run()) is None:
         return
@@ -37,7 +36,7 @@ def log_plan(plan: Plan, step: int = 0) -> None:
 
 
 def log_events(events: Sequence[Mapping[str, Any]], plan: Plan) -> None:
-    """Each event as a line of text at its step, "lowprec/event", and the plan that they led to."""
+    """Log each event as a line of text at its step, "lowprec/event", and the plan after them."""
     if (run := _run()) is None:
         return
     for event in events:
@@ -49,7 +48,7 @@ def log_events(events: Sequence[Mapping[str, Any]], plan: Plan) -> None:
 
 
 def log_scalars(values: Mapping[str, float], step: int) -> None:
-    """Under the names that transformers' callback would give them."""
+    """Log scalars under the names that transformers' callback would give them."""
     if (run := _run()) is not None:
         run.log({**{f"train/{name}": value for name, value in values.items()}, _STEP: step})
 
