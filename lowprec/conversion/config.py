@@ -128,8 +128,8 @@ class ConversionConfig(ShortReprConfig):
 
 
 Precision = str | Path | Mapping[str, Any] | Recipe | ConversionConfig
-"""What a user may give as a precision: the name of a recipe, the path of a YAML file, a mapping of
-settings, a Recipe or a configuration."""
+"""A precision in any form that a user may give: the name of a recipe, the path of a YAML file, a
+mapping of settings, a Recipe or a configuration."""
 
 
 def parse_conversion(precision: Precision) -> ConversionConfig:

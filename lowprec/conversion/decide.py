@@ -97,7 +97,7 @@ class Decisions:
     config: ConversionConfig
     facts: RunFacts
     layers: Mapping[str, Decision]
-    """By the full name of each layer, in the model's order."""
+    """The decision on each layer, by full name, in the model's order."""
     mlps: tuple[str, ...]
     """Names of the MLPs whose SwiGLU can be fused, if down_proj takes the gate."""
 

@@ -27,7 +27,8 @@ def describe(decisions: Decisions) -> Plan:
 
 
 def _describe_layer(name: str, decision: Decision, device_type: str) -> LayerPlan:
-    weight, recipe = decision.weight, decision.recipe
+    weight = decision.weight
+    recipe = decision.recipe
     gemms = ()
     reason = decision.reason
     if recipe is not None:

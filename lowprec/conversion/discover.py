@@ -75,7 +75,7 @@ class Survey:
     """The weights of a model and their names, as decisions need them under any precision."""
 
     weights: Mapping[str, Weight]
-    """By full name, in the model's order."""
+    """The weights by full name, in the model's order."""
     plain: Mapping[str, str]
     """The name of each weight without PEFT's parts, by its full name."""
     high_precision: Mapping[str, str]

@@ -28,14 +28,14 @@ def deep_llama(*, tied: bool = False, layers: int = 12, device: str = "cpu") -> 
 
 
 class Narrow(nn.Linear):
-    """A subclass, whose forward is its own."""
+    """A subclass of nn.Linear with a forward of its own."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) / 2
 
 
 def converted(model: nn.Module) -> dict[str, str]:
-    """The recipe of each layer that is converted."""
+    """Return the recipe of each converted layer, by name."""
     return {name: module.recipe.name for name, module in model.named_modules() if isinstance(module, LowPrecisionLinear)}
 
 
@@ -128,7 +128,7 @@ def test_gpt2_keeps_its_conv1d_and_says_why():
     assert torch.equal(run(model), before)
 
 
-def test_a_subclass_of_linear_is_left_alone():
+def test_a_subclass_of_linear_stays_in_high_precision():
     model = nn.ModuleDict({"plain": nn.Linear(8, 8), "narrow": Narrow(8, 8)})
     plan = convert(model, "bf16")
     assert converted(model) == {"plain": "bf16"}
@@ -212,7 +212,7 @@ def test_the_first_rule_that_matches_decides():
         ),
     ],
 )  # fmt: skip
-def test_wrong_precision_is_one_line_and_leaves_the_model_alone(precision, message):
+def test_wrong_precision_is_one_line_and_changes_no_model(precision, message):
     model = deep_llama()
     for function in (convert, make_plan):
         with pytest.raises(UserError) as error:
@@ -222,7 +222,7 @@ def test_wrong_precision_is_one_line_and_leaves_the_model_alone(precision, messa
 
 
 def test_nothing_is_converted_when_a_later_layer_can_not_be():
-    """bf16 by the torch backend runs on an accelerator only: the plan for one is fine, and so is converting here for later."""
+    """bf16 by the torch backend runs on an accelerator only: a plan for one can be made here, and a model converted for one."""
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     precision = {"recipe": "bf16", "backend": "torch", "rules": [{"modules": "0", "recipe": "fp32"}]}
     with pytest.raises(UserError, match="slow on a CPU"):
@@ -254,7 +254,7 @@ def test_strict_refuses_a_layer_that_can_not_be_converted():
     assert converted(model) == {}
 
 
-def test_strict_accepts_what_is_native_or_meant_to_be_left_alone():
+def test_strict_accepts_what_is_native_or_meant_to_stay_in_high_precision():
     model = nn.ModuleDict({"plain": nn.Linear(8, 8), "narrow": Narrow(8, 8), "lm_head": nn.Linear(8, 8)})
     plan = convert(model, {"recipe": "fp32", "strict": True, "rules": [{"modules": "narrow", "recipe": "none"}]})
     assert [layer.status for layer in plan.layers] == ["native", "kept in high precision", "kept in high precision"]
@@ -373,7 +373,7 @@ def test_the_repr_of_a_precision_shows_what_differs_from_the_defaults():
 
 
 def test_the_repr_of_a_runs_precision():
-    """Its sections are shown in the same way, and a moment of the run as it is written."""
+    """Sections of a PrecisionConfig are shown in the same way; a moment of the run is shown as the user writes it."""
     assert repr(lowprec.PrecisionConfig()) == "PrecisionConfig()"
     phases = [{"until": "5%", "recipe": "bf16"}, {"until": "100%"}]
     config = parse_precision({"recipe": "mxfp8", "schedule": phases, "guard": True, "loss_scaling": {"init_scale": 1024}, "probe_every": 5})
@@ -384,7 +384,7 @@ def test_the_repr_of_a_runs_precision():
 
 
 def test_forms_of_precision(tmp_path):
-    """A name, a Recipe, a mapping, a PrecisionConfig, a YAML file of either form."""
+    """A precision is a name, a Recipe, a mapping, a PrecisionConfig, or a YAML file of either form."""
     model = nn.Sequential(nn.Linear(8, 8))
     expected = make_plan(model, "mxfp8")
     inner, whole = tmp_path / "inner.yaml", tmp_path / "whole.yml"

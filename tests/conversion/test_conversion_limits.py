@@ -1,4 +1,4 @@
-"""What a conversion leaves alone because it could not change it, and what it checks before it changes anything."""
+"""Layers that a conversion can't change and keeps in high precision, and the checks before it changes anything."""
 
 from dataclasses import replace
 from typing import Any
@@ -21,7 +21,7 @@ def model() -> nn.Sequential:
     return nn.Sequential(nn.Linear(128, 128, bias=False), nn.Linear(128, 128, bias=False))
 
 
-def test_a_layer_whose_forward_was_replaced_is_left_alone_and_the_plan_says_so():
+def test_a_layer_whose_forward_was_replaced_stays_in_high_precision_and_the_plan_says_so():
     plain = model()
     first = plain[0].forward
     plain[0].forward = lambda x: first(x)  # as accelerate's offloading hooks do
@@ -33,7 +33,7 @@ def test_a_layer_whose_forward_was_replaced_is_left_alone_and_the_plan_says_so()
         convert(plain, {"recipe": "mxfp8", "strict": True})
 
 
-def test_a_forward_replaced_afterwards_goes_on_through_the_phases():
+def test_a_forward_replaced_afterwards_continues_through_the_phases():
     plain = model()
     convert(plain, "mxfp8")
     first = plain[0].forward
@@ -45,7 +45,7 @@ def test_a_forward_replaced_afterwards_goes_on_through_the_phases():
     assert torch.equal(plain(x), other(x))
 
 
-def test_layers_that_torch_reads_past_their_forward_are_left_alone():
+def test_layers_that_torch_reads_past_their_forward_stay_in_high_precision():
     module = nn.TransformerEncoderLayer(128, 4, 256, batch_first=True)
     plan = {layer.name: layer for layer in convert(module, "mxfp4").layers}
     for name in ("linear1", "linear2"):
@@ -56,14 +56,14 @@ def test_layers_that_torch_reads_past_their_forward_are_left_alone():
 
 
 class OwnOrder(nn.TransformerEncoderLayer):
-    """With a forward of its own."""
+    """A layer with a forward of its own, which calls linear1 and linear2."""
 
     def forward(self, src: Any, *_: Any, **__: Any) -> Any:
         return src + self.linear2(self.linear1(src))
 
 
 class HandsOver(nn.TransformerEncoderLayer):
-    """To torch's."""
+    """A layer whose forward calls torch's."""
 
     def forward(self, src: Any, *given: Any, **more: Any) -> Any:
         return src + super().forward(src, *given, **more)
@@ -119,7 +119,7 @@ def test_a_model_is_untouched_if_recipes_do_not_fit_together():
 
 @pytest.mark.parametrize("raised", [False, True])
 def test_a_backend_that_is_asked_for_is_that_of_the_configured_recipe(raised: bool, monkeypatch: pytest.MonkeyPatch):
-    """Evaluation's recipe and one that a layer is raised to may be beyond it."""
+    """The recipe of evaluation, or one that a layer is raised to, may have operands that the backend does not take."""
     on_cpu(monkeypatch)
     bf16, x = library.get("bf16"), torch.randn(64, 128)
     assert backend_or_auto(bf16, "hopper", "cpu") == "auto"

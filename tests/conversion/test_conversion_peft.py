@@ -26,7 +26,7 @@ def llama() -> LlamaForCausalLM:
 
 
 def with_adapters(model: nn.Module | None = None, **settings: Any) -> Any:
-    """LoRA, its B not zero as it is at the start, so that A has a gradient too."""
+    """Return a model with LoRA adapters. B is not zero, as it is at the start, so that A has a gradient too."""
     settings = {"r": 4, "target_modules": TARGETS, "task_type": "CAUSAL_LM"} | settings
     model = model or llama()
     torch.manual_seed(2)
@@ -43,7 +43,7 @@ def randomised(model: Any) -> Any:
 
 
 def converted(model: nn.Module) -> dict[str, str]:
-    """The recipe of each layer that is converted."""
+    """Return the recipe of each converted layer, by name."""
     return {name: module.recipe.name for name, module in model.named_modules() if isinstance(module, LowPrecisionLinear)}
 
 

@@ -1,4 +1,4 @@
-"""Where FP8 pays, and what the plan does where it does not."""
+"""The model of where FP8 pays, and the plan where it does not."""
 
 from typing import Any
 
@@ -89,7 +89,7 @@ def statuses(plan: lowprec.Plan) -> dict[str, str]:
     return {layer.name: layer.status for layer in plan.layers}
 
 
-def test_the_plan_leaves_a_layer_that_fp8_would_slow_down(model: Layers):
+def test_the_plan_keeps_a_layer_in_high_precision_that_fp8_would_slow_down(model: Layers):
     plan = make_plan(model, "fp8_blockwise", device="cuda")
     assert statuses(plan) == {"small": "kept in high precision", "large": "native"}
     small = plan.layers[0]
@@ -132,7 +132,7 @@ def test_emulation_is_no_question_of_speed(model: Layers):
     assert set(statuses(make_plan(model, "fp8_blockwise", device="cpu")).values()) == {"native"}
 
 
-def test_experts_are_left_alone_on_a_gpu_unless_they_are_asked_for(monkeypatch: pytest.MonkeyPatch):
+def test_experts_stay_in_high_precision_on_a_gpu_unless_they_are_asked_for(monkeypatch: pytest.MonkeyPatch):
     on_cpu(monkeypatch)
     sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 1, "num_attention_heads": 32, "vocab_size": 64}
     with torch.device("meta"):

@@ -20,7 +20,7 @@ def gemms(native: bool = False, backends: tuple[str, ...] = ("reference",) * 3) 
 
 
 def layer(name: str, shape: tuple[int, int] = (4, 2), **changes) -> LayerPlan:
-    """A converted, emulated layer unless `changes` say otherwise."""
+    """Return a converted, emulated layer, with these changes."""
     values = {"kind": "Linear", "recipe": "mxfp8", "rule": "default", "gemms": gemms(), "reason": "emulated here", **changes}
     return LayerPlan(name=name, shape=shape, **values)
 
@@ -91,7 +91,7 @@ def test_the_repr_counts_layers_by_recipe_and_status():
 
 
 def cells(html: str, tag: str = "td") -> list[list[str]]:
-    """The text of an HTML table's cells, row by row; the rows without any are left out."""
+    """Return the text of an HTML table's cells, row by row, without rows that have none."""
     rows = [re.findall(rf"<{tag}>(.*?)</{tag}>", row) for row in re.findall(r"<tr>(.*?)</tr>", html)]
     return [[unescape(cell) for cell in row] for row in rows if row]
 
@@ -170,7 +170,7 @@ def test_every_backend_of_a_layer_is_shown():
 
 
 def test_json_holds_everything(tmp_path):
-    """Written out and read back, the file gives back the plan: nothing is missing, nothing is rounded."""
+    """The plan is the same after it was written and read back: nothing is missing, nothing is rounded."""
     path = tmp_path / "deep" / "plan.json"
     PLAN.save(path)
     data = json.loads(path.read_text(encoding="utf-8"))

@@ -139,7 +139,7 @@ def test_every_backend_answers_with_a_reason():
 
 
 def test_backends_state_a_cost_or_make_no_statement():
-    """By hand, of M = N = K = 4096: 2 * 4096^3 = 137.4e9 operations a product, 3 * 4096^2 = 50.3e6 elements."""
+    """Costs are worked out by hand for M = N = K = 4096: 2 * 4096^3 = 137.4e9 operations a product, 3 * 4096^2 = 50.3e6 elements."""
     layer = LayerShape(M=4096, N=4096, K=4096, fprop_kind="1x128", wgrad_kind="1x128")
     costs = {name: backend.cost(layer) for name, backend in BACKENDS.items()}
     stated = {name: cost for name, cost in costs.items() if cost is not None}
@@ -154,13 +154,14 @@ def test_backends_state_a_cost_or_make_no_statement():
 
 
 def cut_to(value: Fraction, unit: Fraction) -> Fraction:
-    """Towards zero to a multiple of `unit`."""
+    """Return `value`, rounded towards zero to a multiple of `unit`."""
     whole = abs(value) // unit
     return whole * unit * (1 if value >= 0 else -1)
 
 
 def narrow_dot(a: list[float], b: list[float], bits: int, promote_every: int) -> float:
-    """By its definition, in exact rationals: 32 products and the accumulator, aligned to the largest exponent, cut, added."""
+    """Return a dot product by the definition, in exact rationals: 32 products and the accumulator are aligned to the largest exponent,
+    cut and added."""
     total = Fraction(0)
     for start in range(0, len(a), promote_every):
         accumulator = Fraction(0)

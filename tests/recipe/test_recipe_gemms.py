@@ -39,13 +39,14 @@ every_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 
 
 def operands(make, shape: tuple[int, int, int], seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x [M, K], w [N, K] of the size of an initialised weight, bias [N], the gradient of y [M, N]. Random: ones would hide mistakes."""
+    """Return random x [M, K], w [N, K] of the size of an initialised weight, bias [N], and the gradient of y [M, N]: ones would hide
+    mistakes."""
     m, n, k = shape
     return make(m, k, seed), make(n, k, seed + 1) / k**0.5, make(1, n, seed + 2)[0], make(m, n, seed + 3)
 
 
 def run(recipe: Recipe, x: Tensor, w: Tensor, bias: Tensor | None, g: Tensor) -> dict[str, Tensor]:
-    """y and the gradients of x, w and bias, from the layer."""
+    """Return y and the gradients of x, w and bias, from the layer."""
     linear = nn.Linear(w.shape[1], w.shape[0], bias=bias is not None)
     layer = LowPrecisionLinear.from_linear(linear, recipe)
     with torch.no_grad():
@@ -62,7 +63,7 @@ def run(recipe: Recipe, x: Tensor, w: Tensor, bias: Tensor | None, g: Tensor) ->
 
 
 def made(recipe: Recipe, gemm: str, side: str, t: Tensor, source: OperandSpec | None) -> Tensor:
-    """An operand of the first forward pass, transformed and quantised with the draws that the layer's state gives it."""
+    """Return an operand of the first forward pass, transformed and quantised with the draws that the layer's state gives it."""
     hadamard = recipe.gemm(gemm).hadamard
     t = t if hadamard is None else hadamard.apply(t)
     if source is None:
@@ -74,7 +75,7 @@ def made(recipe: Recipe, gemm: str, side: str, t: Tensor, source: OperandSpec | 
 
 
 def matrix(hadamard: Hadamard) -> Tensor:
-    """diag(s) H / sqrt(n), by Sylvester's construction, fp64."""
+    """Return diag(s) H / sqrt(n), by Sylvester's construction, fp64."""
     h = torch.ones(1, 1, dtype=torch.float64)
     while len(h) < hadamard.size:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
@@ -82,7 +83,7 @@ def matrix(hadamard: Hadamard) -> Tensor:
 
 
 def reference_operands(recipe: Recipe, x: Tensor, w: Tensor, g: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """The two dequantised operands of each GEMM, contraction axis last, straight from the recipe's definition."""
+    """Return the two dequantised operands of each GEMM, contraction axis last, straight from the recipe's definition."""
 
     def second(gemm: str, again: Tensor, from_fprop: Tensor) -> Tensor:
         source = recipe.gemm(gemm).b
@@ -102,7 +103,7 @@ def reference_operands(recipe: Recipe, x: Tensor, w: Tensor, g: Tensor) -> dict[
 
 
 def cut(recipe: Recipe, x: Tensor, w: Tensor) -> dict[str, Tensor]:
-    """Where the straight-through gradient is zero: dx if x is differentiated as fprop's fake-quantised x (so wgrad.b), dw likewise."""
+    """Return where the straight-through gradient is zero: dx if x is differentiated as fprop's fake-quantised x (so wgrad.b), dw likewise."""
     hadamard = recipe.fprop.hadamard
     masks = {}
     for gemm, source, t, spec in (("dgrad", recipe.wgrad.b, x, recipe.fprop.a), ("wgrad", recipe.dgrad.b, w, recipe.fprop.b)):
@@ -117,7 +118,8 @@ def cut(recipe: Recipe, x: Tensor, w: Tensor) -> dict[str, Tensor]:
 @every_recipe
 @pytest.mark.parametrize("shape", [RECIPE_SHAPE, *ODD_SHAPES], ids=str)
 def test_each_gemm_multiplies_the_operands_that_its_recipe_says(recipe, shape):
-    """Against float64 products of dequantised operands; the bound is fp32 accumulation's alone, so no other operand passes."""
+    """The layer is compared with float64 products of dequantised operands. The bound is that of fp32 accumulation alone, so no other
+    operand passes."""
     x, w, bias, g = operands(DISTRIBUTIONS["heavy_tailed"], shape)
     got, masks = run(recipe, x, w, bias, g), cut(recipe, x, w)
     for gemm, (a, b) in reference_operands(recipe, x, w, g).items():
@@ -204,7 +206,8 @@ def round_straight_through(x: Tensor) -> Tensor:
 
 
 def fake_int8_per_token(x: Tensor) -> Tensor:
-    """Asymmetric, per row; scale and zero point are constants to autograd, and torch.clamp's own gradient is the mask."""
+    """Return an asymmetric fake-quantised x, per row. Scale and zero point are constants to autograd, and torch.clamp's own gradient is the
+    mask."""
     with torch.no_grad():
         low, high_ = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0)
         scale = (high_ - low) / 255
@@ -251,7 +254,7 @@ def test_qat_gradients_equal_autograd_through_an_explicit_fake_quantiser():
 
 
 def test_qat_is_exact_where_nothing_is_rounded():
-    """Codes times a scale of one: the fake-quantiser is the identity, so y and both gradients are those of the plain linear layer."""
+    """With codes times a scale of one, the fake-quantiser is the identity: y and both gradients are those of the plain linear layer."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(-128, 128, (8, 32), generator=generator).float()
     x[:, 0], x[:, 1] = -128.0, 127.0
