@@ -1,28 +1,30 @@
-"""Delayed scaling: a tensor is scaled by the amaxes that it had before (arXiv 2209.05433, section
-3), so that no pass waits for its own."""
+"""Delayed scaling: a tensor is scaled by the amaxes of earlier passes (arXiv 2209.05433, section 3),
+so no pass waits for its own amax."""
 
 import torch
 from torch import Tensor
 
 
-# An operator of its own, because it must run once: compiled code may otherwise compute the scale
-# again in the backward, from a history that has moved on since.
+# An operator of its own, because it must run exactly once: compiled code may otherwise compute the
+# scale a second time in the backward, from a history that has changed since.
 @torch.library.custom_op("lowprec::delayed_amax", mutates_args={"history"})
 def delayed_amax(history: Tensor, amax: Tensor) -> Tensor:
-    """The amax to scale by; then `amax`, unless it is not finite, becomes the newest of `history`.
+    """Return the amax to scale by, then append `amax` to `history`, in place.
+
+    An amax that is not finite is not recorded: the largest amax of the history is appended instead.
 
     Args:
-        history: fp32 [n], oldest first, zeros for none.
-        amax: fp32, one element, any shape: the current one.
+        history: fp32 [n], oldest first; zeros are empty places.
+        amax: the amax of the current tensor, fp32, one element, any shape.
     Returns:
-        The largest of the history, of amax's shape; the current one while the history is empty, or
-        if it is not finite, so that an overflow is seen.
+        The largest amax of the history, in the shape of `amax`. It is the current amax while the
+        history is empty, and also if the current amax is not finite, so that an overflow is seen.
     """
-    current, largest = amax.reshape(()), history.amax()
+    current = amax.reshape(())
+    largest = history.amax()
     chosen = torch.where((largest > 0) & current.isfinite(), largest, current)
-    history.copy_(
-        torch.cat((history[1:], torch.where(current.isfinite(), current, largest).reshape(1)))
-    )
+    newest = torch.where(current.isfinite(), current, largest).reshape(1)
+    history.copy_(torch.cat((history[1:], newest)))
     return chosen.reshape(amax.shape).clone()
 
 

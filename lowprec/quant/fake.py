@@ -1,12 +1,12 @@
-"""fake_quantize: quantise and dequantise at once, which is what emulation does to every operand.
+"""fake_quantize: quantise and dequantise at once. Emulation does this to every operand.
 
-It gives exactly `quantize(x, spec).dequantize()`, but on a GPU in one pass where there is a kernel
-(`triton_quantize`), and on a CPU piece by piece: a piece's temporaries stay in the cache, and the
-allocator hands out the same memory again instead of fresh pages for a chain of whole matrices.
-Compiled code fuses the chain by itself.
+The result has the bits of `quantize(x, spec).dequantize()`. Three ways lead to it:
+
+* a GPU takes one pass over memory where there is a kernel (`triton_quantize`);
+* a CPU takes a large matrix piece by piece: the temporaries of a piece stay in the cache, and the
+  allocator hands out the same memory again instead of fresh pages for a chain of whole matrices;
+* otherwise, and in compiled code, the matrix is taken as a whole. A compiler fuses the chain.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,39 +17,47 @@ from lowprec.quant.spec import OperandSpec
 from lowprec.quant.triton_quantize import fake_quantize_fused, takes
 
 PIECE = 1 << 19
-"""Elements of a piece. Smaller ones drown in the overhead of small operations, larger ones leave
-the cache (docs/experiments.md)."""
+"""Number of elements of a piece. With smaller pieces the overhead of small operations dominates;
+larger ones leave the cache (docs/experiments.md)."""
 
 
 def fake_quantize(
-    x_RK: Tensor, spec: OperandSpec, *, dtype: torch.dtype = torch.float32, **state: Any
+    x_RK: Tensor,
+    spec: OperandSpec,
+    *,
+    generator: torch.Generator | None = None,
+    key: Tensor | None = None,
+    history: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """x as the values that its quantised form stands for.
+    """Return the values that the quantised x stands for.
 
     Args:
         x_RK: fp32, bf16 or fp16 [R, K], any strides.
-        dtype: of the result. bf16 holds MX and unscaled values of at most 8 significant bits
-            exactly; others are rounded once more.
-        state: generator, key or history, as for `quantize`.
+        generator, key, history: as for `quantize`.
+        dtype: dtype of the result. bf16 is exact for unscaled elements and for MX elements (e8m0
+            scales) of at most 8 significant bits; other values are rounded once more.
     Returns:
         [R, K] of `dtype`, in x's memory order.
     """
-    if spec.one_pass and takes(x_RK) and (not spec.stochastic or state.get("key") is not None):
-        return fake_quantize_fused(x_RK, spec, key=state.get("key"), dtype=dtype)
+    if spec.one_pass and takes(x_RK) and (not spec.stochastic or key is not None):
+        return fake_quantize_fused(x_RK, spec, key=key, dtype=dtype)
     if (
         x_RK.device.type != "cpu"
         or torch.compiler.is_compiling()
         or not _splits(spec)
         or x_RK.numel() <= PIECE
     ):
-        return _whole(x_RK, spec, **state).to(dtype)
+        return _whole(x_RK, spec, generator=generator, key=key, history=history).to(dtype)
+    # A piece is some whole rows of blocks, in the order that lies in memory. `_splits` holds, so no
+    # piece needs a generator, a key or a history.
     transposed = is_transposed(x_RK)
     x = x_RK.t() if transposed else x_RK
     assert spec.scaling is not None
     block = block_extents(x_RK.shape, spec.scaling.block)
     rows = (swapped(block) if transposed else block)[0]
     if rows * x.shape[1] > 2 * PIECE:
-        return _whole(x_RK, spec, **state).to(dtype)
+        return _whole(x_RK, spec).to(dtype)
     step = max(1, PIECE // (rows * max(x.shape[1], 1))) * rows
     out = torch.empty(x.shape, dtype=dtype)
     for start in range(0, x.shape[0], step):
@@ -61,8 +69,8 @@ def fake_quantize(
 
 
 def _splits(spec: OperandSpec) -> bool:
-    """Whether pieces of a matrix can be quantised apart: no scale spans it, nothing depends on an
-    element's place."""
+    """Return True if pieces of a matrix can be quantised apart: no scale spans all rows, and no
+    result depends on an element's place."""
     scaling = spec.scaling
     return (
         scaling is not None
@@ -72,8 +80,16 @@ def _splits(spec: OperandSpec) -> bool:
     )
 
 
-def _whole(x_RK: Tensor, spec: OperandSpec, **state: Any) -> Tensor:
-    q = quantize(x_RK, spec, decoded=True, **state)
+def _whole(
+    x_RK: Tensor,
+    spec: OperandSpec,
+    *,
+    generator: torch.Generator | None = None,
+    key: Tensor | None = None,
+    history: Tensor | None = None,
+) -> Tensor:
+    """Quantise and dequantise a whole matrix, fp32 [R, K] out."""
+    q = quantize(x_RK, spec, generator=generator, key=key, history=history, decoded=True)
     scale = q.scale
     if (
         scale is None
@@ -83,9 +99,10 @@ def _whole(x_RK: Tensor, spec: OperandSpec, **state: Any) -> Tensor:
         or is_transposed(q.data)
     ):
         return q.dequantize()
-    (rows, cols), (r, c) = q.shape, q.block
+    rows, cols = q.shape
+    r, c = q.block
     if rows % r or cols % c:
         return q.dequantize()
-    # The codes are nobody else's: scale them where they are.
+    # Nothing else refers to these codes: multiply them by their scales in place.
     to_blocks(q.data, q.block).mul_(scale[:, None, :, None])
     return q.data

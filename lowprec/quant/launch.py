@@ -1,14 +1,15 @@
-"""Launching Gluon kernels whose operands are tensor maps, at little cost for the host.
+"""Launches of Gluon kernels whose operands are tensor maps, at little cost for the host.
 
-Triton inspects every argument at every launch and makes every tensor map anew: 300 us for a kernel
-with five of them, longer than many of the kernels run. Here both are done once:
+At every launch, Triton inspects every argument and makes every tensor map anew. This takes 300 us
+for a kernel with five maps, longer than many of the kernels run. Here it is done once:
 
-* for a variant, which is what the caller says it is: `key` must tell apart everything that Triton
-  compiles for (types, constants, alignment); integers are not specialised (`do_not_specialize`);
-* for a place: the same addresses, shapes and strides have the same maps, and the allocator hands
+* for each variant of a kernel. The caller names the variant by `key`, which must contain everything
+  that Triton compiles for (types, constants, alignment). Integers are not specialised
+  (`do_not_specialize`), so they need not be in it;
+* for each place. The same addresses, shapes and strides have the same maps, and the allocator hands
   out the same addresses step after step.
 
-Importing this fails where Triton has no Gluon.
+Importing this module fails where Triton has no Gluon.
 """
 
 import threading
@@ -33,16 +34,25 @@ _thread = threading.local()
 
 
 class Map:
-    """A matrix as a kernel's tensor map: tiles of `block`. Rows and start on 16 bytes."""
+    """A matrix as a kernel's tensor map, read or written in tiles of `block`.
+
+    The matrix starts at a multiple of 16 bytes, and so does each of its rows.
+    """
 
     __slots__ = ("base", "block", "padding", "round_f32_to_tf32", "shape", "strides", "swizzled")
 
     def __init__(self, base: Tensor, block: tuple[int, int], swizzled: bool = True) -> None:
-        self.base, self.block, self.swizzled = base, block, swizzled
-        self.shape, self.strides = base.shape, base.stride()
-        self.padding, self.round_f32_to_tf32 = "zero", False  # what Triton's launcher reads besides
+        self.base = base
+        self.block = block
+        self.swizzled = swizzled
+        self.shape = base.shape
+        self.strides = base.stride()
+        # Triton's launcher reads these two as well.
+        self.padding = "zero"
+        self.round_f32_to_tf32 = False
 
     def descriptor(self) -> TensorDescriptor:
+        """Return the map as Triton's own launch takes it."""
         layout = _layout(self.block, self.base.dtype, self.swizzled)
         return TensorDescriptor(
             self.base, list(self.shape), list(self.strides), list(self.block), layout
@@ -57,12 +67,16 @@ def _layout(block: tuple[int, int], dtype: torch.dtype, swizzled: bool) -> Any:
 
 
 class Launcher:
-    """One kernel, its compiled variants, and the argument lists of places seen before."""
+    """A kernel, its compiled variants, and the launches prepared for places seen before."""
 
     def __init__(self, kernel: Any, **options: Any) -> None:
-        self.kernel, self.options = kernel, options
-        self.compiled: dict[Any, Any] = {}
-        self.prepared: dict[Any, Callable[[int], None]] = {}
+        """`options` are Triton's options of a launch, such as num_warps."""
+        self.kernel = kernel
+        self.options = options
+        self.compiled: dict[tuple[int, tuple[Any, ...]], Any] = {}
+        self.prepared: dict[
+            tuple[int, tuple[Any, ...], tuple[int, ...]], Callable[[int], None]
+        ] = {}
 
     def __call__(
         self,
@@ -72,13 +86,15 @@ class Launcher:
         programs: int,
         arguments: Callable[[], tuple[Any, ...]],
     ) -> None:
-        """Launch `programs` programs on the current stream of a device.
+        """Launch the kernel on the current stream of a device.
 
         Args:
-            key: the variant.
+            device: index of the CUDA device.
+            key: the variant: everything that Triton compiles for.
             place: every address, extent and stride that the arguments depend on.
-            arguments: makes all of the kernel's arguments in their order: Maps, tensors, integers
-                and constants.
+            programs: number of programs.
+            arguments: makes all arguments of the kernel in their order: Maps, tensors, integers and
+                constants. It is called only for a place that is not prepared.
         """
         if device != torch._C._cuda_getDevice():
             with torch.cuda.device(device):
@@ -89,8 +105,8 @@ class Launcher:
             prepared(torch._C._cuda_getCurrentRawStream(device))
             return
         if not getattr(_thread, "has_context", False):
-            # Maps are made by the driver, in the context of this thread; the autograd engine's
-            # threads have none at first.
+            # The driver makes maps in the CUDA context of this thread. The autograd engine's
+            # threads have no context at first; this call gives them one.
             torch.cuda.mem_get_info()
             _thread.has_context = True
         args = arguments()
@@ -107,15 +123,15 @@ class Launcher:
 
 
 _PLACES = 1 << 14
-"""Argument lists that a kernel remembers, some hundred bytes each."""
+"""Largest number of prepared launches that a kernel keeps, some hundred bytes each."""
 
 
 def _direct(compiled: Any, programs: int, args: tuple[Any, ...]) -> Callable[[int], None] | None:
-    """Launches a compiled kernel with these arguments on a stream, past Triton's own preparation.
-    It holds addresses, not tensors.
+    """Return a function that launches a compiled kernel with these arguments on a given stream.
 
-    None where this Triton's launcher is not one that is known here; then every launch is prepared
-    by Triton.
+    It bypasses Triton's own preparation of a launch, and holds addresses, not tensors. Return None
+    if this Triton's launcher is not one of those known here (3.6, 3.7); then Triton prepares every
+    launch.
     """
     run = compiled.run
     inner = getattr(run, "launch", None)
@@ -132,7 +148,8 @@ def _direct(compiled: Any, programs: int, args: tuple[Any, ...]) -> Callable[[in
     cells: dict[str, Any] = dict(
         zip(names, (cell.cell_contents for cell in inner.__closure__), strict=True)
     )
-    raw, metas = cells["launcher"], iter(cells["tensordesc_meta"])
+    raw = cells["launcher"]
+    metas = iter(cells["tensordesc_meta"])
     expand = inner.__globals__["make_tensordesc_arg"]
     final: list[Any] = []
     for arg in args:
@@ -140,11 +157,11 @@ def _direct(compiled: Any, programs: int, args: tuple[Any, ...]) -> Callable[[in
             final += expand(arg, next(metas))
         else:
             final.append(arg.data_ptr() if isinstance(arg, Tensor) else arg)
-    function, metadata = compiled.function, compiled.packed_metadata
-    flags = run.launch_cooperative_grid, run.launch_pdl
-    if hasattr(
-        run, "kernel_signature"
-    ):  # Triton 3.7: arguments go as one tuple, after their description
+    function = compiled.function
+    metadata = compiled.packed_metadata
+    flags = (run.launch_cooperative_grid, run.launch_pdl)
+    if hasattr(run, "kernel_signature"):
+        # Triton 3.7 takes the arguments as one list, after their description.
         tail = (
             metadata,
             None,
@@ -156,11 +173,13 @@ def _direct(compiled: Any, programs: int, args: tuple[Any, ...]) -> Callable[[in
             run.kernel_signature,
             final,
         )
-    else:  # Triton 3.6
+    else:
+        # Triton 3.6 takes them one by one.
         tail = (None, None, metadata, None, None, None, *final)
     return lambda stream: raw(programs, 1, 1, stream, function, *flags, *tail)
 
 
 @cache
 def processors(device: int) -> int:
+    """Return the number of streaming multiprocessors of a CUDA device."""
     return torch.cuda.get_device_properties(device).multi_processor_count

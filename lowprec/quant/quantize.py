@@ -4,9 +4,10 @@
     code  = round_to_format(x * (1 / scale))          symmetric
     code  = clamp(round(x * (1 / scale)) + zero)      asymmetric integers
 
-in fp32, each operation correctly rounded. The reciprocal is taken once per block and multiplied by
-each element, as DeepGEMM does: it is what a kernel can afford, and for power-of-two scales it is
-exact. x * (1 / s) can reach max * (1 + 2^-24); the clamp takes it back.
+All of it is in fp32, and each operation is correctly rounded. The reciprocal is computed once per
+block and multiplied by each element, as in DeepGEMM: a kernel can afford no more, and for
+power-of-two scales it is exact. x * (1 / scale) can reach max * (1 + 2^-24); rounding clamps it to
+max.
 """
 
 from dataclasses import dataclass
@@ -50,23 +51,23 @@ def quantize(
     """Quantise a matrix along its last axis.
 
     Args:
-        x_RK: fp32, bf16 or fp16 [R, K], any strides; R and K need not be multiples of the block
-            (the rest is padded with zeros, which changes no scale but `quest`'s).
+        x_RK: fp32, bf16 or fp16 [R, K], any strides. R and K need not be multiples of the block:
+            the last blocks are padded with zeros, which changes the scale of `quest` only.
         spec: the representation.
-        generator: what stochastic rounding draws its key from.
-        key: the key itself (int64 [2]): the same key gives the same draws on every device (see
-            `formats.random`).
-        history: for delayed scaling, the last amaxes, fp32 [n], oldest first, zeros for none;
-            brought up to date in place. Without it, or while it is empty, the current amax serves.
+        generator: generator from which stochastic rounding draws its key.
+        key: key of stochastic rounding, int64 [2], in place of a generator. The same key gives the
+            same draws on every device (see `formats.random`).
+        history: amax history of delayed scaling, fp32 [n], oldest first, zeros for empty places;
+            updated in place. Without a history, or while it is empty, the current amax is used.
         decoded: keep the codes in fp32 instead of their storage dtype, for a consumer that would
             decode them at once.
-        saturation: also return where the element's range was left (see `QTensor.saturated`).
+        saturation: also return where values left the element's range (see `QTensor.saturated`).
     Returns:
-        A QTensor of shape [R, K]; its memory layout follows x's strides, so that the transpose of a
-        matrix needs no copy.
+        A QTensor of shape [R, K]. Its memory layout follows x's strides, so quantising the
+        transpose of a matrix needs no copy.
     Raises:
-        ValueError: x is not a floating-point matrix; or the rounding is stochastic and there is
-            neither a generator nor a key.
+        ValueError: x is not a floating-point matrix; or the rounding is stochastic and neither a
+            generator nor a key is given.
     """
     if x_RK.ndim != 2 or not x_RK.is_floating_point():
         raise ValueError(
@@ -97,11 +98,14 @@ def quantize(
             shape=x_RK.shape,
         )
 
-    # A block's arithmetic knows no axis order, and strided passes are many times slower: work in
-    # the order that lies in memory.
-    x, block = x_RK.to(torch.float32), block_extents(x_RK.shape, scaling.block)
+    # Quantising a block does not depend on the order of its axes, and strided passes are many times
+    # slower: work in the order that lies in memory.
+    x = x_RK.to(torch.float32)
+    block = block_extents(x_RK.shape, scaling.block)
     if transposed:
-        x, block, noise = x.t(), swapped(block), None if noise is None else noise.t()
+        x = x.t()
+        block = swapped(block)
+        noise = None if noise is None else noise.t()
     blocks = to_blocks(x, block)
     noise = None if noise is None else to_blocks(noise, block)
     scaled = (
@@ -111,15 +115,12 @@ def quantize(
     )
     saturated = None
     if saturation:
-        quest = (
-            scaling.scale_format == "e8m0" and scaling.rule == "quest"
-        )  # which masks what reaches the largest value
-        saturated = from_blocks(
-            scaled.x.abs() >= fmt.max if quest else exceeds_range(scaled.x, fmt), x.shape
-        )
-    values = from_blocks(
-        round_to_format(scaled.x, fmt, spec.rounding, noise=noise, inplace=True), x.shape
-    )
+        # Under the rule `quest`, elements that reach the largest value are masked as well.
+        quest = scaling.scale_format == "e8m0" and scaling.rule == "quest"
+        left = scaled.x.abs() >= fmt.max if quest else exceeds_range(scaled.x, fmt)
+        saturated = from_blocks(left, x.shape)
+    rounded = round_to_format(scaled.x, fmt, spec.rounding, noise=noise, inplace=True)
+    values = from_blocks(rounded, x.shape)
     parts = {
         "data": values,
         "scale_data": scaled.scale,
@@ -134,16 +135,20 @@ def quantize(
 
 @dataclass(frozen=True, kw_only=True)
 class _Scaled:
-    """Blocks ready to be rounded."""
+    """Blocks divided by their scales, ready to be rounded to the element format."""
 
     x: Tensor
-    """x / scale (+ zero point), fp32, a tensor of its own."""
+    """x / scale (+ zero point), fp32 [R / r, r, K / c, c], in memory of its own."""
     scale: Tensor
+    """Block scales, fp32 [R / r, K / c]."""
     zero_point: Tensor | None = None
+    """Zero points of an asymmetric scaling, in the shape of `scale`."""
     tensor_scale: Tensor | None = None
+    """Scale of the whole matrix, an fp32 scalar (NVFP4, and 1 / prescale)."""
 
 
 def _scale_asymmetrically(blocks: Tensor, spec: OperandSpec, noise: Tensor | None) -> _Scaled:
+    """Scale blocks [R / r, r, K / c, c] to integers and add their zero points."""
     scale, zero_point = asymmetric_scale(blocks.amin((1, 3)), blocks.amax((1, 3)), spec.element)
     rounded = round_to_integers(_times(blocks, reciprocal(scale)), spec.rounding, noise=noise)
     return _Scaled(x=rounded.add_(zero_point[:, None, :, None]), scale=scale, zero_point=zero_point)
@@ -152,6 +157,7 @@ def _scale_asymmetrically(blocks: Tensor, spec: OperandSpec, noise: Tensor | Non
 def _scale_blocks(
     blocks: Tensor, fmt: ElementFormat, scaling: BlockScaling, history: Tensor | None
 ) -> _Scaled:
+    """Scale blocks [R / r, r, K / c, c] without a zero point, as `scaling` says."""
     if scaling.scale_format == "e8m0" and scaling.rule == "quest":
         scale = power_of_two_scale(_standard_deviation(blocks), fmt, "quest")
     else:
@@ -170,6 +176,7 @@ def _scale_blocks(
 
 
 def _two_level(blocks: Tensor, amax: Tensor, fmt: ElementFormat, scaling: BlockScaling) -> _Scaled:
+    """Scale blocks by NVFP4's two levels of scales (see `nvfp4`); `amax` is that of each block."""
     s_enc, s_dec = nvfp4.tensor_scales(
         amax.amax() if amax.numel() else amax.new_zeros(()), fmt, scaling
     )
@@ -178,12 +185,11 @@ def _two_level(blocks: Tensor, amax: Tensor, fmt: ElementFormat, scaling: BlockS
     if scaling.four_over_six:
         scale_4 = nvfp4.block_scale(amax, s_enc, fmt, stretch=1.5)
         scaled_4 = _times(blocks, nvfp4.encoding_scale(scale_4, s_dec))
-        # In units of about 1 / s_enc: the squares of tiny or huge numbers would leave fp32's range.
+        # Errors are multiplied by the power of two below s_enc: the squares of tiny or huge errors
+        # would leave fp32's range.
         power = (s_enc.view(torch.int32) & 0x7F800000).view(torch.float32)
-        four, six = (
-            _squared_error(blocks, x, s, s_dec, power, fmt)
-            for x, s in ((scaled_4, scale_4), (scaled, scale))
-        )
+        four = _squared_error(blocks, scaled_4, scale_4, s_dec, power, fmt)
+        six = _squared_error(blocks, scaled, scale, s_dec, power, fmt)
         smaller = four < six
         scale = torch.where(smaller, scale_4, scale)
         scaled = torch.where(smaller[:, None, :, None], scaled_4, scaled)
@@ -193,23 +199,25 @@ def _two_level(blocks: Tensor, amax: Tensor, fmt: ElementFormat, scaling: BlockS
 def _squared_error(
     blocks: Tensor, scaled: Tensor, scale: Tensor, s_dec: Tensor, power: Tensor, fmt: ElementFormat
 ) -> Tensor:
-    return (
-        (_times(round_to_format(scaled, fmt), scale).mul_(s_dec) - blocks)
-        .mul_(power)
-        .square_()
-        .sum((1, 3))
-    )
+    """Return the sum of the squared errors of each block, in units of 1 / power^2."""
+    error = _times(round_to_format(scaled, fmt), scale).mul_(s_dec) - blocks
+    return error.mul_(power).square_().sum((1, 3))
 
 
 def _amax(blocks: Tensor) -> Tensor:
+    """Return the largest magnitude of each block, [R / r, K / c]."""
     return blocks.abs().amax((1, 3))
 
 
 def _standard_deviation(blocks: Tensor) -> Tensor:
-    """About the block's mean, over its n elements; NaN if one is not finite."""
-    wide = blocks.double()  # in fp32 the squares of large numbers would overflow
+    """Return each block's standard deviation about its mean, over its n elements.
+
+    It is NaN for a block with an element that is not finite.
+    """
+    wide = blocks.double()  # In fp32 the squares of large numbers would overflow.
     return (wide - wide.mean((1, 3), keepdim=True)).square_().mean((1, 3)).sqrt().float()
 
 
 def _times(blocks: Tensor, factor: Tensor) -> Tensor:
+    """Multiply each block [R / r, r, K / c, c] by its own factor, [R / r, K / c]."""
     return blocks * factor[:, None, :, None]

@@ -1,12 +1,14 @@
-"""OperandSpec: how one operand of a GEMM is represented; and the notation for it that
-configurations and equations share.
+"""OperandSpec: how one operand of a GEMM is represented, and its notation in configurations and
+equations.
 
-bf16                            cast
-e4m3[1x128 fp32]                one fp32 scale for 128 neighbours along the contraction axis
-e2m1[16x16 e4m3 4/6]            NVFP4 weights, four over six
-e2m1[1x32 e8m0:floor prescale:0.75 stochastic]
-int8[row fp32 asymmetric]
-e5m2[tensor fp32 delayed:1024]
+The notation is an element format and, in brackets, a block with its scale format and options:
+
+    bf16                            cast, without scales
+    e4m3[1x128 fp32]                one fp32 scale for 128 neighbours along the contraction axis
+    e2m1[16x16 e4m3 4/6]            NVFP4 weights, four over six
+    e2m1[1x32 e8m0:floor prescale:0.75 stochastic]
+    int8[row fp32 asymmetric]
+    e5m2[tensor fp32 delayed:1024]
 """
 
 import re
@@ -21,27 +23,31 @@ from lowprec.formats.scaling import ALL, RULES, BlockScaling
 
 @dataclass(frozen=True, kw_only=True)
 class OperandSpec:
-    """An operand [R, K] whose contraction axis K is last."""
+    """The representation of an operand [R, K] whose contraction axis K is last."""
 
     element: ElementFormat
+    """Format of an element."""
     scaling: BlockScaling | None = None
-    """None: the elements are cast as they are (bf16, fp16, fp32)."""
+    """Scaling of blocks of elements. None: the elements are cast without scales (bf16, fp16,
+    fp32)."""
     rounding: Rounding = "nearest"
-    # What kernels are chosen by. Strings and a bool, made once: torch.compile makes variables of
-    # integers that it finds in objects.
+    """Rounding of an element to its format."""
+    # The three fields below choose the kernels. They are strings and a bool, computed once, because
+    # torch.compile makes variables of integers that it finds in objects.
     kind: str = field(init=False, repr=False, compare=False)
-    """How FP8 kernels know the scaling: 1x128, 128x128, tensor, row; "" if they know none like
+    """Name of the scaling in FP8 kernels: 1x128, 128x128, tensor or row; "" if no FP8 kernel takes
     it."""
     notation: str = field(init=False, repr=False, compare=False)
-    """What `str` gives and `parse` reads."""
+    """Notation that `str` returns and `parse` reads."""
     one_pass: bool = field(init=False, repr=False, compare=False)
-    """Whether a kernel quantises and dequantises it in one pass over memory."""
+    """Flag: a kernel can quantise and dequantise the operand in one pass over memory."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", _kind(self.element, self.scaling))
         object.__setattr__(self, "notation", _notation(self.element, self.scaling, self.rounding))
         object.__setattr__(self, "one_pass", _one_pass(self.element, self.scaling, self.rounding))
-        element, scaling = self.element, self.scaling
+        element = self.element
+        scaling = self.scaling
         if self.rounding not in ROUNDINGS:
             raise ValueError(
                 f"unknown rounding '{self.rounding}'{nearest(self.rounding, ROUNDINGS)}"
@@ -52,12 +58,12 @@ class OperandSpec:
             return
         if not scaling.symmetric and not element.is_integer:
             raise ValueError(
-                f"{element.name} is symmetric about zero: a zero point goes with an integer format"
+                f"{element.name} is symmetric about zero: only an integer format takes a zero point"
             )
         if not element.saturates:
             raise ValueError(
-                f"{element.name} takes no scaling: its exponents span what fp32's do, or loss "
-                "scaling serves it"
+                f"{element.name} takes no scaling: its exponents have fp32's range, or loss scaling "
+                "serves it"
             )
         if scaling.scale_format == "e4m3" and element != E2M1:
             raise ValueError(
@@ -66,11 +72,12 @@ class OperandSpec:
             )
         if scaling.scale_format == "e8m0" and scaling.rule == "even" and element.is_integer:
             raise ValueError(
-                "the rule 'even' rounds amax to a float's mantissa: an integer format has none"
+                "the rule 'even' rounds amax to the element's mantissa, and an integer has none"
             )
 
     @property
     def stochastic(self) -> bool:
+        """Flag: rounding draws random numbers."""
         return self.rounding == "stochastic"
 
     def __str__(self) -> str:
@@ -78,13 +85,16 @@ class OperandSpec:
 
     @classmethod
     def parse(cls, text: str) -> "OperandSpec":
-        """The inverse of `str`. UserError with the nearest known word if it can't be read."""
+        """Return the spec that `text` denotes; the inverse of `str`.
+
+        Raises:
+            UserError: `text` can't be read. The message has the nearest known word.
+        """
         match = re.fullmatch(r"\s*(\w+)\s*(?:\[([^\]]*)\])?\s*", text)
         if match is None:
-            raise UserError(
-                f"'{text}' is no operand: it is written like 'bf16' or 'e4m3[1x128 fp32]'"
-            )
-        name, words = match[1], (match[2] or "").split()
+            raise UserError(f"'{text}' is no operand: write it like 'bf16' or 'e4m3[1x128 fp32]'")
+        name = match[1]
+        words = (match[2] or "").split()
         if name not in FORMATS:
             raise UserError(f"unknown element format '{name}'{nearest(name, FORMATS)}")
         roundings: list[Any] = [word for word in words if word in ROUNDINGS]
@@ -103,11 +113,13 @@ class OperandSpec:
 
 
 def _notation(element: ElementFormat, scaling: BlockScaling | None, rounding: str) -> str:
+    """Return `OperandSpec.notation`."""
     words = [str(scaling)] * (scaling is not None) + [rounding] * (rounding != "nearest")
     return f"{element.name}[{' '.join(words)}]" if words else element.name
 
 
 def _one_pass(element: ElementFormat, scaling: BlockScaling | None, rounding: str) -> bool:
+    """Return `OperandSpec.one_pass`."""
     if scaling is None or element.is_integer or not element.saturates or rounding == "toward_zero":
         return False
     plain = (
@@ -120,6 +132,7 @@ def _one_pass(element: ElementFormat, scaling: BlockScaling | None, rounding: st
 
 
 def _kind(element: ElementFormat, scaling: BlockScaling | None) -> str:
+    """Return `OperandSpec.kind`."""
     if (
         scaling is None
         or element not in (E4M3, E5M2)
@@ -134,6 +147,7 @@ def _kind(element: ElementFormat, scaling: BlockScaling | None) -> str:
 
 
 def _parse_scaling(words: list[str]) -> BlockScaling:
+    """Return the scaling that the words in brackets denote, its block first."""
     fields: dict[str, Any] = {"block": _parse_block(words[0])}
     for word in words[1:]:
         new = _parse_word(word)
@@ -144,6 +158,7 @@ def _parse_scaling(words: list[str]) -> BlockScaling:
 
 
 def _parse_word(word: str) -> dict[str, Any]:
+    """Return the fields of `BlockScaling` that a word sets."""
     key, _, value = word.partition(":")
     if word in ("fp32", "e4m3"):
         return {"scale_format": word}
@@ -171,10 +186,13 @@ def _parse_word(word: str) -> dict[str, Any]:
 
 
 def _parse_block(word: str) -> tuple[int, int]:
-    if word in ("tensor", "row"):
-        return (ALL if word == "tensor" else 1), ALL
+    """Return the block's rows and columns."""
+    if word == "tensor":
+        return ALL, ALL
+    if word == "row":
+        return 1, ALL
     parts = word.split("x")
     if len(parts) != 2 or not all(part == "all" or part.isdecimal() for part in parts):
-        raise UserError(f"'{word}' is no block: it is 'tensor', 'row' or ROWSxCOLUMNS like '1x128'")
+        raise UserError(f"'{word}' is no block: write 'tensor', 'row' or ROWSxCOLUMNS like '1x128'")
     rows, cols = (ALL if part == "all" else int(part) for part in parts)
     return rows, cols
