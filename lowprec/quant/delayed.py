@@ -1,5 +1,5 @@
-"""Delayed scaling: a tensor is scaled by the amaxes of earlier passes (arXiv 2209.05433, section 3),
-so no pass waits for its own amax."""
+"""Delayed scaling: a tensor is scaled by the amaxes of earlier passes, so no pass waits for its own
+amax (arXiv 2209.05433, section 3)."""
 
 import torch
 from torch import Tensor

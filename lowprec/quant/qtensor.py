@@ -1,5 +1,5 @@
-"""QTensor: a matrix as codes and block scales, a plain dataclass. TwoWay: a matrix and its transpose
-as operands."""
+"""QTensor: a matrix as codes and block scales, in a plain dataclass. TwoWay: a matrix and its
+transpose as operands."""
 
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -16,61 +16,66 @@ from lowprec.quant.spec import OperandSpec
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class QTensor:
-    """x ~ (values - zero_point) * scale * tensor_scale, blockwise, over a matrix [R, K] in blocks
-    of r x c.
+    """A matrix [R, K] in blocks of r x c: x ~ (values - zero_point) * scale * tensor_scale.
 
-    It is held either stored, in the fewest bytes, or decoded, in fp32, for a consumer that would
-    decode it at once.
+    It is either stored, in the fewest bytes, or decoded, in fp32, for a consumer that would decode
+    it at once.
 
     Invariants:
-        * `data` is stored as codes in `spec.element.storage`: [R, K], or uint8 [R, bytes] of packed
-          rows if codes share bytes (`packing`); decoded as fp32 [R, K], every element a value of
-          `spec.element`;
-        * `scale_data` [ceil(R / r), ceil(K / c)] is stored as E8M0 bytes (uint8), e4m3 or fp32, as
-          the scale format says; decoded as fp32. A scale is positive, or zero for a block of zeros
-          under an e4m3 scale; NaN marks a block that held NaN or infinity. None if the spec has no
-          scaling;
+        * `data`, stored: codes in `spec.element.storage`, [R, K], or packed rows, uint8 [R, bytes],
+          if codes share bytes (`formats/packing.py`). Decoded: fp32 [R, K], every element a value
+          of `spec.element`.
+        * `scale_data` [ceil(R / r), ceil(K / c)], stored: E8M0 bytes (uint8), e4m3 or fp32, as the
+          scale format says. Decoded: fp32. A scale is positive, or zero for a block of zeros under
+          an e4m3 scale; NaN marks a block that held NaN or infinity. None if the spec has no
+          scaling.
         * `zero_point` has the shape of `scale_data` and integral values in the element's range,
-          int8 or fp32; None if the scaling is symmetric;
+          int8 or fp32. None if the scaling is symmetric.
         * `tensor_scale` is an fp32 scalar that multiplies every block's scale (NVFP4's, or 1 /
-          prescale); None if there is none;
-        * `saturated` is bool [R, K], true where rounding left the element's range; None unless it
+          prescale). None if there is none.
+        * `saturated` is bool [R, K], true where rounding left the element's range. None unless it
           was asked for.
     """
 
     data: Tensor
+    """Codes, or their values if decoded."""
     scale_data: Tensor | None
+    """Block scales."""
     zero_point: Tensor | None = None
+    """Zero points of the blocks."""
     tensor_scale: Tensor | None = None
+    """Scale of the whole matrix."""
     saturated: Tensor | None = None
+    """Mask of the elements at which rounding left the element's range."""
     spec: OperandSpec
+    """Representation of the matrix."""
     shape: torch.Size
+    """Shape [R, K] of the matrix."""
 
     @property
     def decoded(self) -> bool:
+        """Flag: codes and scales are held as fp32 values."""
         return self.data.dtype == torch.float32 and self.spec.element.storage != torch.float32
 
     @property
     def values(self) -> Tensor:
-        """The elements' values before scaling, fp32 [R, K]."""
-        return (
-            self.data if self.decoded else from_storage(self.data, self.spec.element, self.shape[1])
-        )
+        """Values of the elements before scaling, fp32 [R, K]."""
+        if self.decoded:
+            return self.data
+        return from_storage(self.data, self.spec.element, self.shape[1])
 
     @property
     def scale(self) -> Tensor | None:
-        """The block scales, fp32; without the tensor scale."""
+        """Block scales, fp32, without the tensor scale."""
         if self.scale_data is None or self.scale_data.dtype == torch.float32:
             return self.scale_data
-        return (
-            encoding.decode_scale(self.scale_data)
-            if self.scale_data.dtype == torch.uint8
-            else self.scale_data.to(torch.float32)
-        )
+        if self.scale_data.dtype == torch.uint8:
+            return encoding.decode_scale(self.scale_data)
+        return self.scale_data.to(torch.float32)
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: codes, scales and zero points."""
+        """Number of bytes of the codes, scales and zero points."""
         return sum(
             t.nbytes
             for t in (self.data, self.scale_data, self.zero_point, self.tensor_scale)
@@ -78,20 +83,18 @@ class QTensor:
         )
 
     def stored(self) -> "QTensor":
-        """This matrix in the fewest bytes."""
+        """Return this matrix in the fewest bytes."""
         if not self.decoded:
             return self
-        scale, kind = (
-            self.scale_data,
-            None if self.spec.scaling is None else self.spec.scaling.scale_format,
-        )
-        if scale is not None and kind == "e8m0":
+        scale = self.scale_data
+        scale_format = None if self.spec.scaling is None else self.spec.scaling.scale_format
+        if scale is not None and scale_format == "e8m0":
             scale = encoding.encode_scale(scale)
-        elif scale is not None and kind == "e4m3":
+        elif scale is not None and scale_format == "e4m3":
             scale = scale.to(torch.float8_e4m3fn)
-        zero_point = (
-            None if self.zero_point is None else self.zero_point.nan_to_num().to(torch.int8)
-        )
+        zero_point = self.zero_point
+        if zero_point is not None:
+            zero_point = zero_point.nan_to_num().to(torch.int8)
         return replace(
             self,
             data=to_storage(self.data, self.spec.element),
@@ -100,32 +103,29 @@ class QTensor:
         )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(values - zero_point) * scale * tensor_scale, in fp32 and in this order, as a `dtype`
-        tensor [R, K]."""
-        values, scale = self.values, self.scale
+        """Return (values - zero_point) * scale * tensor_scale, [R, K] of `dtype`.
+
+        It is computed in fp32, in this order.
+        """
+        values = self.values
+        scale = self.scale
         if scale is None:
-            # Compiled code may skip a conversion down and up again; rounding twice changes nothing
-            # (see `rounding`).
-            return (
-                round_to_format(values, self.spec.element)
-                if torch.compiler.is_compiling()
-                else values
-            ).to(dtype)
-        if is_transposed(
-            values
-        ):  # a strided pass is slow: compute in the order that lies in memory
+            if torch.compiler.is_compiling():
+                # Compiled code may skip a conversion down and up again (see `formats.rounding`), so
+                # the values are rounded here. To round values of the format changes nothing.
+                values = round_to_format(values, self.spec.element)
+            return values.to(dtype)
+        if is_transposed(values):
+            # A strided pass is slow: compute in the order that lies in memory.
             zero_point = None if self.zero_point is None else self.zero_point.t()
-            return (
-                _dequantize(
-                    values.t(), scale.t(), zero_point, self.tensor_scale, swapped(self.block)
-                )
-                .t()
-                .to(dtype)
-            )
+            block = swapped(self.block)
+            x_KR = _dequantize(values.t(), scale.t(), zero_point, self.tensor_scale, block)
+            return x_KR.t().to(dtype)
         return _dequantize(values, scale, self.zero_point, self.tensor_scale, self.block).to(dtype)
 
     def t(self) -> "QTensor":
-        """The transposed matrix: a view, but a decoded copy if the codes of a row share bytes."""
+        """Return the transposed matrix: a view, or a decoded copy if the codes of a row share
+        bytes."""
         if self.spec.element.packed and not self.decoded:
             zero_point = None if self.zero_point is None else self.zero_point.to(torch.float32)
             return replace(self, data=self.values, scale_data=self.scale, zero_point=zero_point).t()
@@ -148,7 +148,7 @@ class QTensor:
 
     @property
     def block(self) -> tuple[int, int]:
-        """Rows x columns under one scale."""
+        """Rows and columns under one scale."""
         assert self.spec.scaling is not None
         return block_extents(self.shape, self.spec.scaling.block)
 
@@ -163,7 +163,7 @@ class TwoWay(NamedTuple):
 
 
 def to_storage(values: Tensor, fmt: ElementFormat) -> Tensor:
-    """fp32 values [R, K] of a format as its stored codes."""
+    """Return fp32 values [R, K] of a format as its stored codes."""
     if fmt.packed:
         return pack(encoding.encode(values, fmt), fmt.bits)
     if fmt in (E4M3, E5M2) and _converts_slowly(values):
@@ -172,23 +172,26 @@ def to_storage(values: Tensor, fmt: ElementFormat) -> Tensor:
 
 
 def from_storage(data: Tensor, fmt: ElementFormat, length: int) -> Tensor:
-    """The inverse of `to_storage`: stored codes as fp32 values [R, length]."""
+    """Return stored codes as fp32 values [R, length]; the inverse of `to_storage`."""
     if fmt.packed:
         return encoding.decode(unpack(data, fmt.bits, length), fmt)
     if fmt in (E4M3, E5M2) and _converts_slowly(data):
-        # It reads e4m3's NaN as 480, which a scaled block, whose scale is NaN then, can't show.
+        # `decode` reads e4m3's NaN as 480. Dequantised, it is NaN all the same: the scale of its
+        # block is NaN.
         return encoding.decode(data.view(torch.uint8), fmt)
     return data.to(torch.float32)
 
 
 def _converts_slowly(t: Tensor) -> bool:
-    """A CPU converts eight-bit floats one by one."""
+    """Return True on a CPU in eager code, which converts eight-bit floats one by one."""
     return t.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def block_extents(shape: torch.Size, block: tuple[int, int]) -> tuple[int, int]:
-    """`block` with -1 replaced by the whole axis (at least 1, so that empty matrices have blocks
-    too)."""
+    """Return `block` with -1 replaced by the length of the whole axis.
+
+    It is at least 1, so that empty matrices have blocks too.
+    """
     rows, cols = (
         max(n, 1) if extent == -1 else extent for n, extent in zip(shape, block, strict=True)
     )
@@ -196,13 +199,15 @@ def block_extents(shape: torch.Size, block: tuple[int, int]) -> tuple[int, int]:
 
 
 def is_transposed(x_RK: Tensor) -> bool:
-    """Whether the first axis is the one that is contiguous in memory."""
+    """Return True if the first axis is the one that is contiguous in memory."""
     return x_RK.stride(0) < x_RK.stride(1)
 
 
 def to_blocks(x_RK: Tensor, block: tuple[int, int]) -> Tensor:
-    """x as [R / r, r, K / c, c]: a view where the blocks divide the matrix, else zero-padded on the
-    right and below."""
+    """Return x as [R / r, r, K / c, c], a view where blocks of r x c divide the matrix.
+
+    Otherwise it is padded with zeros on the right and below.
+    """
     (rows, cols), (r, c) = x_RK.shape, block
     if rows % r or cols % c:
         x_RK = torch.nn.functional.pad(x_RK, (0, -cols % c, 0, -rows % r))
@@ -211,11 +216,13 @@ def to_blocks(x_RK: Tensor, block: tuple[int, int]) -> Tensor:
 
 
 def from_blocks(blocks: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of `to_blocks`: [R / r, r, K / c, c] -> [R, K], the padding cut off."""
+    """Return blocks [R / r, r, K / c, c] as [R, K], without the padding; the inverse of
+    `to_blocks`."""
     return blocks.flatten(2, 3).flatten(0, 1)[: shape[0], : shape[1]]
 
 
 def swapped(block: tuple[int, int]) -> tuple[int, int]:
+    """Return the two extents in the other order: those of the transpose."""
     return block[1], block[0]
 
 
@@ -226,6 +233,7 @@ def _dequantize(
     tensor_scale: Tensor | None,
     block: tuple[int, int],
 ) -> Tensor:
+    """Return (values - zero_point) * scale * tensor_scale, fp32 [R, K]."""
     blocks = to_blocks(values, block)
     if zero_point is not None:
         blocks = blocks - zero_point[:, None, :, None]

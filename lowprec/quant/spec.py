@@ -58,12 +58,12 @@ class OperandSpec:
             return
         if not scaling.symmetric and not element.is_integer:
             raise ValueError(
-                f"{element.name} is symmetric about zero: only an integer format takes a zero point"
+                f"{element.name} is symmetric about zero: a zero point goes with an integer format"
             )
         if not element.saturates:
             raise ValueError(
-                f"{element.name} takes no scaling: its exponents have fp32's range, or loss scaling "
-                "serves it"
+                f"{element.name} takes no scaling: it has the range of fp32, or is used with loss "
+                "scaling"
             )
         if scaling.scale_format == "e4m3" and element != E2M1:
             raise ValueError(
@@ -72,7 +72,7 @@ class OperandSpec:
             )
         if scaling.scale_format == "e8m0" and scaling.rule == "even" and element.is_integer:
             raise ValueError(
-                "the rule 'even' rounds amax to the element's mantissa, and an integer has none"
+                "the rule 'even' rounds amax to a float's mantissa: an integer format has none"
             )
 
     @property

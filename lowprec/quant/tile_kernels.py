@@ -1,13 +1,17 @@
-"""Gluon kernels that quantise a 128 x 128 tile from one read, along its rows and along its columns.
+"""Gluon kernel for Hopper that quantises 128 x 128 tiles along their rows and along their columns,
+from one read.
 
-One warp keeps tensor loads in flight; two groups of four warps quantise, a tile each in turn, and
-hand both results to tensor stores.
+    x [R, C]   ->  codes [R, C] of x, codes [C, R] of x^T, and the scales of each
 
-The layout of registers is the point. A thread holds 16 consecutive rows of 4 consecutive columns
-(twice): it writes 4 codes of a row at a time for the row-major result, and for the transposed one
-16 codes of a column, which it has in its registers already. So the transposition costs no exchange
-between threads; only the largest magnitudes cross them. A compiler-chosen layout in plain Triton
-reaches 83% of a copy's rate, this one 88 to 90% (docs/experiments.md has what else was tried).
+One warp keeps tensor loads in flight. Two groups of four warps quantise, each every second tile,
+and pass both results to tensor stores.
+
+The layout of registers makes it fast. A thread holds 16 consecutive rows of 4 consecutive columns,
+twice. For the row-major result it writes 4 codes of a row at a time, and for the transposed one 16
+codes of a column, which are in its registers already. So the transposition needs no exchange
+between threads; only the largest magnitudes are exchanged. A layout that the compiler chooses, in
+plain Triton, reaches 83% of a copy's rate, this one 88 to 90% (docs/experiments.md has the other
+attempts).
 """
 
 import triton.language as tl
@@ -18,15 +22,21 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 @gluon.constexpr_function
 def tile_layout():
-    """[rows, columns] over 4 warps: a thread holds 16 consecutive rows of 4 consecutive columns,
-    and of the 4 columns 64 further on."""
+    """Return the layout of a tile [rows, columns] over 4 warps.
+
+    A thread holds 16 consecutive rows of 4 consecutive columns, and the same rows of the 4 columns
+    that lie 64 further on.
+    """
     return gl.BlockedLayout([16, 4], [2, 16], [4, 1], [1, 0])
 
 
 @gluon.constexpr_function
 def turned_layout():
-    """[columns, rows]: the same elements in the same threads as `tile_layout`, but a thread's
-    registers in the order of its rows."""
+    """Return the layout of the transposed tile [columns, rows].
+
+    Each thread holds the same elements as in `tile_layout`, but its registers are in the order of
+    the rows.
+    """
     return gl.DistributedLinearLayout(
         reg_bases=[[0, 1], [0, 2], [0, 4], [0, 8], [1, 0], [2, 0], [64, 0]],
         lane_bases=[[4, 0], [8, 0], [16, 0], [32, 0], [0, 16]],
@@ -40,14 +50,17 @@ def turned_layout():
 def scale_of(
     amax_bits, E8M0: gl.constexpr, LARGEST: gl.constexpr, EMAX: gl.constexpr, CARRY: gl.constexpr
 ):
-    """fp32 scale of the largest magnitude's bits; see formats/scaling.py. As integers, NaN is
-    larger than infinity."""
+    """Return the fp32 scale for the bits of a largest magnitude; see formats/scaling.py.
+
+    Compared as integers, the bits of NaN are larger than those of infinity.
+    """
     if E8M0:
         biased = gl.minimum(gl.maximum(((amax_bits + CARRY) >> 23) - EMAX, 0), 254)
         scale = gl.maximum(biased << 23, 1 << 22).to(gl.float32, bitcast=True)
     else:
-        # amax / LARGEST, correctly rounded: a quotient by a constant with one correction
-        # (Markstein). The smallest normal number keeps the reciprocal finite.
+        # amax / LARGEST, correctly rounded: a product with the constant's reciprocal and one
+        # correction (Markstein). A scale of at least the smallest normal number keeps the
+        # reciprocal finite.
         amax = amax_bits.to(gl.float32, bitcast=True)
         quotient = amax * (1.0 / LARGEST)
         scale = gl.fma(gl.fma(quotient, -LARGEST, amax), 1.0 / LARGEST, quotient)
@@ -57,7 +70,7 @@ def scale_of(
 
 @gluon.jit
 def _reciprocal(x):
-    """Within one unit in the last place."""
+    """Return 1 / x with an error of at most one unit in the last place."""
     return gl.inline_asm_elementwise(
         "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
     )
@@ -65,6 +78,7 @@ def _reciprocal(x):
 
 @gluon.jit
 def _exp2(x):
+    """Return 2^x by the hardware's approximation."""
     return gl.inline_asm_elementwise(
         "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
     )
@@ -72,27 +86,30 @@ def _exp2(x):
 
 @gluon.jit
 def inverse(scale, E8M0: gl.constexpr):
-    """1 / scale, correctly rounded."""
+    """Return 1 / scale, correctly rounded."""
     if E8M0:
-        # 2^-E by its bits, subnormal 2^-127 at either end
+        # 2^-E by its bits. At either end of the range, one of the two is the subnormal 2^-127.
         bits = scale.to(gl.int32, bitcast=True)
         y = gl.maximum((254 - (bits >> 23)) << 23, 1 << 22).to(gl.float32, bitcast=True)
         return gl.where(bits >= 0x7F800000, float("nan"), y)
-    # The hardware's approximation and one Newton step, which is exact for every mantissa (a GPU
-    # test goes through them all).
+    # The hardware's approximation and one Newton step. The result is correctly rounded for every
+    # mantissa: a GPU test tries them all.
     y = _reciprocal(scale)
     return gl.fma(y, gl.fma(-scale, y, 1.0), y)
 
 
 @gluon.jit
 def _larger(a, b):
+    """Return the larger of two numbers, or NaN if one of them is NaN."""
     return gl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @gluon.jit
 def largest_bits(x, axis: gl.constexpr):
-    """The bits of max |x|. In floating point, where taking the magnitude is free; NaN comes
-    through."""
+    """Return the bits of max |x| along an axis; those of NaN if there is one.
+
+    The maximum is taken in floating point, where the magnitude costs no instruction.
+    """
     return gl.reduce(gl.abs(x), axis, _larger).to(gl.int32, bitcast=True)
 
 
@@ -109,7 +126,7 @@ def _load_tiles(
     STAGES: gl.constexpr,
     INPUTS: gl.constexpr,
 ):
-    """The one warp that asks for tiles, as far ahead as there are buffers."""
+    """Load tiles, as far ahead as there are buffers. One warp runs this."""
     step = 0
     for tile in range(gl.program_id(0), row_tiles * col_tiles, gl.num_programs(0)):
         stage = step % STAGES
@@ -153,9 +170,9 @@ def _quantize_tiles(
     CARRY: gl.constexpr,
     GROUP: gl.constexpr,
 ):
-    """Warp group GROUP of two: every second tile."""
+    """Quantise every second tile, beginning with tile GROUP (0 or 1). One warp group runs this."""
     layout: gl.constexpr = tile_layout()
-    # Scales are computed one a thread, not by every thread that has a use for them.
+    # One scale per thread: each is computed once, not in every thread that needs it.
     line: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     step = GROUP
     for tile in range(
@@ -168,7 +185,7 @@ def _quantize_tiles(
         if INPUTS == 2:
             up = y_bufs.index(stage).load(layout)
             gate = x.to(gl.float32)
-            # Rounded where the separate operations would round, so that fusing changes no bit.
+            # Round where the separate operations would round, so that fusing changes no bit.
             x = (gate * _reciprocal(1.0 + _exp2(gate * -1.4426950408889634))).to(x.dtype) * up
         mbarrier.arrive(empty.index(stage), count=1)
         x = x.to(gl.float32)
@@ -206,7 +223,7 @@ def _quantize_tiles(
                 scaled = x * gl.expand_dims(factor, 0)
                 c = col_tile * 128 + gl.arange(0, 128, layout=line)
                 gl.store(col_scales + row_tile * col_scale_stride + c, scale, mask=c < C)
-            # The same registers in the order of the transposed tile, so that 16 codes of a column
+            # Reorder each thread's registers to the transposed tile, so that 16 codes of a column
             # are stored at once.
             turned = gl.convert_layout(gl.permute(scaled, (1, 0)), turned_layout())
             col_buf = col_bufs.index(GROUP)
@@ -245,10 +262,13 @@ def quantize_tiles(
     EMAX: gl.constexpr,
     CARRY: gl.constexpr,
 ):
-    """x [R, C] (INPUTS = 2: silu(x) * y) -> its codes, and those of its transpose; ROWS, COLS: 0
-    none, 1 1x128 scales, 2 128x128 scales."""
-    # Each buffer belongs to one warp group: a barrier tells even from odd rounds only, which two
-    # groups would take for each other's.
+    """Quantise x [R, C], or silu(x) * y if INPUTS is 2, and its transpose.
+
+    ROWS and COLS say how x and x^T are quantised: 0 not at all, 1 with 1x128 scales, 2 with 128x128
+    scales.
+    """
+    # An even number of stages gives each buffer to one warp group. A barrier distinguishes only
+    # even and odd rounds, so two groups that share a buffer would confuse their rounds.
     gl.static_assert(STAGES % 2 == 0)
     x_bufs = gl.allocate_shared_memory(
         x_desc.dtype, [STAGES] + x_desc.block_type.shape, x_desc.layout
@@ -270,8 +290,8 @@ def quantize_tiles(
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(empty.index(i), count=1)
     fence_async_shared()
-    # gl.to_tensor: Triton turns integer arguments equal to 1 into constants, which a partition
-    # can't take
+    # Triton turns integer arguments equal to 1 into constants, and a partition takes no constants,
+    # hence `to_tensor`.
     R = gl.to_tensor(R)
     C = gl.to_tensor(C)
     col_tiles = gl.cdiv(C, 128)
@@ -281,13 +301,16 @@ def quantize_tiles(
     # fmt: off
     gl.warp_specialize(
         [
-            (_quantize_tiles, (x_bufs, y_bufs, row_bufs, col_bufs, ready, empty, row_desc, col_desc, row_scales, row_scale_stride,
-                               col_scales, col_scale_stride, R, C, row_tiles, col_tiles, STAGES, INPUTS, ROWS, COLS, E8M0, LARGEST, EMAX,
-                               CARRY, 0)),
-            (_quantize_tiles, (x_bufs, y_bufs, row_bufs, col_bufs, ready, empty, row_desc, col_desc, row_scales, row_scale_stride,
-                               col_scales, col_scale_stride, R, C, row_tiles, col_tiles, STAGES, INPUTS, ROWS, COLS, E8M0, LARGEST, EMAX,
-                               CARRY, 1)),
-            (_load_tiles, (x_desc, y_desc, x_bufs, y_bufs, ready, empty, row_tiles, col_tiles, STAGES, INPUTS)),
+            (_quantize_tiles, (x_bufs, y_bufs, row_bufs, col_bufs, ready, empty, row_desc, col_desc,
+                               row_scales, row_scale_stride, col_scales, col_scale_stride, R, C,
+                               row_tiles, col_tiles, STAGES, INPUTS, ROWS, COLS, E8M0, LARGEST,
+                               EMAX, CARRY, 0)),
+            (_quantize_tiles, (x_bufs, y_bufs, row_bufs, col_bufs, ready, empty, row_desc, col_desc,
+                               row_scales, row_scale_stride, col_scales, col_scale_stride, R, C,
+                               row_tiles, col_tiles, STAGES, INPUTS, ROWS, COLS, E8M0, LARGEST,
+                               EMAX, CARRY, 1)),
+            (_load_tiles, (x_desc, y_desc, x_bufs, y_bufs, ready, empty, row_tiles, col_tiles,
+                           STAGES, INPUTS)),
         ],
         [4, 1],
         [240, 24],

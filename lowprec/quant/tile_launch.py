@@ -1,4 +1,4 @@
-"""Launching the quantisers of `tile_kernels`."""
+"""Launch of the quantiser of `tile_kernels`."""
 
 from torch import Tensor
 
@@ -20,22 +20,32 @@ def launch(
     emax: int,
     carry: int,
 ) -> None:
-    """Fill `results` (codes and scales along the rows, and of the transpose) from x, or from
-    silu(x) * y."""
+    """Quantise x [R, C], or silu(x) * y, and its transpose into `results`.
+
+    Args:
+        x, y: bf16 or fp32, both with tensor maps; y is None or a matrix like x.
+        results: codes of x, its scales, codes of x^T, its scales (see
+            `triton_quantize._empty_results`).
+        rows, cols: how x and x^T are quantised: 0 not at all, 1 with 1x128 scales, 2 with 128x128
+            scales.
+        e8m0: whether scales are powers of two; else they are fp32.
+        largest, emax: the element format's largest value, and the exponent of that.
+        carry: the rule of e8m0 scales, as `formats.scaling.e8m0_carry` gives it.
+    """
     codes_r, scales_r, codes_c, scales_c = results
     R, C = x.shape
     inputs = 1 if y is None else 2
+    # As many buffers as shared memory has room for, and an even number (see `quantize_tiles`).
     stages = 4 if inputs * x.element_size() == 2 else 2
     constants = (stages, inputs, rows, cols, e8m0, largest, emax, carry)
-    stride_r, stride_c = scales_r.stride(0), scales_c.stride(0)
+    stride_r = scales_r.stride(0)
+    stride_c = scales_c.stride(0)
 
     def arguments() -> tuple[object, ...]:
         x_map = Map(x, _TILE)
-        # A direction that is not asked for needs a map too; any will do.
-        row_map, col_map = (
-            Map(codes_r if rows else codes_c, _TILE),
-            Map(codes_c if cols else codes_r, _TILE),
-        )
+        # A direction that is not wanted needs a map too, which the kernel does not use.
+        row_map = Map(codes_r if rows else codes_c, _TILE)
+        col_map = Map(codes_c if cols else codes_r, _TILE)
         return (
             x_map,
             x_map if y is None else Map(y, _TILE),

@@ -1,31 +1,36 @@
-"""Triton kernels that quantise, for any GPU that Triton knows, and for a CPU through its
-interpreter.
+"""Triton kernels that quantise, on any GPU that Triton supports, and on a CPU in its interpreter.
+
+    fake_quantize_blocks   x -> codes times scales, for emulation
+    quantize_tiles         x -> codes of x and x^T with 1x128 or 128x128 scales
+    quantize_given         x -> codes of x and x^T by given amaxes, per tensor or per row
 
 They do the arithmetic of the reference (`formats/scaling.py`, `formats/rounding.py`) step for step,
-so the results have the same bits. Three things to keep in mind when reading them:
+so the results have the same bits. Three rules hold in all of them:
 
-* the largest magnitude is found among the bits, as integers: so NaN counts as larger than infinity
-  and reaches the scale;
-* a product is never followed by an addition, which the compiler would contract to one rounding; a
-  clamp lies between;
-* rounding is arithmetic, not the conversion instruction: it serves every format, and the
-  interpreter's conversions are wrong where a carry reaches the exponent.
+* The largest magnitude is found among the bits, as integers. NaN is then larger than infinity, and
+  so reaches the scale.
+* No product is followed directly by an addition, because the compiler would contract the two to one
+  operation with one rounding. A clamp lies between.
+* Rounding is done by arithmetic, not by the conversion instruction. This serves every format, and
+  the interpreter's conversions are wrong where a carry reaches the exponent.
 """
 
 import triton
 import triton.language as tl
 
 E8M0, FP32, E4M3 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-"""Kinds of scales."""
+"""Kinds of scales, as the kernels' KIND."""
 
 
 @triton.jit
 def _bits(x):
+    """Return the bits of fp32 numbers as int32."""
     return x.to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def _float(bits):
+    """Return the fp32 numbers that have these bits; the inverse of `_bits`."""
     return bits.to(tl.float32, bitcast=True)
 
 
@@ -33,7 +38,10 @@ def _float(bits):
 def scale_of(
     amax_bits, KIND: tl.constexpr, LARGEST: tl.constexpr, EMAX: tl.constexpr, CARRY: tl.constexpr
 ):
-    """The scale of blocks by their largest magnitude's bits: `formats.scaling.scale_from_amax`."""
+    """Return the scale for the bits of each block's largest magnitude, fp32.
+
+    It is `formats.scaling.scale_from_amax`, for fp32 scales and e8m0 scales with a CARRY.
+    """
     if KIND == 0:
         biased = tl.minimum(tl.maximum(((amax_bits + CARRY) >> 23) - EMAX, 0), 254)
         scale = _float(tl.maximum(biased << 23, 1 << 22))
@@ -45,12 +53,13 @@ def scale_of(
 
 @triton.jit
 def reciprocal(scale):
+    """Return 1 / scale, correctly rounded."""
     return tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
 
 
 @triton.jit
 def _mix(x):
-    """`formats.random.mix`, on uint32."""
+    """Return the hash of each uint32: `formats.random.mix`."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
@@ -58,7 +67,10 @@ def _mix(x):
 
 @triton.jit
 def uniform(key_ptr, rows, cols):
-    """`formats.random.uniform` of the elements at `rows` and `cols` (which broadcast)."""
+    """Return the draws of the elements at `rows` and `cols`, which broadcast.
+
+    They are those of `formats.random.uniform`.
+    """
     low = tl.load(key_ptr).to(tl.uint32)
     high = tl.load(key_ptr + 1).to(tl.uint32)
     bits = _mix(_mix(rows.to(tl.uint32) + low) ^ _mix(_mix(cols.to(tl.uint32) + high) + 0x632BE5AB))
@@ -74,8 +86,10 @@ def round_to_element(
     LARGEST: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):
-    """`formats.rounding.round_to_format` for a saturating floating-point format. NaN becomes
-    anything: its block's scale is NaN."""
+    """Round to a saturating floating-point format: `formats.rounding.round_to_format`.
+
+    The result of NaN is undefined, which does no harm: its block's scale is NaN.
+    """
     v = tl.minimum(tl.maximum(v, -LARGEST), LARGEST)
     power = tl.maximum(_float(_bits(v) & 0x7F800000), MIN_NORMAL)
     if STOCHASTIC:
@@ -91,14 +105,15 @@ def round_to_element(
 @triton.jit
 def fake_quantize_blocks(
     x_ptr, out_ptr, tensor_scales_ptr, key_ptr, R, C, x_stride, out_stride,
-    KIND: tl.constexpr, MANTISSA: tl.constexpr, MIN_NORMAL: tl.constexpr, LARGEST: tl.constexpr, EMAX: tl.constexpr, CARRY: tl.constexpr,
-    PRESCALE: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, ALONG_ROWS: tl.constexpr, EXACT: tl.constexpr,
-    TILE_R: tl.constexpr, TILE_C: tl.constexpr,
+    KIND: tl.constexpr, MANTISSA: tl.constexpr, MIN_NORMAL: tl.constexpr, LARGEST: tl.constexpr,
+    EMAX: tl.constexpr, CARRY: tl.constexpr, PRESCALE: tl.constexpr, STOCHASTIC: tl.constexpr,
+    BLOCK: tl.constexpr, ALONG_ROWS: tl.constexpr, EXACT: tl.constexpr, TILE_R: tl.constexpr,
+    TILE_C: tl.constexpr,
 ):  # fmt: skip
-    """Quantise and dequantise a matrix [R, C] in blocks of BLOCK along a row (ALONG_ROWS) or down a
-    column.
+    """Quantise and dequantise a matrix [R, C], one program for each tile [TILE_R, TILE_C].
 
-    tensor_scales: (s_enc * RN(1 / LARGEST), s_dec) of two-level scales. EXACT: no tile reaches
+    Blocks have BLOCK elements along a row if ALONG_ROWS, else down a column. tensor_scales_ptr
+    points to (s_enc * RN(1 / LARGEST), s_dec) of two-level scales (KIND 2). EXACT: no tile reaches
     beyond the matrix.
     """
     tiles_c = tl.cdiv(C, TILE_C)
@@ -113,8 +128,8 @@ def fake_quantize_blocks(
         x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     noise = x
     if STOCHASTIC:
-        # The draws belong to places of the operand, whose rows are this memory's columns if its
-        # blocks go down them.
+        # Draws belong to rows and columns of the operand. Its rows are the columns of this memory
+        # if blocks go down columns.
         noise = (
             uniform(key_ptr, rows[:, None], cols[None, :])
             if ALONG_ROWS
@@ -153,15 +168,17 @@ def fake_quantize_blocks(
 
 @triton.jit
 def quantize_tiles(
-    x_ptr, y_ptr, x_stride, row_codes, row_stride, row_scales, row_scale_stride, col_codes, col_stride, col_scales, col_scale_stride, R, C,
-    INPUTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, KIND: tl.constexpr, MANTISSA: tl.constexpr, MIN_NORMAL: tl.constexpr,
-    LARGEST: tl.constexpr, EMAX: tl.constexpr, CARRY: tl.constexpr,
+    x_ptr, y_ptr, x_stride, row_codes, row_stride, row_scales, row_scale_stride,
+    col_codes, col_stride, col_scales, col_scale_stride, R, C,
+    INPUTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, KIND: tl.constexpr,
+    MANTISSA: tl.constexpr, MIN_NORMAL: tl.constexpr, LARGEST: tl.constexpr, EMAX: tl.constexpr,
+    CARRY: tl.constexpr,
 ):  # fmt: skip
-    """x [R, C] (INPUTS = 2: silu(x) * y) -> codes [R, row_stride] and, transposed, [C, col_stride];
-    zeros beyond x.
+    """Quantise x [R, C], or silu(x) * y if INPUTS is 2, one program for each 128 x 128 tile.
 
-    One program a 128 x 128 tile. ROWS, COLS: 0 none, 1 scales of 128 elements along the result's
-    rows, 2 of the whole tile.
+    The codes are [R, row_stride], and [C, col_stride] of the transpose; columns beyond x are zeros.
+    ROWS and COLS say how x and x^T are quantised: 0 not at all, 1 with a scale for 128 elements of
+    a row of the result, 2 with a scale for the whole tile.
     """
     tiles_c = tl.cdiv(C, 128)
     row_tile = tl.program_id(0) // tiles_c
@@ -227,11 +244,16 @@ def quantize_tiles(
 
 @triton.jit
 def quantize_given(
-    x_ptr, x_stride, row_amax, row_step, row_codes, row_stride, col_amax, col_step, col_codes, col_stride, R, C,
-    ROWS: tl.constexpr, COLS: tl.constexpr, MANTISSA: tl.constexpr, MIN_NORMAL: tl.constexpr, LARGEST: tl.constexpr, TILE: tl.constexpr,
+    x_ptr, x_stride, row_amax, row_step, row_codes, row_stride,
+    col_amax, col_step, col_codes, col_stride, R, C,
+    ROWS: tl.constexpr, COLS: tl.constexpr, MANTISSA: tl.constexpr, MIN_NORMAL: tl.constexpr,
+    LARGEST: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """x [R, C] -> codes [R, row_stride] by the amax of each row (row_step 1) or of all (0), and the
-    same of the transpose."""
+    """Quantise x [R, C] to codes [R, row_stride] if ROWS, and x^T to [C, col_stride] if COLS.
+
+    row_amax holds the amax of each row (row_step 1) or one for the whole matrix (row_step 0);
+    col_amax and col_step do the same for the transpose. Scales are fp32.
+    """
     tiles_c = tl.cdiv(C, TILE)
     r = (tl.program_id(0) // tiles_c) * TILE + tl.arange(0, TILE)
     c = (tl.program_id(0) % tiles_c) * TILE + tl.arange(0, TILE)

@@ -1,18 +1,19 @@
-"""Fused quantisers: what `quantize` and `fake_quantize` do, in one pass over memory, on a GPU.
+"""Fused quantisers: `quantize` and `fake_quantize` in one pass over memory, on a GPU.
 
-    quantize_both(x, directions(a, b))  x along its rows as `a` says and x^T along its rows as `b`
-    says, both from one read
-    fake_quantize_fused(x, spec)        codes times scales, for emulation
+    quantize_both(x, directions(a, b))   quantises x as `a` says and x^T as `b` says, each along its
+                                         rows, both from one read
+    fake_quantize_fused(x, spec)         codes times scales, for emulation
 
-The results have the bits of the reference, in every mode: the same fp32 operations in the same
-order, each correctly rounded. Where the kernels can't, `directions` says why, or the operand's
-`one_pass` is false, and the caller takes the reference.
+The results have the bits of the reference in every mode: the same fp32 operations in the same
+order, each correctly rounded. Not every spec has a kernel. `directions` then returns the reason, or
+the operand's `one_pass` is false, and the caller takes the reference.
 
-Two kernels do the first: one in Gluon for Hopper (`tile_kernels`), one in plain Triton for the rest
-(`triton_kernels`). They are torch library operators, so compiled code may call them; eager code
-calls the functions beneath, which is cheaper for the host.
+`quantize_both` has two kernels: one in Gluon for Hopper (`tile_kernels`), and one in plain Triton
+for other GPUs (`triton_kernels`). Both functions are torch library operators for compiled code;
+eager code calls the functions beneath them directly, which costs the host less.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -28,24 +29,29 @@ from lowprec.quant.spec import OperandSpec
 TILE = 128
 _KINDS = {"e8m0": 0, "fp32": 1, "e4m3": 2}
 _NUMBERS = {"": 0, "1x128": 1, "128x128": 2}
-"""How the kernels know a direction's kind of scales; "": it is not wanted. They are strings
-elsewhere, because torch.compile makes variables of the integers that it finds in objects."""
+"""The kernels' number of each kind of scales; "" is a direction that is not wanted. Outside the
+kernels a kind is a string, because torch.compile makes variables of the integers that it finds in
+objects."""
 
 
 class Directions(NamedTuple):
-    """What the kernels are told of the two operands that they make from one read. Made by
-    `directions`."""
+    """The two operands that a kernel makes from one read of a matrix. Made by `directions`."""
 
     along_rows: OperandSpec | None
+    """Spec of the matrix; None: not wanted."""
     along_cols: OperandSpec | None
+    """Spec of the transpose; None: not wanted."""
     rows: str
+    """Kind of the matrix's scales, "1x128" or "128x128"; "": not wanted."""
     cols: str
+    """Kind of the transpose's scales; "": not wanted."""
     scale: str
-    """fp32, or e8m0: and the rule."""
+    """Scale format: "fp32", or "e8m0:" and the rule."""
     e5m2: bool
+    """Flag: elements are e5m2; else e4m3."""
 
     def only(self, rows: bool, cols: bool) -> "Directions":
-        """With only those operands that are wanted."""
+        """Return these directions without those that are not wanted."""
         return self._replace(
             along_rows=self.along_rows if rows else None,
             along_cols=self.along_cols if cols else None,
@@ -56,21 +62,20 @@ class Directions(NamedTuple):
 
 @cache
 def directions(a: OperandSpec | None, b: OperandSpec | None) -> Directions | str:
-    """What it takes to quantise a matrix as `a` says and its transpose as `b` says (None: not at
-    all) from one read; or why it can't be."""
+    """Return the directions that quantise a matrix as `a` and its transpose as `b` from one read.
+
+    `a` or `b` may be None, which makes no operand of that direction. Return the reason if there is
+    no kernel for the two specs.
+    """
     specs = [spec for spec in (a, b) if spec is not None]
     if reason := next(filter(None, map(_why_not_tiles, specs)), None):
         return reason
     scalings = [spec.scaling for spec in specs if spec.scaling is not None]
-    if (
-        len(
-            {
-                (spec.element.name, scaling.scale_format, scaling.rule)
-                for spec, scaling in zip(specs, scalings, strict=True)
-            }
-        )
-        != 1
-    ):
+    formats = {
+        (spec.element.name, scaling.scale_format, scaling.rule)
+        for spec, scaling in zip(specs, scalings, strict=True)
+    }
+    if len(formats) != 1:
         return "the two directions differ in more than their blocks"
     rows, cols = ("" if spec is None else spec.kind for spec in (a, b))
     scaling = scalings[0]
@@ -79,16 +84,17 @@ def directions(a: OperandSpec | None, b: OperandSpec | None) -> Directions | str
 
 
 def _why_not_tiles(spec: OperandSpec) -> str | None:
+    """Return why no kernel of `quantize_both` makes this operand; None if one does."""
     scaling = spec.scaling
     if spec.element not in (E4M3, E5M2) or spec.rounding != "nearest":
-        return f"{spec} is no fp8 rounded to nearest"
+        return f"{spec} is not fp8 rounded to nearest"
     if scaling is None or spec.kind not in ("1x128", "128x128") or scaling.rule == "quest":
         return f"{spec} has neither 1x128 nor 128x128 scales"
     return None
 
 
 def takes(x_RC: Tensor) -> bool:
-    """Whether the kernels take such a matrix: on a GPU, floating-point, not empty."""
+    """Return True if the kernels take the matrix: on a GPU, bf16, fp16 or fp32, not empty."""
     return (
         x_RC.is_cuda
         and x_RC.dtype in (torch.bfloat16, torch.float32, torch.float16)
@@ -99,20 +105,21 @@ def takes(x_RC: Tensor) -> bool:
 def quantize_both(
     x_RC: Tensor, wanted: Directions, *, times_silu_of: Tensor | None = None
 ) -> TwoWay:
-    """Return (quantize(x, along_rows), quantize(x^T, along_cols)), made from one read of x; None for
-    a direction that is not wanted.
+    """Return quantize(x, along_rows) and quantize(x^T, along_cols), made from one read of x.
+
+    A direction that is not wanted is None.
 
     Args:
         x_RC: fp32, bf16 or fp16 [R, C] on a GPU (`takes`).
-        times_silu_of: a matrix like x: quantise silu(it) * x instead, which is never written
-            (SwiGLU).
+        wanted: the two operands.
+        times_silu_of: a matrix like x: silu(it) * x is quantised instead, and is never written to
+            memory (SwiGLU).
     """
     if times_silu_of is None and is_transposed(x_RC):
         a, b, rows, cols = wanted[:4]
-        back, forth = quantize_both(
-            x_RC.t(), wanted._replace(along_rows=b, along_cols=a, rows=cols, cols=rows)
-        )
-        return TwoWay(forth, back)
+        exchanged = wanted._replace(along_rows=b, along_cols=a, rows=cols, cols=rows)
+        along_cols, along_rows = quantize_both(x_RC.t(), exchanged)
+        return TwoWay(along_rows, along_cols)
     inputs = (x_RC, None) if times_silu_of is None else (times_silu_of, x_RC)
     call = torch.ops.lowprec.quantize_tiles if torch.compiler.is_compiling() else _quantize_tiles
     codes_r, scales_r, codes_c, scales_c = call(*inputs, *wanted[2:])
@@ -124,9 +131,14 @@ def quantize_both(
 
 
 def _result(codes: Tensor, scales: Tensor, kind: str, spec: OperandSpec, R: int, K: int) -> QTensor:
-    """Codes [R, >= K] and scales as the kernels lay them out: 1x128 ones as [K / 128, >= R], so
-    that a GEMM finds those of its next 128 elements side by side; 128x128 ones as [R / 128, >= K /
-    128]."""
+    """Return a kernel's results as a QTensor [R, K].
+
+    Args:
+        codes: [R, >= K].
+        scales: as the kernels lay them out. 1x128 scales are [K / 128, >= R], so that a GEMM finds
+            the scales of its next 128 elements side by side; 128x128 scales are [R / 128, >= K /
+            128].
+    """
     if kind == "1x128":
         scale = (scales if scales.shape[1] == R else scales[:, :R]).t()
     else:
@@ -137,23 +149,25 @@ def _result(codes: Tensor, scales: Tensor, kind: str, spec: OperandSpec, R: int,
 
 
 def _empty_results(x: Tensor, rows: str, cols: str, e5m2: bool) -> list[Tensor]:
-    """Codes and scales of both directions. Rows of codes are padded to 16 bytes and rows of scales
-    too: what tensor maps ask for."""
+    """Return memory for codes and scales of x, and codes and scales of x^T.
+
+    Rows of codes and rows of scales are padded to 16 bytes, as tensor maps require. A direction
+    that is not wanted gets empty tensors.
+    """
     R, C = x.shape
     dtype = torch.float8_e5m2 if e5m2 else torch.float8_e4m3fn
     results = []
     for kind, r, k in ((rows, R, C), (cols, C, R)):
         blocks = -(-k // TILE)
-        scales = (
-            (blocks, -(-r // 4) * 4)
-            if kind == "1x128"
-            else (-(-r // TILE), -(-blocks // 4) * 4)
-            if kind
-            else (0, 0)
-        )
-        results.append(
-            torch.empty((r, -(-k // 16) * 16) if kind else (0, 0), dtype=dtype, device=x.device)
-        )
+        codes = (r, -(-k // 16) * 16)
+        if kind == "1x128":
+            scales = (blocks, -(-r // 4) * 4)
+        elif kind == "128x128":
+            scales = (-(-r // TILE), -(-blocks // 4) * 4)
+        else:
+            codes = (0, 0)
+            scales = (0, 0)
+        results.append(torch.empty(codes, dtype=dtype, device=x.device))
         results.append(torch.empty(scales, dtype=torch.float32, device=x.device))
     return results
 
@@ -161,14 +175,18 @@ def _empty_results(x: Tensor, rows: str, cols: str, e5m2: bool) -> list[Tensor]:
 def _quantize_tiles(
     x: Tensor, y: Tensor | None, rows: str, cols: str, scale: str, e5m2: bool
 ) -> list[Tensor]:
-    """See `quantize_both`; with y: silu(x) * y."""
-    x, y = _unit_stride(x), None if y is None else _unit_stride(y)
+    """Return codes and scales of x, or of silu(x) * y, and of the transpose (`_empty_results`).
+
+    The other arguments are the fields of `Directions`.
+    """
+    x = _unit_stride(x)
+    y = None if y is None else _unit_stride(y)
     results = _empty_results(x, rows, cols, e5m2)
-    fmt, e8m0 = E5M2 if e5m2 else E4M3, scale != "fp32"
+    fmt = E5M2 if e5m2 else E4M3
+    e8m0 = scale != "fp32"
     carry = e8m0_carry(fmt, scale.removeprefix("e8m0:")) if e8m0 else 0
-    fits = (
-        x.element_size() * (1 if y is None else 2) <= 4
-    )  # two tiles of each input in shared memory, beside two of each result
+    # Shared memory must hold two tiles of each input beside two of each result.
+    fits = x.element_size() * (1 if y is None else 2) <= 4
     if (
         fits
         and _gluon_works(x.device.index or 0)
@@ -181,21 +199,26 @@ def _quantize_tiles(
     from lowprec.quant import triton_kernels as kernels
 
     if y is not None and y.stride() != x.stride():
-        x, y = x.contiguous(), y.contiguous()  # the kernel knows one stride
+        # The kernel takes one stride for both.
+        x = x.contiguous()
+        y = y.contiguous()
     R, C = x.shape
-    same = x if y is None else y
+    y_or_x = x if y is None else y
     codes_r, scales_r, codes_c, scales_c = results
-    kernel: Any = kernels.quantize_tiles  # whose constants a type checker can't know
+    # Any, since a type checker would want constants of type tl.constexpr.
+    kernel: Any = kernels.quantize_tiles
     kernel[(-(-R // TILE) * -(-C // TILE),)](
-        x, same, x.stride(0), codes_r, codes_r.stride(0), scales_r, scales_r.stride(0), codes_c, codes_c.stride(0), scales_c,
-        scales_c.stride(0), R, C, 1 if y is None else 2, _NUMBERS[rows], _NUMBERS[cols], 0 if e8m0 else 1, fmt.mantissa_bits,
-        fmt.min_normal, fmt.max, fmt.emax, carry,
+        x, y_or_x, x.stride(0), codes_r, codes_r.stride(0), scales_r, scales_r.stride(0),
+        codes_c, codes_c.stride(0), scales_c, scales_c.stride(0), R, C, 1 if y is None else 2,
+        _NUMBERS[rows], _NUMBERS[cols], 0 if e8m0 else 1, fmt.mantissa_bits, fmt.min_normal,
+        fmt.max, fmt.emax, carry,
     )  # fmt: skip
     return results
 
 
 @cache
-def _launch_function() -> Any:
+def _launch_function() -> Callable[..., None]:
+    """Return `tile_launch.launch`. Its module can be imported only where Triton has Gluon."""
     from lowprec.quant import tile_launch
 
     return tile_launch.launch
@@ -214,12 +237,15 @@ def _(x: Tensor, y: Tensor | None, rows: str, cols: str, scale: str, e5m2: bool)
 
 
 def _unit_stride(x: Tensor) -> Tensor:
+    """Return x, or a copy if its rows are not contiguous."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _has_tensor_map(x: Tensor) -> bool:
-    """Whether the hardware's tensor loads can address it: 16-byte alignment of its start and its
-    rows."""
+    """Return True if the Gluon kernel can load x through a tensor map.
+
+    The start of x and of each row lie on 16 bytes, and the dtype is bf16 or fp32.
+    """
     return (
         x.data_ptr() % 16 == 0
         and x.stride(0) * x.element_size() % 16 == 0
@@ -229,11 +255,13 @@ def _has_tensor_map(x: Tensor) -> bool:
 
 @cache
 def _gluon_works(device: int) -> bool:
+    """Return True if the device is a Hopper GPU and Triton has a Gluon that runs our kernels."""
     if torch.cuda.get_device_capability(device)[0] != 9:
         return False
     try:
         from lowprec.quant import tile_launch  # noqa: F401
-    except (ImportError, AttributeError):  # a Triton without Gluon, or with another one
+    except (ImportError, AttributeError):
+        # This Triton has no Gluon, or a different one.
         return False
     return True
 
@@ -245,11 +273,14 @@ def fake_quantize_fused(
     key: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """`fake_quantize(x, spec, key=key)` as a `dtype` tensor in x's memory order. x is such as
-    `takes` allows, and `spec.one_pass`.
+    """Return fake_quantize(x, spec, key=key) in one pass over memory, in x's memory order.
 
-    `dtype`: bf16 holds the result exactly where the element has at most 8 significant bits and the
-    scale is a power of two (MX).
+    Args:
+        x_RK: a matrix that `takes` accepts.
+        spec: a spec whose `one_pass` is true.
+        key: key of stochastic rounding, int64 [2].
+        dtype: dtype of the result. bf16 is exact if the element has at most 8 significant bits and
+            the scale is a power of two (MX).
     """
     along_rows = not is_transposed(x_RK)
     x = x_RK if along_rows else x_RK.t()
@@ -265,13 +296,12 @@ def fake_quantize_fused(
 
 
 def _tensor_scales(x: Tensor, spec: OperandSpec) -> Tensor:
-    """(s_enc * RN(1 / max), s_dec) of a two-level scale."""
+    """Return (s_enc * RN(1 / max), s_dec) of a two-level scale, fp32 [2] (see `nvfp4`)."""
     assert spec.scaling is not None
     amax = torch.linalg.vector_norm(x, torch.inf, dtype=torch.float32)
     s_enc, s_dec = nvfp4.tensor_scales(amax, spec.element, spec.scaling)
-    return torch.stack(
-        (s_enc * torch.tensor(1.0 / spec.element.max, dtype=torch.float32, device=x.device), s_dec)
-    )
+    inverse = torch.tensor(1.0 / spec.element.max, dtype=torch.float32, device=x.device)
+    return torch.stack((s_enc * inverse, s_dec))
 
 
 _parse = cache(OperandSpec.parse)
@@ -285,12 +315,19 @@ def _fake_quantize_blocks(
     along_rows: bool,
     dtype: torch.dtype,
 ) -> Tensor:
+    """Quantise and dequantise x in blocks along its rows, or down its columns.
+
+    `spec` is the notation of an `OperandSpec`, because operators take no objects; the other
+    arguments are as in `fake_quantize_blocks` of `triton_kernels`.
+    """
     from lowprec.quant import triton_kernels as kernels
 
-    x, operand = _unit_stride(x), _parse(spec)
+    x = _unit_stride(x)
+    operand = _parse(spec)
     scaling: BlockScaling | None = operand.scaling
     assert scaling is not None
-    fmt, block = operand.element, scaling.block[1]
+    fmt = operand.element
+    block = scaling.block[1]
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     R, C = x.shape
     stride = x.stride(0)
@@ -302,17 +339,17 @@ def _fake_quantize_blocks(
         and x.numel() % (tile_r * tile_c) == 0
         and not operand.stochastic
     ):
-        R, C, stride = (
-            x.numel() // tile_c,
-            tile_c,
-            tile_c,
-        )  # whole blocks in a row: the matrix's shape makes no difference
+        # Every row has whole blocks, so x may be taken as a matrix whose rows are one tile wide.
+        R = x.numel() // tile_c
+        C = tile_c
+        stride = tile_c
     carry = e8m0_carry(fmt, scaling.rule) if scaling.scale_format == "e8m0" else 0
     any_pointer = out if tensor_scales is None else tensor_scales
     kernel: Any = kernels.fake_quantize_blocks
     kernel[(-(-R // tile_r) * -(-C // tile_c),)](
-        x, out, any_pointer, any_pointer if key is None else key, R, C, stride, C, _KINDS[scaling.scale_format], fmt.mantissa_bits,
-        fmt.min_normal, fmt.max, fmt.emax, carry, scaling.prescale, operand.stochastic, block, along_rows,
+        x, out, any_pointer, any_pointer if key is None else key, R, C, stride, C,
+        _KINDS[scaling.scale_format], fmt.mantissa_bits, fmt.min_normal, fmt.max, fmt.emax, carry,
+        scaling.prescale, operand.stochastic, block, along_rows,
         R % tile_r == 0 and C % tile_c == 0, tile_r, tile_c,
     )  # fmt: skip
     return out

@@ -1,11 +1,11 @@
-"""Fused quantising with one scale per tensor or per row, both directions from one read after the
-amaxes are known.
+"""Fused quantiser for fp8 with one scale per tensor or per row: once the amaxes are known, both
+directions come from one read.
 
-    x [R, C]     e4m3[tensor fp32] or e4m3[row fp32], as fprop or dgrad contracts it
-    x^T [C, R]   the same or another such operand, as wgrad contracts it
+    x [R, C]     e4m3[tensor fp32] or e4m3[row fp32], for a GEMM that contracts C
+    x^T [C, R]   the same or another such operand, for a GEMM that contracts R
 
-The amaxes take a read of their own for each scaling (one for two per-tensor operands). The bits are
-the reference's.
+The amaxes of each operand take one more read; two operands with scales per tensor share it. The
+results have the bits of the reference.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ from lowprec.quant.spec import OperandSpec
 
 
 def is_whole(spec: OperandSpec | None) -> bool:
-    """Whether an operand is fp8 with a scale per tensor or per row."""
+    """Return True if an operand is fp8, rounded to nearest, with a scale per tensor or per row."""
     return spec is not None and spec.kind in ("tensor", "row") and spec.rounding == "nearest"
 
 
@@ -31,14 +31,16 @@ def quantize_whole(
     b: OperandSpec | None,
     histories: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> TwoWay:
-    """(quantize(x, a, history=histories[0]), quantize(x^T, b, history=histories[1])), None for a
-    direction whose spec is None.
+    """Return quantize(x, a) and quantize(x^T, b), each with its history.
 
-    x_RC: fp32, bf16 or fp16 on a GPU, not empty. The specs are `is_whole`.
+    Args:
+        x_RC: fp32, bf16 or fp16 [R, C] on a GPU, not empty.
+        a, b: specs for which `is_whole` holds; None makes no operand of that direction.
+        histories: amax histories of delayed scaling for `a` and `b`, updated in place.
     """
     if is_transposed(x_RC):
-        back, forth = quantize_whole(x_RC.t(), b, a, (histories[1], histories[0]))
-        return TwoWay(forth, back)
+        along_cols, along_rows = quantize_whole(x_RC.t(), b, a, (histories[1], histories[0]))
+        return TwoWay(along_rows, along_cols)
     x = x_RC if x_RC.stride(1) == 1 else x_RC.contiguous()
     amaxes = tuple(map(_scaling_amax, _amaxes(x, a, b), (a, b), histories))
     call = torch.ops.lowprec.quantize_given if torch.compiler.is_compiling() else _quantize_given
@@ -59,7 +61,8 @@ def quantize_whole(
 
 
 def _amaxes(x: Tensor, a: OperandSpec | None, b: OperandSpec | None) -> tuple[Tensor | None, ...]:
-    """[1] per tensor, [R] or [C] per row of the direction; None for none."""
+    """Return the fp32 amaxes of both directions: [1] for a scale per tensor, [R] or [C] for scales
+    per row, None for a direction whose spec is None."""
     whole = None
     found: list[Tensor | None] = []
     for spec, axis in ((a, 1), (b, 0)):
@@ -77,7 +80,7 @@ def _amaxes(x: Tensor, a: OperandSpec | None, b: OperandSpec | None) -> tuple[Te
 def _scaling_amax(
     amax: Tensor | None, spec: OperandSpec | None, history: Tensor | None
 ) -> Tensor | None:
-    """What to scale by: the amax itself, or under delayed scaling that of the history."""
+    """Return the amax to scale by: `amax` itself, or under delayed scaling that of the history."""
     delayed = (
         spec is not None
         and spec.scaling is not None
@@ -91,6 +94,7 @@ def _scaling_amax(
 def _result(
     codes: Tensor, amax: Tensor | None, spec: OperandSpec | None, shape: tuple[int, int]
 ) -> QTensor | None:
+    """Return the kernel's codes [R, >= K] and their scales as a QTensor of `shape` [R, K]."""
     if spec is None or amax is None:
         return None
     assert spec.scaling is not None
@@ -99,6 +103,10 @@ def _result(
 
 
 def _empty(x: Tensor, amax: Tensor | None, transposed: bool, e5m2: bool) -> Tensor:
+    """Return memory for the codes of x or of its transpose, with rows padded to 16 bytes.
+
+    It is empty if there is no amax, which is so for a direction that is not wanted.
+    """
     R, C = x.shape if not transposed else (x.shape[1], x.shape[0])
     dtype = torch.float8_e5m2 if e5m2 else torch.float8_e4m3fn
     return torch.empty(
@@ -109,11 +117,18 @@ def _empty(x: Tensor, amax: Tensor | None, transposed: bool, e5m2: bool) -> Tens
 def _quantize_given(
     x: Tensor, amax_r: Tensor | None, amax_c: Tensor | None, e5m2_r: bool, e5m2_c: bool
 ) -> list[Tensor]:
+    """Return the codes of x by `amax_r` and of x^T by `amax_c`; empty without an amax.
+
+    Elements are e5m2 in a direction whose flag is set, else e4m3.
+    """
     from lowprec.quant import triton_kernels as kernels
 
-    rows, cols = _empty(x, amax_r, False, e5m2_r), _empty(x, amax_c, True, e5m2_c)
+    rows = _empty(x, amax_r, False, e5m2_r)
+    cols = _empty(x, amax_c, True, e5m2_c)
     R, C = x.shape
-    kernel: Any = kernels.quantize_given  # whose constants a type checker can't know
+    # Any, since a type checker would want constants of type tl.constexpr.
+    kernel: Any = kernels.quantize_given
+    # The kernel writes one element format: if the two differ, it runs once for each direction.
     for only_rows, fmt in ((True, E5M2 if e5m2_r else E4M3), (False, E5M2 if e5m2_c else E4M3)):
         both = e5m2_r == e5m2_c and amax_r is not None and amax_c is not None
         wanted = (
@@ -125,8 +140,9 @@ def _quantize_given(
                 0 if amax is None or amax.numel() == 1 else 1 for amax in (amax_r, amax_c)
             )
             kernel[(-(-R // 64) * -(-C // 64),)](
-                x, x.stride(0), x if amax_r is None else amax_r, step_r, rows, rows.stride(0), x if amax_c is None else amax_c, step_c,
-                cols, cols.stride(0), R, C, *wanted, fmt.mantissa_bits, fmt.min_normal, fmt.max, 64,
+                x, x.stride(0), x if amax_r is None else amax_r, step_r, rows, rows.stride(0),
+                x if amax_c is None else amax_c, step_c, cols, cols.stride(0), R, C, *wanted,
+                fmt.mantissa_bits, fmt.min_normal, fmt.max, 64,
             )  # fmt: skip
         if both:
             break
