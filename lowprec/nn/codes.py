@@ -3,19 +3,20 @@
 Eager code only: a compiler finds equal computations by itself.
 
 Weights. In training, the operands of a weight serve until it changes: in the micro-batches of an
-accumulated step, when activation checkpointing computes the forward again, and in the backward. A change
-is noticed by
+accumulated step, when activation checkpointing computes the forward again, and in the backward. A
+change is noticed by
 
 * the tensor's version, which every in-place operation of torch counts;
-* the step of any optimizer that derives from torch.optim.Optimizer: some write through `.data`, which no
-  version counts. Code that runs inside a step (a closure) uses no kept operands;
+* the step of any optimizer that derives from torch.optim.Optimizer: some write through `.data`,
+  which no version counts. Code that runs inside a step (a closure) uses no kept operands;
 * another parameter object, or other memory, in the weight's place.
 
 A sharded weight (FSDP2) is never kept: the memory of its gathered form is refilled, and no version
-counts that. A program that writes a weight through `.data` outside an optimizer calls `forget_weights`.
+counts that. A program that writes a weight through `.data` outside an optimizer calls
+`forget_weights`.
 
-Inputs. Layers that are called one after the other with the same tensor, as q, k and v are, share its
-operands. They are dropped with the tensor.
+Inputs. Layers that are called one after the other with the same tensor, as q, k and v are, share
+its operands. They are dropped with the tensor.
 """
 
 import weakref
@@ -36,7 +37,7 @@ from lowprec.quant.triton_quantize import Directions, quantize_both
 
 @dataclass(kw_only=True)
 class _Weight:
-    """The operands of a weight, and what tells whether the weight has changed since."""
+    """The operands of a weight, and the state by which a change of the weight is noticed."""
 
     parameter: weakref.ref[Tensor]
     """The parameter itself, not its address, which may be given out again."""
@@ -131,8 +132,8 @@ def forget(module: nn.Module) -> None:
 
 
 def forget_weights() -> None:
-    """Drop the operands of all weights. Call it after writing weights through `.data`, where nothing
-    counts the change."""
+    """Drop the operands of all weights. Call it after writing weights through `.data`, where
+    nothing counts the change."""
     _weights.clear()
 
 

@@ -1,17 +1,17 @@
-"""Mixture-of-experts layers of transformers in low precision: the matrices of all experts lie in one
-3-D parameter.
+"""Mixture-of-experts layers of transformers in low precision: the matrices of all experts lie in
+one 3-D parameter.
 
     y_t = sum over the experts e that token t was sent to of  p_te * down_e(gate(up_e(x_t)))
 
 transformers gives every such module the same attributes
-(`transformers.integrations.moe.use_experts_implementation`). The module is recognised by them, not by its
-class. Tokens are sorted by expert; then each expert's products are those of a linear layer of its own
-(`linear.LinearFunction`), so that every recipe means what it means there: a scale per tensor is one per
-expert, and blocks of x and g that span tokens span one expert's tokens. The router and the sum over a
-token's experts stay in high precision.
+(`transformers.integrations.moe.use_experts_implementation`). The module is recognised by them, not
+by its class. Tokens are sorted by expert; then each expert's products are those of a linear layer
+of its own (`linear.LinearFunction`), so that every recipe means what it means there: a scale per
+tensor is one per expert, and blocks of x and g that span tokens span one expert's tokens. The
+router and the sum over a token's experts stay in high precision.
 
-The number of tokens of each expert decides what is launched: the host waits for it once per layer and pass,
-and compiled code breaks there.
+The number of tokens of each expert decides what is launched: the host waits for it once per layer
+and pass, and compiled code breaks there.
 """
 
 from collections.abc import Mapping
@@ -43,9 +43,9 @@ def stacks(module: nn.Module) -> tuple[str, ...]:
     if isinstance(module, nn.modules.conv._ConvNd):
         return ()
     own = module.named_parameters(recurse=False)
-    # In a module of experts, one matrix is a stack too. Elsewhere a parameter [1, N, K] is none: it
-    # may be an embedding of positions, for example.
-    fewest = 1 if _says_how(module) else 2
+    # In a module of experts, one matrix is a stack too. Elsewhere a parameter [1, N, K] is no stack:
+    # it may be an embedding of positions, for example.
+    fewest = 1 if _is_expert_module(module) else 2
     return tuple(
         name
         for name, parameter in own
@@ -53,13 +53,14 @@ def stacks(module: nn.Module) -> tuple[str, ...]:
     )
 
 
-def _says_how(module: nn.Module) -> bool:
+def _is_expert_module(module: nn.Module) -> bool:
+    """Return True if the module has the attributes that transformers gives modules of experts."""
     return all(hasattr(module, name) for name in _KNOWN_BY)
 
 
 def why_not_stack(module: nn.Module, recipe: Recipe) -> str | None:
     """Return the reason why a stack of experts can't be converted to a recipe; None if it can."""
-    if not _says_how(module):
+    if not _is_expert_module(module):
         return (
             f"a stack of matrices of {type(module).__name__}, which does not say how it "
             "multiplies by them"
@@ -186,8 +187,8 @@ class ExpertProjection(nn.Module):
         return self._gemms[device_type, configured]
 
     def reset_parameters(self) -> None:
-        """Reset the recipe's state; torch calls it to give real values to a module that was built on
-        the meta device."""
+        """Reset the recipe's state; torch calls it to give real values to a module that was built
+        on the meta device."""
         fresh = states_of((self.recipe, *self.keeps), self._device(), *self.seed)
         for name, buffer in fresh.items():
             if name in self._buffers:
@@ -209,8 +210,8 @@ class LowPrecisionExperts:
 
     low_precision: nn.ModuleDict
 
-    # Compiled code would break in the middle, at the count of tokens, and be compiled anew for other
-    # counts.
+    # Compiled code would break in the middle, at the count of tokens, and be compiled anew for
+    # other counts.
     @torch._disable_dynamo
     def forward(
         self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor

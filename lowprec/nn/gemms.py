@@ -4,11 +4,11 @@
     dgrad   dx_MK = g_MN   . (w^T)_KN^T        [M, N] . [K, N]^T -> [M, K]
     wgrad   dw_NK = g^T_NM . (x^T)_KM^T        [N, M] . [K, M]^T -> [N, K]
 
-There is one `LinearGemms` object for all layers with the same recipe and the same backends. They are
-held in a table of this module, and layers know them by a key: compiled code that read them off a
-layer would make variables of all numbers in them that differ between two layers or phases (blocks
-of 32 or 128, a format's largest value), which gives slower code, and for floats an error in
-PyTorch 2.13.
+There is one `LinearGemms` object for all layers with the same recipe and the same backends. They
+are held in a table of this module, and layers know them by a key: compiled code that read them off
+a layer would make variables of all numbers in them that differ between two layers or phases (blocks
+of 32 or 128, a format's largest value), which gives slower code, and for floats an error in PyTorch
+2.13.
 """
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
@@ -161,8 +161,8 @@ _TABLE: dict[str, LinearGemms] = {}
 def backend_or_auto(recipe: Recipe, backend: str, device_type: str) -> str:
     """Return `backend`, or "auto" where it can't multiply everything that `recipe` asks for.
 
-    A user who asks for a backend means the configured recipe. A recipe that a layer is raised to, or
-    evaluates in, may have other operands.
+    A user who asks for a backend means the configured recipe. A recipe that a layer is raised to,
+    or evaluates in, may have other operands.
     """
     if backend not in BACKENDS:
         return "auto"

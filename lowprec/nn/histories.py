@@ -1,4 +1,4 @@
-"""Delayed scaling on several ranks: one history of amaxes for all of them."""
+"""Delayed scaling on several ranks: all ranks scale by the same amax histories."""
 
 import torch
 import torch.distributed as dist
@@ -10,13 +10,13 @@ from lowprec.nn.te_linear import DelayedTELinear
 
 @torch.no_grad()
 def share_histories(model: nn.Module) -> None:
-    """Give every rank the largest amaxes that any rank has seen, in place; call it after each
-    optimizer step, on all ranks.
+    """Give every rank the largest amaxes that any rank has seen, in place.
 
-    All ranks then scale alike, as under Transformer Engine's `reduce_amax`, and one rank's buffers,
-    which are what a checkpoint holds, speak for all: without, a run that resumes would scale
-    differently on every rank but the first. Nothing is done for a single process, nor where no
-    layer's present recipe scales by a history.
+    Call it on all ranks after each optimizer step. All ranks then use the same scales, as under
+    Transformer Engine's `reduce_amax`. A checkpoint holds the buffers of one rank; because all
+    ranks have the same histories, every rank of a resumed run uses the scales that it used before.
+
+    It does nothing in a single process, or if no layer's present recipe scales by a history.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
@@ -28,8 +28,8 @@ def share_histories(model: nn.Module) -> None:
     histories = [history for layer in layers for history in layer.histories()]
     if not histories:
         return
-    # What Transformer Engine has seen since its last update may be no number, which counts for
-    # nothing there.
+    # Transformer Engine's amaxes since its last update may be NaN or infinity. Its update counts
+    # them as zero, and so does this.
     together = torch.cat([history.flatten() for history in histories]).nan_to_num_(
         nan=0.0, posinf=0.0
     )

@@ -9,9 +9,9 @@ recipe says (`recipe/base.py`), `gemms.py` multiplies them.
 
 The recipe also decides what is kept for the backward:
 
-* x: wgrad's operand, quantised in fprop along the tokens, so that the high-precision x can be freed;
-  or fprop's own operand (quantisation-aware training) and where it saturated; or x itself. If the
-  weight is frozen, nothing is kept for wgrad.
+* x: wgrad's operand, quantised in fprop along the tokens, so that the high-precision x can be
+  freed; or fprop's own operand (quantisation-aware training) and where it saturated; or x itself.
+  If the weight is frozen, nothing is kept for wgrad.
 * w: the parameter itself, which the backward quantises again, so that FSDP may drop the gathered
   parameter; or dgrad's operand, which came from the same read of w as fprop's and is kept until the
   weight changes (`codes.py`).
@@ -308,8 +308,8 @@ class LowPrecisionLinear(nn.Linear):
         return self
 
     def reset_parameters(self) -> None:
-        """Draw new parameters, and reset the recipe's state; torch calls it to give real values to a
-        module that was built on the meta device."""
+        """Draw new parameters, and reset the recipe's state; torch calls it to give real values to
+        a module that was built on the meta device."""
         super().reset_parameters()
         with torch.no_grad():
             fresh = states_of((self.recipe, *self.keeps), self.weight.device, *self.seed)
@@ -454,6 +454,6 @@ def _autocast_on(device_type: str) -> bool:
 
 
 def _capturing(device_type: str) -> bool:
-    """Return whether a CUDA graph is being captured. Its replays run no Python that could see that a
-    weight or an input has changed."""
+    """Return whether a CUDA graph is being captured. Its replays run no Python that could see that
+    a weight or an input has changed."""
     return device_type == "cuda" and torch.cuda.is_current_stream_capturing()

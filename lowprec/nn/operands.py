@@ -1,15 +1,15 @@
 """The operands of a linear layer's three GEMMs: x, w and g as a recipe wants them.
 
-`x`, `w` and `g` each return a `TwoWay`: the tensor for the GEMM that reads it as it lies (`rows`), and
-for the one that reads its transpose (`cols`).
+`x`, `w` and `g` each return a `TwoWay`: the tensor for the GEMM that reads it as it lies (`rows`),
+and for the one that reads its transpose (`cols`).
 
     x   rows: fprop's a, [M, K]     cols: wgrad's b, [K, M]
     w   rows: fprop's b, [N, K]     cols: dgrad's b, [K, N]
     g   rows: dgrad's a, [M, N]     cols: wgrad's a, [N, M]
 
-Where both are quantised from high precision as they are, `quantize_two_way` makes them from one read.
-Else each is made by itself, in `make`: transformed by the GEMM's Hadamard matrix, quantised, or kept in
-high precision.
+Where both are quantised from high precision as they are, `quantize_two_way` makes them from one
+read. Else each is made by itself, in `make`: transformed by the GEMM's Hadamard matrix, quantised,
+or kept in high precision.
 
 In quantisation-aware training (`FROM_FPROP`), dgrad and wgrad read the operand that fprop read:
 `from_fprop` transposes it, or quantises it once more.
@@ -135,8 +135,8 @@ def make(
 ) -> Operand:
     """Make one operand: transform `t`, and quantise it as its source in the recipe says.
 
-    A backend that decodes codes gets the values themselves. Where codes or saturation are asked for,
-    it gets a QTensor that holds them decoded.
+    A backend that decodes codes gets the values themselves. Where codes or saturation are asked
+    for, it gets a QTensor that holds them decoded.
 
     Args:
         operand: (gemm, side), one of `OPERANDS`.
