@@ -16,7 +16,8 @@ from lowprec.errors import UserError
 from lowprec.gemm import Support, select
 from lowprec.nn import LowPrecisionLinear, experts
 from lowprec.nn.gemms import gemm_size
-from lowprec.nn.te_linear import DelayedTELinear, TELinear, te_reason, why_not_shape, why_not_te
+from lowprec.nn.te_linear import DelayedTELinear, TELinear
+from lowprec.nn.te_recipes import te_reason, why_not_shape, why_not_te
 from lowprec.recipe import Recipe
 
 

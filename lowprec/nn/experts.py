@@ -43,7 +43,7 @@ def stacks(module: nn.Module) -> tuple[str, ...]:
     if isinstance(module, nn.modules.conv._ConvNd):
         return ()
     own = module.named_parameters(recurse=False)
-    # In a module of experts, one matrix is a stack too. Elsewhere a parameter [1, N, K] is no stack:
+    # In a module of experts, one matrix is a stack too. Elsewhere a parameter [1, N, K] is not one:
     # it may be an embedding of positions, for example.
     fewest = 1 if _is_expert_module(module) else 2
     return tuple(

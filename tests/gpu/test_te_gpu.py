@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor
 
 from lowprec.conversion.convert import convert, make_plan, revert
 from lowprec.nn import LowPrecisionLinear
-from lowprec.nn.te_linear import DelayedTELinear, TELinear, why_not_te
+from lowprec.nn.te_linear import DelayedTELinear, TELinear
+from lowprec.nn.te_recipes import why_not_te
 from lowprec.quant import OperandSpec, quantize
 from lowprec.recipe import library
 from lowprec.testing import heavy_tailed

@@ -16,7 +16,8 @@ import lowprec
 from lowprec.conversion.convert import convert, make_plan, revert
 from lowprec.errors import UserError
 from lowprec.nn import LowPrecisionLinear
-from lowprec.nn.te_linear import DelayedTELinear, TELinear, te_recipe, why_not_te
+from lowprec.nn.te_linear import DelayedTELinear, TELinear
+from lowprec.nn.te_recipes import te_recipe, why_not_te
 from lowprec.quant import OperandSpec, quantize
 from lowprec.recipe import library
 from lowprec.testing import heavy_tailed
