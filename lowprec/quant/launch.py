@@ -61,6 +61,7 @@ class Map:
 
 @cache
 def _layout(block: tuple[int, int], dtype: torch.dtype, swizzled: bool) -> Any:
+    """Return the layout of a tile in shared memory."""
     if swizzled:
         return gl.NVMMASharedLayout.get_default_for(list(block), _DTYPES[dtype])
     return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8 * dtype.itemsize, rank=2)
@@ -118,7 +119,7 @@ class Launcher:
         compiled[(programs, 1, 1)](*args)
         if len(self.prepared) >= _PLACES:
             self.prepared.clear()
-        if (direct := _direct(compiled, programs, args)) is not None:
+        if (direct := _direct_launch(compiled, programs, args)) is not None:
             self.prepared[device, key, place] = direct
 
 
@@ -126,7 +127,9 @@ _PLACES = 1 << 14
 """Largest number of prepared launches that a kernel keeps, some hundred bytes each."""
 
 
-def _direct(compiled: Any, programs: int, args: tuple[Any, ...]) -> Callable[[int], None] | None:
+def _direct_launch(
+    compiled: Any, programs: int, args: tuple[Any, ...]
+) -> Callable[[int], None] | None:
     """Return a function that launches a compiled kernel with these arguments on a given stream.
 
     It bypasses Triton's own preparation of a launch, and holds addresses, not tensors. Return None

@@ -77,7 +77,8 @@ def quantize(
         if generator is None:
             raise ValueError(f"{spec}: stochastic rounding needs a generator or a key")
         key = key_from_generator(generator, x_RK.device)
-    fmt, scaling = spec.element, spec.scaling
+    fmt = spec.element
+    scaling = spec.scaling
     transposed = is_transposed(x_RK)
     noise = (
         uniform(key, (x_RK.shape[0], x_RK.shape[1]), transposed=transposed)

@@ -27,11 +27,14 @@ from lowprec.quant.qtensor import QTensor, TwoWay, is_transposed
 from lowprec.quant.spec import OperandSpec
 
 TILE = 128
-_KINDS = {"e8m0": 0, "fp32": 1, "e4m3": 2}
-_NUMBERS = {"": 0, "1x128": 1, "128x128": 2}
-"""The kernels' number of each kind of scales; "" is a direction that is not wanted. Outside the
-kernels a kind is a string, because torch.compile makes variables of the integers that it finds in
-objects."""
+_FORMATS = {"e8m0": 0, "fp32": 1, "e4m3": 2}
+"""The number of each scale format in the kernels."""
+_BLOCKS = {"": 0, "1x128": 1, "128x128": 2}
+"""The number of each kind of blocks in the kernels; "" is a direction that is not wanted.
+
+Outside the kernels a kind is a string, because torch.compile makes variables of the integers that
+it finds in objects.
+"""
 
 
 class Directions(NamedTuple):
@@ -124,7 +127,8 @@ def quantize_both(
     call = torch.ops.lowprec.quantize_tiles if torch.compiler.is_compiling() else _quantize_tiles
     codes_r, scales_r, codes_c, scales_c = call(*inputs, *wanted[2:])
     R, C = x_RC.shape
-    a, b = wanted.along_rows, wanted.along_cols
+    a = wanted.along_rows
+    b = wanted.along_cols
     along_rows = None if a is None else _result(codes_r, scales_r, wanted.rows, a, R, C)
     along_cols = None if b is None else _result(codes_c, scales_c, wanted.cols, b, C, R)
     return TwoWay(along_rows, along_cols)
@@ -193,7 +197,7 @@ def _quantize_tiles(
         and all(t is None or _has_tensor_map(t) for t in (x, y))
     ):
         _launch_function()(
-            x, y, results, _NUMBERS[rows], _NUMBERS[cols], e8m0, fmt.max, fmt.emax, carry
+            x, y, results, _BLOCKS[rows], _BLOCKS[cols], e8m0, fmt.max, fmt.emax, carry
         )
         return results
     from lowprec.quant import triton_kernels as kernels
@@ -210,7 +214,7 @@ def _quantize_tiles(
     kernel[(-(-R // TILE) * -(-C // TILE),)](
         x, y_or_x, x.stride(0), codes_r, codes_r.stride(0), scales_r, scales_r.stride(0),
         codes_c, codes_c.stride(0), scales_c, scales_c.stride(0), R, C, 1 if y is None else 2,
-        _NUMBERS[rows], _NUMBERS[cols], 0 if e8m0 else 1, fmt.mantissa_bits, fmt.min_normal,
+        _BLOCKS[rows], _BLOCKS[cols], 0 if e8m0 else 1, fmt.mantissa_bits, fmt.min_normal,
         fmt.max, fmt.emax, carry,
     )  # fmt: skip
     return results
@@ -348,7 +352,7 @@ def _fake_quantize_blocks(
     kernel: Any = kernels.fake_quantize_blocks
     kernel[(-(-R // tile_r) * -(-C // tile_c),)](
         x, out, any_pointer, any_pointer if key is None else key, R, C, stride, C,
-        _KINDS[scaling.scale_format], fmt.mantissa_bits, fmt.min_normal, fmt.max, fmt.emax, carry,
+        _FORMATS[scaling.scale_format], fmt.mantissa_bits, fmt.min_normal, fmt.max, fmt.emax, carry,
         scaling.prescale, operand.stochastic, block, along_rows,
         R % tile_r == 0 and C % tile_c == 0, tile_r, tile_c,
     )  # fmt: skip
