@@ -1,4 +1,4 @@
-"""Two processes under FSDP2 whose precision changes: phases, a breach that one rank alone sees, errors that differ between the ranks."""
+"""Two processes under FSDP2 whose precision changes: by phases, and by a breach that one rank sees. The ranks measure different errors."""
 
 import json
 from pathlib import Path

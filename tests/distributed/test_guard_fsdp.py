@@ -119,7 +119,7 @@ dist.destroy_process_group()
 os._exit(0)
 """
 
-# The order of sums of fp32 values differs, which in the gradients of a deep sum stays below a few last bits of 2^-24 each.
+# The fp32 sums have another order, which changes a gradient by a few last bits of 2^-24.
 CLOSE = 1e-5
 
 
@@ -131,7 +131,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def _alone(seed: int, count: int) -> tuple[float, float, dict[str, float]]:
-    """What the watch reads in one process for the whole batches."""
+    """Return the measurements of one process that trains on the whole batches."""
     model = tiny_llama(vocab_size=96, intermediate_size=96)
     watch = Watch(model.train())
     for batch in torch.randint(0, 96, (count, 4, 32), generator=torch.Generator().manual_seed(seed)):
@@ -162,6 +162,6 @@ def test_shards_come_back(two: dict[str, Any], optimizer: str):
         assert outcome["losses"]
         assert outcome["shards"]
     assert len(two[optimizer]) == 2
-    # Each rank holds its own part only. Besides parameters there are a few buffers, of recipes and of the rotary embedding.
+    # Each rank holds its own part only, and a few buffers: those of recipes and of the rotary embedding.
     held = sum(outcome["held"] for outcome in two[optimizer])
     assert two["parameters"] <= held < 1.01 * two["parameters"]

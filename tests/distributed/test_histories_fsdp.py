@@ -1,4 +1,4 @@
-"""Delayed scaling on two ranks: both scale by what either has seen, so that one rank's histories, in the checkpoint, are both ranks'."""
+"""Delayed scaling on two ranks: both scale by the amaxes of both, so the histories of one rank, in the checkpoint, serve both."""
 
 import json
 from pathlib import Path
@@ -78,8 +78,8 @@ def test_ranks_scale_alike_and_resume_from_one_ranks_buffers(tmp_path: Path):
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first["shared"] == second["shared"]
     for step, (one, two) in enumerate(zip(first["own"], second["own"], strict=True)):
-        assert one != two  # they have seen other rows
-        assert len(one) == 14 * 6  # both operands of three products
+        assert one != two  # the ranks train on other rows
+        assert len(one) == 14 * 6  # both operands of three GEMMs
         for name in one:
             assert first["shared"][step][name] == [max(pair) for pair in zip(one[name], two[name], strict=True)]
     for rank in (first, second):

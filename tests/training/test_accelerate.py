@@ -1,4 +1,4 @@
-"""A training loop of one's own on Accelerate: `lowprec.training.accelerate.prepare` in the place of `accelerator.prepare`."""
+"""A training loop of one's own on Accelerate, with `lowprec.training.accelerate.prepare` in place of `accelerator.prepare`."""
 
 import json
 import re
@@ -27,7 +27,7 @@ STEPS = 9
 
 @pytest.fixture(autouse=True)
 def fresh_state():
-    """Accelerate keeps its state for the whole process."""
+    """Reset Accelerate's state, which belongs to the process."""
     yield
     _forget()
 
@@ -38,7 +38,7 @@ def _forget() -> None:
 
 
 class Loop:
-    """A run as a new process would build it, `train`ed by an ordinary loop."""
+    """A run as a new process would build it; `train` is an ordinary loop."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Loop:
         _forget()
         seeded = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=1)
         self.accelerator: Any = Accelerator(cpu=True, gradient_accumulation_steps=accumulate, dataloader_config=seeded)
-        if scaler:  # Accelerate makes one on a GPU only; it serves as well here
+        if scaler:  # Accelerate makes one on a GPU only
             self.accelerator.scaler = torch.amp.GradScaler("cpu")
         self.module = tiny_llama()
         optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-3, fused=fused)
@@ -64,14 +64,14 @@ class Loop:
         self.controller = controller(self.accelerator)
         self.losses: list[float] = []
         self.seen: list[dict[str, Any]] = []
-        """Of every batch: the precision that its forward pass had, and what was to be logged after its step."""
+        """For every batch: the recipe of its forward pass, and the scalars after its step."""
 
     def load(self, checkpoint: Path, batches: int) -> None:
         self.accelerator.load_state(str(checkpoint))
         self.loader = skip_first_batches(self.loader, batches)
 
     def train(self, until: int, begin: int = 0, after: Callable[[int], None] = lambda batch: None) -> "Loop":
-        """Batches `begin` + 1 to `until`, counted from the start of the run; `after` is called with the number of each."""
+        """Train on batches `begin` + 1 to `until`, counted from the start of the run. `after` is called with the number of each."""
         for batch, inputs in enumerate(self.loader, begin + 1):
             layer = self.module.get_submodule(LAYER)
             recipe = layer.recipe.name if isinstance(layer, LowPrecisionLinear) else None
@@ -128,7 +128,7 @@ def test_a_scheduler_may_be_made_after_preparing():
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_phases_change_after_whole_optimizer_steps(accumulate: int, tmp_path: Path):
-    tokens = 2 * 64  # of a forward pass
+    tokens = 2 * 64  # in a forward pass
     schedule = [
         {"until": "2 steps", "recipe": "bf16"},
         {"until": f"{4 * accumulate * tokens} tokens", "recipe": "mxfp8"},
@@ -141,12 +141,12 @@ def test_phases_change_after_whole_optimizer_steps(accumulate: int, tmp_path: Pa
     told = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert told == loop.controller.events
     assert [(event["step"], event["event"]) for event in told] == [(2, "phase"), (4, "phase"), (6, "phase")]
-    # What is logged after a step's last batch is of the step to come.
+    # After the last batch of a step, the phase is that of the next step.
     assert [entry["phase"] for entry in loop.seen][accumulate - 1 :: accumulate] == [1, 2, 2, 3, 3, 4, 4, 4]
 
 
 def test_the_last_batch_of_a_loader_ends_a_step_that_is_not_full():
-    """As Accelerate has it: the gradients of a rest are applied."""
+    """Accelerate applies the gradients of an incomplete step at the end of a loader."""
     loop = Loop({"schedule": [{"until": "1 steps", "recipe": "bf16"}, {"recipe": "mxfp8"}]}, accumulate=20)
     loop.train(30)  # of 30
     assert [entry["recipe"] for entry in loop.seen] == ["bf16"] * 20 + ["mxfp8"] * 10
@@ -170,7 +170,7 @@ def test_the_guard_recovers_from_a_nan_in_one_layer(accumulate: int, tmp_path: P
     assert len((tmp_path / "events.jsonl").read_text().splitlines()) == 3
 
 
-# Recipes that keep state: keys and counts of stochastic rounding, and histories of amaxes. 5 is where two phases meet.
+# Recipes that keep state: keys and counts of stochastic rounding, and amax histories. A phase begins after step 5.
 RESUMED = {
     "schedule": [
         {"until": "3 steps", "recipe": "bf16"},
@@ -185,7 +185,7 @@ SAVED = (2, 4, 5, 7)
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
-    """(folder of checkpoints, losses, the model's final state, what was seen, the controller's state) of a run that nothing interrupts."""
+    """(folder of checkpoints, losses, final state of the model, `seen`, state of the controller) of a run without interruption."""
     folder = tmp_path_factory.mktemp("checkpoints")
     loop = Loop(RESUMED, accumulate=2, scaler=True, directory=folder)
 
@@ -202,7 +202,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
 def test_a_resumed_run_goes_on_bit_for_bit(whole: Any, step: int, tmp_path: Path):
     folder, losses, state, seen, kept = whole
     (tmp_path / "events.jsonl").write_text((folder / "events.jsonl").read_text())
-    torch.manual_seed(step)  # no luck of equal random numbers
+    torch.manual_seed(step)  # other random numbers than in the first run
     loop = Loop(RESUMED, accumulate=2, scaler=True, directory=tmp_path)
     loop.load(folder / str(step), 2 * step)
     loop.train(2 * STEPS, begin=2 * step)
@@ -216,7 +216,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(whole: Any, step: int, tmp_path: Path
 
 
 def test_what_is_resumed_has_state_and_a_scale_that_grows(whole: Any):
-    """The test above would pass on anything else, too."""
+    """The test above needs recipes that keep state, and a scale that grows."""
     _, _, state, seen, _ = whole
     assert {entry["recipe"] for entry in seen} == {"bf16", "mxfp4_aws", "fp8_delayed"}
     assert [entry["loss_scale"] for entry in seen[1::2]] == [1024, 1024, 2048, 2048, 2048, 4096, 4096, 4096, 8192]
@@ -238,7 +238,7 @@ def test_a_raised_layer_stays_raised_when_a_run_goes_on(tmp_path: Path):
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_steps_that_loss_scaling_skips_are_counted_and_the_floor_holds(fused: bool):
-    """The guard takes an overflow for what it is, too. A fused optimizer looks for overflows itself, and Accelerate knows of none then."""
+    """An overflow is no breach for the guard. A fused optimizer looks for overflows itself, and Accelerate does not notice them."""
     scaling = {"init_scale": 8, "min_scale": 4}
     loop = Loop({"recipe": "fp16", "loss_scaling": scaling, "guard": True}, scaler=True, fused=fused)
     loop.poison(2, 4, 5)
@@ -261,7 +261,7 @@ def test_settings_of_loss_scaling_that_have_changed_hold_in_a_resumed_run(tmp_pa
 
 
 def test_a_step_that_makes_the_optimizers_state_is_none():
-    """What torch.distributed.checkpoint does with a sharded optimizer that has no state yet."""
+    """torch.distributed.checkpoint takes such a step with a sharded optimizer that has no state yet."""
     from torch.distributed.checkpoint.state_dict import _init_optim_state
 
     loop = Loop({"schedule": [{"until": "1 steps", "recipe": "bf16"}, {"recipe": "mxfp8"}]}, scaler=True)
@@ -311,7 +311,7 @@ def test_numbers_of_numpys_are_numbers():
 
 
 def test_fp16_needs_other_weights_and_another_device():
-    """Accelerate itself would train in fp32 on a CPU, and say nothing."""
+    """Accelerate alone would train in fp32 on a CPU, without a message."""
 
     def fp16(accelerator: Any) -> None:
         accelerator.state._mixed_precision = "fp16"
@@ -386,7 +386,7 @@ def test_two_processes_stay_in_step_when_one_of_them_meets_a_nan(tmp_path: Path)
     run_ranks(_TWO, tmp_path, str(tmp_path))
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first["kind"] == "DistributedDataParallel"
-    assert first["losses"] != second["losses"]  # they have batches of their own
+    assert first["losses"] != second["losses"]  # the ranks have different batches
     assert first["equal"]
     assert first["finite"]
     assert first["events"] == second["events"]
@@ -400,7 +400,7 @@ def test_two_processes_stay_in_step_when_one_of_them_meets_a_nan(tmp_path: Path)
 
 
 def test_the_example_goes_on_as_it_would_have(tmp_path: Path):
-    """Two processes one after the other: the second resumes from the checkpoint that the first wrote at step 15 of 30."""
+    """The second process resumes from the checkpoint that the first one wrote at step 15 of 30."""
 
     def example(*arguments: str) -> dict[int, str]:
         result = run(str(ROOT / "examples" / "accelerate_loop.py"), *arguments, cwd=tmp_path)

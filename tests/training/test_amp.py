@@ -48,7 +48,7 @@ def _step(amp: Amp, model: nn.Module, optimizer: torch.optim.Optimizer, *, overf
 
 
 def test_gradients_that_underflow_in_fp16_train_only_with_scaling():
-    """A loss of size 1e-9: the gradients of fp16 activations are below 2^-25, half of fp16's smallest number."""
+    """The loss is about 1e-9, so the gradients of fp16 activations are below 2^-25, half of fp16's smallest number."""
 
     def train(scaled: bool) -> tuple[nn.Module, list[float]]:
         model, losses = _model(), []
@@ -150,7 +150,7 @@ def test_the_norm_is_that_of_unscaled_gradients_and_clips_them(precision: str):
     before = model.weight.detach().clone()
     amp = Amp(precision, model, loss_scaling=LossScalingConfig(init_scale=1024.0))
     with amp.autocast():
-        # Each weight's gradient is 8: every number on the way is a power of two, exact in each format.
+        # Each weight's gradient is 8. All intermediate numbers are powers of two, exact in each format.
         loss = model(torch.ones(8, 4)).float().sum()
     amp.backward(loss)
     info = amp.step(optimizer, max_norm=1.0)
@@ -223,7 +223,7 @@ def test_a_loss_in_fp16_is_scaled_in_fp32(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_one_step_per_backward():
-    """The second optimizer's gradients would be unscaled by a scale that the first one's step has changed."""
+    """The first optimizer's step changes the scale, so that of the second one's gradients is unknown."""
     model = _model()
     optimizers = [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (model[0], model[2])]
     amp = Amp("fp16", model)
@@ -297,7 +297,7 @@ def test_without_a_scaler_there_is_no_state():
     assert fp16.scaler.get_scale() == 32.0
 
 
-# A scaler that somebody else owns
+# A scaler of another library
 
 
 def test_configure_sets_what_the_config_says():
@@ -331,7 +331,7 @@ def test_fp16_weights_are_refused_by_name():
     with pytest.raises(UserError, match=r"parameter '2\.weight' is float16 already; load the model in float32"):
         Amp("fp16", model)
     model[2].requires_grad_(False)
-    check_weights(model)  # what is frozen has no gradient
+    check_weights(model)  # a frozen parameter has no gradient
     Amp("bf16", model)
 
 

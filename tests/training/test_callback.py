@@ -1,4 +1,4 @@
-"""LowPrecisionCallback in a transformers.Trainer that knows nothing of it."""
+"""LowPrecisionCallback in an ordinary transformers.Trainer."""
 
 import json
 from pathlib import Path
@@ -66,7 +66,7 @@ def test_a_checkpoint_loads_into_an_unconverted_model(tmp_path: Path):
 
 
 def test_the_loss_scale_of_the_wrapped_optimizer_is_set_and_logged(tmp_path: Path):
-    """What Accelerate's optimizer offers: `scaler`, None without fp16."""
+    """Accelerate's optimizer has the attribute `scaler`, None without fp16."""
     trainer = _trainer(tmp_path, LowPrecisionCallback({"recipe": "fp16", "loss_scaling": {"init_scale": 1024, "growth_interval": 7}}))
     (callback,) = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, LowPrecisionCallback)]
     trainer.create_optimizer()

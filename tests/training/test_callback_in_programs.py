@@ -1,4 +1,4 @@
-"""The callback in programs that do more than train once: several runs, other loops, models made late, a criterion outside of the model."""
+"""The callback in programs that do more than train once: several runs, other loops, late models, a loss outside of the model."""
 
 import logging
 from pathlib import Path
@@ -30,9 +30,9 @@ def test_two_callbacks_in_one_trainer(tmp_path: Path):
 
 
 def test_several_gpus_in_one_process(tmp_path: Path):
-    """The Trainer would take nn.DataParallel; `lowprec train` takes one of them."""
+    """The Trainer would use nn.DataParallel; `lowprec train` uses one GPU."""
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
-    args._n_gpu = 2  # what they say of a machine with two
+    args._n_gpu = 2  # as on a machine with two
     assert args.parallel_mode is ParallelMode.NOT_DISTRIBUTED
     with pytest.raises(UserError, match=r"2 GPUs.*nn\.DataParallel.*CUDA_VISIBLE_DEVICES=0"):
         Trainer(tiny_llama(), args, callbacks=[LowPrecisionCallback("mxfp8")])
@@ -51,7 +51,7 @@ def test_one_callback_in_two_trainers_one_after_the_other(tmp_path: Path):
     plain = small_trainer(tmp_path / "2", **saves)
     plain.train()
     second = small_trainer(tmp_path / "2", callback, **saves)
-    second.train(resume_from_checkpoint=str(tmp_path / "2" / "checkpoint-2"))  # one without our state
+    second.train(resume_from_checkpoint=str(tmp_path / "2" / "checkpoint-2"))  # a checkpoint without the controller's state
     assert not callback.controller.raised
     assert callback.controller.recoveries == 0
 
@@ -67,7 +67,7 @@ def test_a_finished_model_takes_back_what_it_gave(tmp_path: Path):
 
 
 def test_a_finished_model_that_goes_on_is_saved_with_its_state(tmp_path: Path):
-    """In a loop of one's own, and in a Trainer that knows nothing of precision."""
+    """It is trained in a Trainer without the callback, and in a loop of one's own."""
     saves = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
     trainer = small_trainer(tmp_path / "1", LowPrecisionCallback("fp8_delayed"), **saves)
     trainer.train()
@@ -118,7 +118,7 @@ def test_a_loss_that_the_model_does_not_return_is_told_of(tmp_path: Path, caplog
 
 
 def test_a_probe_that_is_not_read_is_taken_away(monkeypatch: pytest.MonkeyPatch):
-    """Its hooks, and what it says to the compiler."""
+    """Its hooks are removed, and its setting of the compiler."""
     model = tiny_llama()
     controller = PrecisionController({"recipe": "mxfp8", "probe_every": 2})
     controller.convert(model)
@@ -134,7 +134,7 @@ def test_a_probe_that_is_not_read_is_taken_away(monkeypatch: pytest.MonkeyPatch)
     controller.start(model, optimizer, total_steps=4)
     controller.before_step(0)
     assert (stance(), hooks()) != before
-    controller.start(model, optimizer, step=1, total_steps=4)  # as a loop that loads a checkpoint
+    controller.start(model, optimizer, step=1, total_steps=4)  # as in a loop that loads a checkpoint
     assert (stance(), hooks()) == before
     controller.before_step(2)
     controller.stop()
@@ -171,7 +171,7 @@ def test_quantisation_errors_are_in_the_state():
     assert other.recovery.sqnr is None
     old = controller.state_dict()
     del old["sqnr"]
-    other.load_state_dict(old)  # of a checkpoint from before
+    other.load_state_dict(old)  # an older checkpoint
 
 
 def test_ranks_that_measured_other_layers_reduce_the_same(monkeypatch: pytest.MonkeyPatch):
@@ -183,7 +183,7 @@ def test_ranks_that_measured_other_layers_reduce_the_same(monkeypatch: pytest.Mo
 
     def all_reduce(lowest: torch.Tensor, op: Any) -> None:
         reduced.append(lowest.clone())
-        lowest[1] = 5.0  # what the other rank measured
+        lowest[1] = 5.0  # the other rank's measurement
 
     monkeypatch.setattr(recovery.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(recovery.dist, "all_reduce", all_reduce)

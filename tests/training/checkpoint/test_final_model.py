@@ -1,4 +1,4 @@
-"""The flag of a finished model belongs to its hooks: it goes wherever the model goes."""
+"""The flag of a finished model is one of its hooks: copies, pickles and compiled code have it too."""
 
 import copy
 import io

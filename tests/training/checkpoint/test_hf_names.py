@@ -1,4 +1,4 @@
-"""Mixtures of experts are resumed as they were, although transformers saves them under other names than they have."""
+"""Mixtures of experts resume exactly, although transformers saves them under other names."""
 
 import copy
 import json
@@ -63,7 +63,7 @@ def test_a_resumed_run_is_the_same_run(model: Any, precision: Any, tmp_path: Pat
     again = small_trainer(tmp_path, LowPrecisionCallback(precision), model=model(seed=7), **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     assert {step: loss for step, loss in losses(again).items() if step > 5} == {step: losses(first)[step] for step in (6, 7, 8)}
-    for trainer in (again, first):  # the second resumes a run that it has finished itself
+    for trainer in (again, first):  # the second run of the same Trainer resumes
         state = named(trainer.model)
         assert all(torch.equal(value, state[name]) for name, value in expected.items())
         first.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
@@ -76,7 +76,7 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path: Path):
     trainer.train()
     best = trainer.state.best_model_checkpoint
     assert best is not None
-    assert not best.endswith("checkpoint-4")  # such a rate makes it worse and worse
+    assert not best.endswith("checkpoint-4")  # at this rate the loss rises
     expected = MixtralForCausalLM.from_pretrained(best).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in trainer.model.state_dict().items())
 
@@ -136,7 +136,7 @@ def test_the_command_trains_and_resumes_a_mixture_from_its_configuration(tmp_pat
 
 
 class OwnModel(PreTrainedModel):
-    """Of somebody's own, with a buffer that is not saved."""
+    """A user's own model, with a buffer that is not saved."""
 
     config_class = LlamaConfig
 

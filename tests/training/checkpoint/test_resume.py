@@ -1,4 +1,4 @@
-"""A resumed run is the same run, bit for bit: recipes with state, in every phase, with the guard's memory; and after a kill."""
+"""A resumed run is the same run, bit for bit: with recipes that keep state, in every phase, with the guard's memory, and after a kill."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def trainer_of(folder: Path, precision: Any, *more: TrainerCallback, model: Any 
 
 
 def assert_same_run(first: Trainer, again: Trainer, step: int) -> None:
-    """`again` went on after `step`."""
+    """Check that `again`, which resumed after `step`, is the same run as `first`."""
     after = {at: loss for at, loss in losses(first).items() if at > step}
     assert after
     assert {at: loss for at, loss in losses(again).items() if at > step} == after
@@ -43,7 +43,7 @@ def assert_same_run(first: Trainer, again: Trainer, step: int) -> None:
 def test_a_resumed_run_is_the_same_run(recipe: str, tmp_path: Path):
     first = trainer_of(tmp_path, recipe, max_steps=6)
     first.train()
-    torch.manual_seed(99)  # of no importance to a run that is resumed exactly
+    torch.manual_seed(99)  # a run that resumes exactly does not depend on it
     again = trainer_of(tmp_path, recipe, model=tiny_llama(seed=7), max_steps=6)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert_same_run(first, again, 4)
@@ -60,7 +60,7 @@ def test_in_the_middle_of_each_phase_and_at_its_ends(tmp_path: Path):
 
 
 class NaNOnce(TrainerCallback):
-    """In the gradients of one layer, in one step."""
+    """A fault: NaN in the gradients of one layer, in one step."""
 
     def __init__(self, model: Any, step: int) -> None:
         self.step, self.active = step, False
@@ -72,7 +72,7 @@ class NaNOnce(TrainerCallback):
 
 @pytest.mark.parametrize("step", [6, 10])
 def test_the_guards_memory_is_in_the_checkpoint(step: int, tmp_path: Path):
-    """Resumed before a breach it is met in the same way; resumed after it, the raised layer stays raised."""
+    """A run that resumes before a breach meets it in the same way. In one that resumes after it, the raised layer stays raised."""
     precision = {"recipe": "mxfp4_aws", "guard": GUARD}
 
     def run(seed: int, checkpoint: str | None = None, **settings: Any) -> Trainer:
@@ -91,7 +91,7 @@ def test_the_guards_memory_is_in_the_checkpoint(step: int, tmp_path: Path):
 
 
 def test_a_checkpoint_without_the_callbacks_state_is_taken(tmp_path: Path):
-    """One of a run that knew nothing of precision: the run goes on in the precision that it is given now."""
+    """The checkpoint is from a run without the callback: the resumed run has the precision that it is given now."""
     plain = small_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
     plain.train()
     checkpoint = tmp_path / "checkpoint-2"
@@ -145,7 +145,7 @@ trainer.train()
 
 @pytest.mark.parametrize("what", ["optimizer", "rng_state", "trainer_state"])
 def test_killed_while_it_writes_a_checkpoint(what: str, tmp_path: Path):
-    """The checkpoint before it is taken, also by a Trainer that looks for the last one itself."""
+    """The run resumes from the checkpoint before, also if the Trainer looks for the last one."""
     process = run("-c", _KILLED_WHILE_WRITING, str(tmp_path), what)
     assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
     torn = tmp_path / "checkpoint-4"
@@ -167,7 +167,7 @@ def test_killed_while_it_writes_a_checkpoint(what: str, tmp_path: Path):
 
 
 def test_a_checkpoint_that_is_being_written_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    """Its end is waited for."""
+    """The callback waits for its end."""
     checkpoint = tmp_path / "checkpoint-4"
     checkpoint.mkdir()
     writer = threading.Timer(1.0, lambda: (checkpoint / "trainer_state.json").write_text('{"global_step": 4}'))
@@ -179,7 +179,7 @@ def test_a_checkpoint_that_is_being_written_stays(tmp_path: Path, caplog: pytest
 
 
 def test_a_checkpoint_that_was_cut_short_just_now_is_not_resumed_from(tmp_path: Path):
-    """A run that was interrupted is often started again at once."""
+    """An interrupted run is often started again at once."""
     settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
     small_trainer(tmp_path, LowPrecisionCallback("bf16"), max_steps=2, **settings).train()
     (tmp_path / "checkpoint-4").mkdir()

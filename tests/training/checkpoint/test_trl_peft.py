@@ -1,4 +1,4 @@
-"""LowPrecisionCallback in TRL's SFTTrainer, and in the plain Trainer with a PEFT model: what these do works as it does without it."""
+"""LowPrecisionCallback in TRL's SFTTrainer, and in the plain Trainer with a PEFT model: their features work as without the callback."""
 
 import copy
 import json
@@ -47,7 +47,7 @@ SETTINGS: dict[str, Any] = {
 
 
 class Generating(TrainerCallback):
-    """Continues a text at every evaluation, as one does to see what a model has learnt."""
+    """A callback that continues a text at every evaluation, to see what the model has learnt."""
 
     def __init__(self) -> None:
         self.made: list[Tensor] = []
@@ -129,7 +129,7 @@ EVERYTHING: dict[str, Any] = {
 
 
 def check_everything(trainer: Trainer, generating: Generating, folder: Path) -> None:
-    """What a run with all of `EVERYTHING` has done."""
+    """Check a run with all features of `EVERYTHING`."""
     found = losses(trainer)
     assert len(found) == 9
     assert found[-1] < found[0] - 0.5
@@ -164,7 +164,7 @@ def test_adapters(tmp_path: Path, build: Any):
     check_everything(trainer, generating, tmp_path)
     assert not (tmp_path / "checkpoint-9" / "model.safetensors").exists()
     trained = trainer.model.get_base_model().state_dict()
-    for name, value in llama().state_dict().items():  # the base has not moved
+    for name, value in llama().state_dict().items():  # the base weights have not changed
         own = name if name in trained else name.replace(".weight", ".base_layer.weight")
         assert torch.equal(trained[own], value), name
     loaded = peft.PeftModel.from_pretrained(llama(), tmp_path / "checkpoint-9")
@@ -173,12 +173,12 @@ def test_adapters(tmp_path: Path, build: Any):
 
 
 def test_early_stopping(tmp_path: Path):
-    """Without a learning rate nothing gets better: the second evaluation stops the run."""
+    """With a learning rate of 0 the loss does not fall, so the second evaluation stops the run."""
     settings = EVERYTHING | {"eval_steps": 1, "save_steps": 1, "learning_rate": 0.0, "save_total_limit": 1}
     trainer = sft(tmp_path, EarlyStoppingCallback(1), **settings)
     trainer.train()
     assert trainer.state.global_step == 2
-    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1"]  # the best one
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1"]  # the best checkpoint
 
 
 def test_checkpointing_changes_nothing(tmp_path: Path):
@@ -188,7 +188,7 @@ def test_checkpointing_changes_nothing(tmp_path: Path):
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path: Path):
-    """Gradients differ by the order of fp32 sums, about 1e-6; but Adam divides each by its own size, those that are nearly zero too."""
+    """The order of fp32 sums changes gradients by about 1e-6. Adam divides each by its own size, also those near zero."""
     whole = losses(sft(tmp_path, precision="fp32", max_steps=3))
     halves = losses(sft(tmp_path, precision="fp32", max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2))
     assert halves == pytest.approx(whole, rel=1e-4)
@@ -204,7 +204,7 @@ SAVES: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3, "max_steps":
 
 
 def assert_went_on(first: Trainer, again: Trainer, step: int) -> None:
-    """Bit for bit, after `step`."""
+    """Check that `again`, which resumed after `step`, is the same run as `first`, bit for bit."""
     assert logged(again)[step:] == logged(first)[step:]
     buffers = dict(first.model.named_buffers())
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in again.model.named_buffers())
@@ -213,7 +213,7 @@ def assert_went_on(first: Trainer, again: Trainer, step: int) -> None:
 @pytest.mark.parametrize("precision", ["fp8_delayed", "mxfp4_quartet"])
 @pytest.mark.parametrize("place", ["here", "elsewhere", "renamed"])
 def test_a_resumed_run_of_adapters_is_the_same_run(precision: str, place: str, tmp_path: Path):
-    """Checkpoints of PEFT have no buffers of the layers beneath; what the recipe keeps there lies beside them."""
+    """PEFT's checkpoints lack the buffers of the layers beneath; recipe state lies beside the adapters."""
     first = plain(tmp_path, precision=precision, **SAVES)
     first.train()
     checkpoint = tmp_path / "checkpoint-3"
@@ -226,12 +226,12 @@ def test_a_resumed_run_of_adapters_is_the_same_run(precision: str, place: str, t
 
 
 class Killed(BaseException):
-    """A kill, to the program."""
+    """An exception that stands for a kill."""
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_killed_around_the_end_of_a_checkpoint_of_adapters(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Once the Trainer's state is written the checkpoint counts as whole: the recipe's is there by then."""
+    """A checkpoint is complete once the Trainer's state is written. Recipe state is written before that."""
     whole = plain(tmp_path / "whole", precision="fp8_delayed", **SAVES)
     whole.train()
     write = TrainerState.save_to_json
@@ -254,7 +254,7 @@ def test_killed_around_the_end_of_a_checkpoint_of_adapters(when: str, tmp_path: 
 
 
 def test_adapters_go_back_to_a_checkpoint_elsewhere(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    """Although the run has written newer ones since."""
+    """The run goes back to it although it has written newer ones."""
     saves = SAVES | {"save_steps": 1}
     plain(tmp_path / "first", precision="fp8_delayed", **saves).train()
     guard = {"data": "replay", "warmup": 2, "window": 8}

@@ -1,4 +1,4 @@
-"""The guard on sequences of numbers: what is a breach, who is to blame, and which layers take more precision."""
+"""The guard on sequences of numbers: breaches, the layers to blame, and the layers that take more precision."""
 
 import json
 import math
@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 
 from lowprec.recipe import Recipe, library
+from lowprec.training.control import guard as guarding
 from lowprec.training.control.blame import ladder_step, layers_to_raise
 from lowprec.training.control.guard import Guard, GuardConfig
-from lowprec.training.control.signals import Breach, Observation
+from lowprec.training.control.signals import SIGNALS, Breach, Observation, Signal
 
 LAYERS = ("embed", "first", "second", "head")
 INF, NAN = math.inf, math.nan
 
 
 def _observation(step: int, **changes: Any) -> Observation:
-    """A healthy step: loss around 2, gradient norms around 1."""
+    """Return a healthy step, with `changes`: its loss is around 2, its gradient norms are around 1."""
     draw = random.Random(step)
     layers = {name: 1 + 0.1 * draw.random() for name in LAYERS}
     healthy = Observation(step, 2 + 0.02 * draw.random(), 2 + 0.1 * draw.random(), layers, skipped=False, scaled=False)
@@ -72,7 +73,7 @@ def test_a_falling_loss_and_a_negative_one_are_fine():
 
 
 def test_a_jump_in_a_falling_loss():
-    """To where the loss was not long ago: its spread over the window is its fall."""
+    """The loss jumps back to a value of the window, whose spread is the fall of the loss."""
     guard = Guard(GuardConfig())
     for step in range(40):
         assert guard.observe(_observation(step, loss=1 + 4 * 0.95**step + 0.01 * random.Random(step).random())) is None
@@ -185,9 +186,9 @@ def test_breaches_and_skipped_steps_do_not_enter_the_statistics():
     assert guard.state_dict() != before
 
 
-def test_who_is_to_blame():
+def test_which_layers_are_to_blame():
     guard = _guard()
-    # Not finite: from the output to the input. Finite: by how far each is above its own median.
+    # If not finite: from the output to the input. If finite: by the ratio to the layer's own median.
     assert _breach(guard, layers={"embed": NAN, "first": INF, "second": NAN}).layers == ("second", "first", "embed")
     assert _breach(guard, grad_norm=1e4, layers={"second": 9e3, "first": 30.0, "head": 1.5}).layers == ("second", "first")
     assert _breach(guard, loss=9.0, sqnr={"first": 20.0, "second": 12.0}).layers == ("second", "first")
@@ -223,6 +224,25 @@ def test_a_guard_restored_from_json_tells_the_same(restart: int):
     assert [second.observe(step) for step in steps[restart:]] == expected[restart:]
     assert second.state_dict() == whole.state_dict()
     assert {breach.kind for breach in expected if breach} == {"loss", "gradient", "not finite", "skipped steps"}
+
+
+def test_a_new_signal_is_one_class_and_one_row(monkeypatch: pytest.MonkeyPatch):
+    class Negative(Signal):
+        name = "negative"
+
+        def __init__(self, config: GuardConfig) -> None:
+            pass
+
+        def check(self, seen: Observation) -> Breach | None:
+            return Breach(self.name, "negative") if seen.loss is not None and seen.loss < 0 else None
+
+    older = _guard().state_dict()
+    monkeypatch.setattr(guarding, "SIGNALS", (*SIGNALS, Negative))
+    guard = Guard(GuardConfig())
+    guard.load_state_dict(older)
+    breach = _breach(guard, loss=-1.0, layers={"second": 30.0})
+    assert (breach.kind, breach.layers, breach.began_well) == ("negative", ("second",), False)
+    assert guard.state_dict() == older
 
 
 def test_the_ladder():

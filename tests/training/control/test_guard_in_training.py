@@ -1,4 +1,4 @@
-"""The guard in a Trainer that knows nothing of it: a run that diverges comes back, and ends where an undisturbed one does."""
+"""The guard in an ordinary Trainer: a run that diverges recovers, and ends with the loss of an undisturbed run."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ LAYER = "model.layers.1.mlp.down_proj"
 
 
 class Fault(TrainerCallback):
-    """Does something to the model before the optimizer step of some global steps, once each."""
+    """A callback that damages the model in some global steps, once in each."""
 
     def __init__(self, model: Any, *steps: int) -> None:
         self.model, self.steps, self.active = model, set(steps), False
@@ -36,7 +36,7 @@ class NaNGradient(Fault):
 
 
 class NaNBackwards(Fault):
-    """In the gradient of a layer's output: it travels on to all layers before it."""
+    """NaN in the gradient of a layer's output, which the backward carries to all layers before it."""
 
     def __init__(self, model: Any, *steps: int) -> None:
         super().__init__(model, *steps)
@@ -70,7 +70,7 @@ def run(folder: Path, guard: Any, fault: type[Fault] | None = None, *steps: int,
     callbacks: list[Any] = [LowPrecisionCallback({"recipe": recipe, "guard": guard})]
     if fault is not None:
         callbacks.append(fault(model, *steps))
-    # A rate that is constant to the end: a run that lost some steps is not behind by what it would have learnt at a higher one.
+    # The learning rate is constant: a run that lost some steps learns as much in each of the later ones.
     trainer = small_trainer(folder, *callbacks, model=model, max_steps=STEPS, lr_scheduler_type="constant", data=prose(800), **settings)
     callbacks[0].train(trainer)
     return trainer
@@ -88,7 +88,7 @@ def events(folder: Path) -> list[dict[str, Any]]:
 def clean(tmp_path_factory: pytest.TempPathFactory) -> float:
     folder = tmp_path_factory.mktemp("clean")
     trainer = run(folder, GUARD)
-    assert not (folder / "events.jsonl").exists()  # nothing is a breach in a healthy run
+    assert not (folder / "events.jsonl").exists()  # a healthy run has no breach
     loss = final_loss(trainer)
     assert loss < 0.75 * losses(trainer)[1]
     return loss
@@ -123,7 +123,7 @@ def test_a_nan_in_one_layers_gradients(fault: type[Fault], data: str, tmp_path: 
     assert final_loss(trainer) == pytest.approx(clean, rel=0.02)
     breach, back, raised = events(tmp_path)
     assert (breach["step"], breach["event"]) == (48, "breach")
-    assert breach["layers"][0] == LAYER  # and not those before it, which the NaN went on to
+    assert breach["layers"][0] == LAYER  # not the layers before it, which the NaN reached too
     assert back["event"] == {"skip": "restored", "replay": "stopped"}[data]
     assert "step 40" in back["reason"] or data == "replay"
     assert raised["layers"] == [f"{LAYER}: mxfp4 -> fp8_blockwise"]
@@ -152,8 +152,8 @@ def test_what_comes_again_goes_up_the_ladder_and_then_stops_the_run(tmp_path: Pa
     assert raised[0] == [f"{LAYER}: mxfp4 -> fp8_blockwise"]
     assert raised[1] == [f"{LAYER}: fp8_blockwise -> bf16"]
     restored = [event["reason"] for event in events(tmp_path) if event["event"] == "restored"]
-    assert restored[0].startswith("weights and optimizer of step 40")  # whose loss was healthy still
-    assert restored[1].startswith("weights and optimizer of step 30")  # for that did not help
+    assert restored[0].startswith("weights and optimizer of step 40")  # the loss of that step was healthy
+    assert restored[1].startswith("weights and optimizer of step 30")  # the newer snapshot did not help
 
 
 def test_the_precision_that_was_raised_holds_in_later_phases_where_it_is_higher(tmp_path: Path):
@@ -172,7 +172,7 @@ def test_the_precision_that_was_raised_holds_in_later_phases_where_it_is_higher(
 
 @pytest.mark.parametrize("first", [False, True])
 def test_the_step_of_a_breach_is_not_saved(first: bool, tmp_path: Path):
-    """It would take the place of the checkpoint to go back to."""
+    """It would replace the checkpoint to go back to."""
     model = tiny_llama()
     callback = LowPrecisionCallback({"recipe": "mxfp4", "guard": {**GUARD, "data": "replay"}})
     saves = {"save_strategy": "steps", "save_steps": 4, "save_total_limit": 1}
@@ -194,7 +194,7 @@ def test_another_run_knows_nothing_of_the_one_before(tmp_path: Path):
     trainer.train()
     assert callback.controller.recoveries == 0
     assert {module.recipe.name for module in model.modules() if isinstance(module, LowPrecisionLinear)} == {"mxfp4"}
-    assert not (tmp_path / "events.jsonl").read_text()  # it was the other run's
+    assert not (tmp_path / "events.jsonl").read_text()  # that was the run before
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Going back to checkpoints on disk (`guard.data: replay`): to which, and what is kept from them."""
+"""Going back to checkpoints on disk (`guard.data: replay`): the choice of the checkpoint, and the state that survives."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ REPLAY = {"snapshot_every": 10, "warmup": 4, "window": 8, "data": "replay"}
 
 
 class Poison(Fault):
-    """An update that no gradient shows: the weights are no numbers after the step."""
+    """An update that no gradient shows: the weights are NaN after the step."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.active:
@@ -25,7 +25,7 @@ class Poison(Fault):
 
 
 def run(folder: Path, fault: type[Fault] | None, *steps: int, resume: Any = None, **settings: Any) -> tuple[Trainer, list[str]]:
-    """The Trainer, and the checkpoints that it went on from."""
+    """Train, and return the Trainer and the names of the checkpoints that it went back to."""
     model = tiny_llama()
     callback = LowPrecisionCallback({"recipe": "mxfp4", "guard": REPLAY})
     faults = [] if fault is None else [fault(model, *steps)]
@@ -52,15 +52,15 @@ def test_the_end_of_an_epoch_saves_nothing_of_a_course_that_is_given_up(tmp_path
 
 
 def test_a_checkpoint_that_was_bad_already_is_not_gone_back_to(tmp_path: Path):
-    trainer, taken = run(tmp_path, Poison, 7)  # after step 8, which is saved
+    trainer, taken = run(tmp_path, Poison, 7)  # the weights are bad after step 8, which is saved
     assert taken == ["checkpoint-4"]
     assert trainer.state.global_step == 16
     assert trainer.model.get_submodule(LAYER).weight.isfinite().all()
 
 
 def test_the_same_trouble_goes_further_back(tmp_path: Path):
-    _, taken = run(tmp_path, NaNGradient, 12, 13, 14)  # each comes once
-    assert taken == ["checkpoint-8", "checkpoint-4", "checkpoint-4"]  # there is none before that
+    _, taken = run(tmp_path, NaNGradient, 12, 13, 14)  # one breach in each
+    assert taken == ["checkpoint-8", "checkpoint-4", "checkpoint-4"]  # there is no older one
     _, taken = run(tmp_path / "again", type("Lasting", (NaNGradient,), {"on_step_begin": _always_at_12}), 12, max_steps=13, save_steps=3)
     assert taken == ["checkpoint-9", "checkpoint-6"]
 
@@ -73,7 +73,7 @@ def _always_at_12(self: Any, args: Any, state: Any, control: Any, **kwargs: Any)
 def test_another_runs_checkpoints_are_not_gone_back_to(tmp_path: Path):
     run(tmp_path, None, save_steps=3)
     _, taken = run(tmp_path, NaNGradient, 10, save_steps=5)
-    assert taken == ["checkpoint-5"]  # and not checkpoint-9 of the run before
+    assert taken == ["checkpoint-5"]  # not checkpoint-9 of the run before
 
 
 def test_the_checkpoint_that_a_run_was_resumed_from_may_lie_elsewhere(tmp_path: Path):
@@ -132,7 +132,7 @@ def test_a_replay_by_the_trainer_itself_keeps_what_it_has_learnt(tmp_path: Path)
 
 
 def test_a_replay_to_the_very_beginning_keeps_what_it_has_learnt(tmp_path: Path):
-    """From a checkpoint that was written before the first step."""
+    """The checkpoint was written before the first step."""
 
     class SavesAtOnce(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

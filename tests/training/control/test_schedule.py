@@ -1,4 +1,4 @@
-"""Precision over the run: which phase a step belongs to, and what changes at its start."""
+"""The schedule: the phase of each step, and the changes when a phase begins."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_phases_end_where_they_say():
     assert ends(["5%", "90%", "100%"], 200) == (10, 180, 200)
     assert ends(["20 steps", "50%", "100%"], 200) == (20, 100, 200)
     assert ends(["1M tokens", "100%"], 200, tokens_per_step=65536) == (16, 200)
-    assert ends(["20 steps", "100%"]) == (20, 2**62)  # of unknown length
+    assert ends(["20 steps", "100%"]) == (20, 2**62)  # its length is not known
     assert ends(["10%", "100%"], 30) == (3, 30)  # not 4, by the rounding of 0.1
     schedule = make_schedule(parse_precision({"schedule": THREE}).schedule, 8)
     assert [schedule.phase(step) for step in range(9)] == [0, 0, 1, 1, 1, 1, 2, 2, 2]
@@ -101,7 +101,7 @@ def test_wrong_phases_are_one_line(schedule: list[dict[str, Any]], message: str)
 
 
 class Recipes(TrainerCallback):
-    """The recipe of each layer in each step's forward pass."""
+    """A callback that notes the recipe of each layer in each step's forward pass."""
 
     def __init__(self) -> None:
         self.seen: list[dict[str, str]] = []
@@ -128,7 +128,7 @@ def test_each_phase_trains_in_its_recipe(tmp_path: Path):
     assert not any("k_proj" in name for name in recipes.seen[0])
     state = trainer.optimizer.state[trainer.model.get_submodule(q).weight]
     optimizer_state.append(int(state["step"]))
-    assert optimizer_state == [8]  # it went on through all phases
+    assert optimizer_state == [8]  # the run went through all phases
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert [(event["step"], event["event"]) for event in events] == [(2, "phase"), (6, "phase")]
     assert "mxfp4_aws x 10, fp8_blockwise x 2" in events[0]["reason"]
@@ -141,11 +141,11 @@ def test_phases_may_have_rules_of_their_own(tmp_path: Path):
     rules = [{"modules": ".*", "recipe": "mxfp8"}]
     callback, recipes = LowPrecisionCallback({"rules": rules, "schedule": [{"until": "1 step", "rules": []}, {}]}), Recipes()
     small_trainer(tmp_path, callback, recipes, max_steps=2).train()
-    assert [set(seen.values()) for seen in recipes.seen] == [{"bf16", "as it is"}, {"mxfp8"}]  # the head is converted by the rule alone
+    assert [set(seen.values()) for seen in recipes.seen] == [{"bf16", "as it is"}, {"mxfp8"}]  # only the rule converts the head
 
 
 def test_a_schedule_of_one_recipe_changes_nothing(tmp_path: Path):
-    """Recipes with state: what they keep is not touched by a change of phase."""
+    """A change of phase does not change the state that recipes keep."""
     for recipe in ("mxfp4_aws", "fp8_delayed"):
         plain = small_trainer(tmp_path, LowPrecisionCallback(recipe), max_steps=6)
         plain.train()

@@ -1,4 +1,4 @@
-"""Snapshots: what comes back is, bit for bit, what was there."""
+"""Snapshots: the restored state is the old one, bit for bit."""
 
 import math
 import warnings
@@ -133,7 +133,7 @@ def test_state_of_a_parameter_that_had_none_is_dropped_and_lost_state_is_made_ag
     assert two not in optim.state
     assert torch.equal(optim.state[one]["exp_avg"], moment)
     assert optim.state[one]["step"] == 1
-    optim.step()  # and what was made again is not the snapshot's own
+    optim.step()  # the new tensor does not share memory with the snapshot
     snapshots.restore(model, optim)
     assert torch.equal(optim.state[one]["exp_avg"], moment)
 
@@ -150,7 +150,7 @@ def test_the_learning_rate_goes_on_and_other_settings_come_back():
 
 
 def _weight_snapshots(steps: tuple[int, ...], keep: int) -> tuple[Snapshots, nn.Linear, torch.optim.Optimizer]:
-    """A layer whose weights are the number of the step."""
+    """Return snapshots of a layer whose weights are the number of the step."""
     layer = nn.Linear(2, 2, bias=False)
     optim = torch.optim.SGD(layer.parameters(), lr=0.1)
     snapshots = Snapshots(keep)
@@ -166,7 +166,7 @@ def test_the_newest_are_kept_and_later_ones_dropped():
     assert snapshots.restore(layer, optim, before=35) == 30
     assert layer.weight[0, 0] == 30
     assert snapshots.steps == (20, 30)
-    assert snapshots.restore(layer, optim) == 30  # a state may serve more than once
+    assert snapshots.restore(layer, optim) == 30  # a snapshot may be restored twice
     assert snapshots.restore(layer, optim, before=20) == 20
     assert layer.weight[0, 0] == 20
     with pytest.raises(LookupError, match="no snapshot of step 19 or earlier"):
@@ -204,7 +204,7 @@ def test_the_oldest_memory_serves_again():
 
 
 def test_restoring_counts_as_a_change_of_the_weight():
-    """What keeps codes of a weight knows its version (lowprec/nn/codes.py)."""
+    """The cache of codes (lowprec/nn/codes.py) tells weights apart by their version."""
     snapshots, layer, optim = _weight_snapshots((1,), keep=1)
     version = layer.weight._version
     snapshots.restore(layer, optim)
@@ -249,7 +249,7 @@ def test_quantised_optimizer_state_comes_back(kind: str, lost: bool):
     model = _model()
     optim = getattr(optimizers, kind)(model.parameters(), lr=1e-2)
     snapshots = Snapshots()
-    # torchao compiles its step, for minutes on a CPU; what it computes is not the matter here.
+    # torchao compiles its step, which takes minutes on a CPU and is not tested here.
     with torch.compiler.set_stance("force_eager"):
         _train(model, optim, range(2))
         snapshots.take(2, model, optim)

@@ -1,4 +1,4 @@
-"""The watch against gradients and losses computed without it."""
+"""The watch, compared with gradients and losses that are computed without it."""
 
 import copy
 import math
@@ -28,7 +28,7 @@ def _batch(seed: int = 0) -> Tensor:
 
 
 def _step(model: Any, *seeds: int, scale: float = 1.0, **arguments: Any) -> list[float]:
-    """The losses of a step's micro-batches; the gradients are left in the model."""
+    """Run the backwards of a step and return the losses of its micro-batches; the gradients stay in the model."""
     model.zero_grad()
     losses = [model(input_ids=_batch(seed), labels=_batch(seed), **arguments).loss for seed in seeds]
     for loss in losses:
@@ -99,8 +99,8 @@ def test_micro_batches_of_a_step():
     losses = _step(model, 0, 1, 2)
     loss, total, _ = watch.read()
     assert loss == pytest.approx(sum(losses) / 3, rel=1e-6)
-    assert total == pytest.approx(_total(_norms(model)), rel=CLOSE)  # of the sum of their gradients, not of the last one
-    # Told how many tokens the step has, the model returns shares of the step's loss.
+    assert total == pytest.approx(_total(_norms(model)), rel=CLOSE)  # the norm of the summed gradients, not of the last one
+    # With the number of tokens in the step, the model returns shares of the step's loss.
     shares = _step(model, 0, 1, 2, num_items_in_batch=90)
     assert watch.read()[0] == pytest.approx(sum(shares), rel=1e-6)
     assert sum(shares) == pytest.approx(sum(losses) / 3, rel=1e-5)
@@ -108,7 +108,7 @@ def test_micro_batches_of_a_step():
 
 @pytest.mark.parametrize("of_all_ranks", [False, True])
 def test_the_loss_over_two_ranks(of_all_ranks: bool, monkeypatch: pytest.MonkeyPatch):
-    """Of the items of all ranks each rank's loss is a share; of its own items, a mean."""
+    """If the number of items is that of all ranks, each rank's loss is a share; if it is the rank's own, a mean."""
     monkeypatch.setattr(watching, "_ranks", lambda: 2)
     monkeypatch.setattr(watching.dist, "all_reduce", lambda sums: sums.mul_(2))  # the other rank saw the same
     model = _model()

@@ -1,4 +1,4 @@
-"""What reaches Weights & Biases, read back from offline runs, and TensorBoard: losses, precision, events and plans at their steps."""
+"""Logs in Weights & Biases (read back from offline runs) and in TensorBoard: losses, precision, events and plans at their steps."""
 
 import json
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ TWO_PHASES = [{"until": "3 steps", "recipe": "bf16"}, {"until": "100%", "recipe"
 
 
 class NaNGradient(TrainerCallback):
-    """In one layer's weight, in the step after `step` finished ones."""
+    """A fault: NaN in the gradient of one layer's weight, in the step after `step` finished ones."""
 
     def __init__(self, model: Any, step: int) -> None:
         self.step, self.active = step, False
@@ -35,14 +35,14 @@ class NaNGradient(TrainerCallback):
 
 
 def by_step(rows: Rows, name: str) -> dict[int, Any]:
-    """What was logged under a name, by the step that came with it; once each."""
+    """Return the values that were logged under a name, by step; check that each step has one."""
     found = [(row["train/global_step"], row[name]) for row in rows if name in row]
     assert len(dict(found)) == len(found)
     return dict(found)
 
 
 def recipes(log: Path, rows: Rows) -> dict[int, dict[str, str]]:
-    """The plan's tables by step: the recipe of each layer that has one."""
+    """Return the tables of plans by step, as the recipe of each converted layer."""
     tables = {}
     for step, path in by_step(rows, "lowprec/plan.path").items():
         table = json.loads((log.parent / "files" / path).read_text())
@@ -54,7 +54,7 @@ def recipes(log: Path, rows: Rows) -> dict[int, dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Rows]:
-    """A run of `lowprec train` in two phases, with a guard and probes: its directory, wandb's file of it, and the rows in that."""
+    """Run `lowprec train` in two phases, with a guard and probes. Return its directory, its wandb file, and the rows in that."""
     folder = tmp_path_factory.mktemp("command")
     output = folder / "run"
     precision = {"precision__schedule": TWO_PHASES, "precision__guard": {"snapshot_every": 2}, "precision__probe_every": 4}
@@ -74,7 +74,7 @@ def test_the_commands_run_is_in_wandb_as_in_its_metrics(command: tuple[Path, Pat
         assert by_step(rows, f"train/{name}") == pytest.approx(expected, rel=1e-12), name
     assert by_step(rows, "train/phase") == {1: 1, 2: 1, 3: 1, 4: 2, 5: 2, 6: 2}
     assert by_step(rows, "train/guard_recoveries") == dict.fromkeys(range(1, 7), 0)
-    # Measured in the steps that come after 0 and 4 finished ones: of bf16's rounding (8 bits), then of E4M3's (4).
+    # Measured in the steps after 0 and 4 finished ones: the rounding to bf16 (8 bits), then to E4M3 (4 bits).
     noise = by_step(rows, "train/sqnr_w_median")
     assert list(noise) == [1, 5]
     assert noise[1] > 50 > 35 > noise[5]
@@ -98,31 +98,31 @@ def test_the_commands_run_begins_with_the_plan_of_its_first_phase(command: tuple
 
 @pytest.fixture
 def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Runs that this process starts stay offline, in the test's folder, and end with it."""
+    """Keep the wandb runs of a test offline, in the test's folder, and finish them."""
     for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
         monkeypatch.setenv(name, value)
-    wandb.teardown()  # it reads them once
+    wandb.teardown()  # wandb reads them once
     yield
     wandb.finish()
     wandb.teardown()
 
 
 def summary_and_log(folder: Path) -> tuple[dict[str, Any], Path]:
-    """Of the run that is active, which ends here."""
+    """Finish the active run, and return its summary and its log."""
     summary = dict(wandb.run.summary)
     wandb.finish()
-    wandb.teardown()  # only this waits until the file is written
+    wandb.teardown()  # this waits until the file is written
     (log,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     return summary, log
 
 
 def test_an_untouched_trainer_whose_wandb_comes_first(tmp_path: Path, offline: None):
     callback = LowPrecisionCallback({"schedule": TWO_PHASES, "loss_scaling": {"init_scale": 1024, "growth_interval": 2}})
-    # Clipping would need autocast, too, to know that the gradients are scaled.
+    # Clipping would need autocast, to know that the gradients are scaled.
     trainer = small_trainer(tmp_path, callback, max_steps=6, report_to="wandb", max_grad_norm=0.0)
     order = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
     assert order.index("WandbCallback") < order.index("LowPrecisionCallback")
-    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")  # what fp16 gives it on a GPU
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")  # with fp16 on a GPU it has one
     trainer.train()
     summary, log = summary_and_log(tmp_path)
     rows = wandb_history(log)
@@ -133,7 +133,7 @@ def test_an_untouched_trainer_whose_wandb_comes_first(tmp_path: Path, offline: N
     plans = recipes(log, rows)
     assert {step: set(plan.values()) for step, plan in plans.items()} == {0: {"bf16"}, 3: {"fp8_blockwise"}}
     assert list(plans[0]) == [name for name, module in trainer.model.named_modules() if isinstance(module, LowPrecisionLinear)]
-    assert summary["lowprec/plan"]["_type"] == "table-file"  # by this the workspace finds the table
+    assert summary["lowprec/plan"]["_type"] == "table-file"  # the workspace finds the table by this name
     assert callback.plan is not None
     assert summary["lowprec/plan_summary"] == callback.plan.summary()
 
@@ -160,7 +160,7 @@ def test_a_breach_is_told_line_by_line_and_the_plan_shows_what_was_raised(tmp_pa
 
 
 def watched(trainer: Trainer) -> list[str]:
-    """The modules that have parameters of their own: output head and embeddings do, too."""
+    """Return the names of the watched modules: those with parameters of their own, the head and the embeddings too."""
     return [name for name, module in trainer.model.named_modules() if list(module.parameters(recurse=False))]
 
 
