@@ -9,7 +9,7 @@ import sys
 import click
 
 from lowprec.cli.app import cli
-from lowprec.errors import TrainingStopped, UserError
+from lowprec.errors import UserError, reported
 
 _NOISY = ("torchao", "torch.utils._pytree")
 """Loggers that warn, while transformers imports torchao, of kernels that this machine can't load.
@@ -20,27 +20,18 @@ def main(args: list[str] | None = None) -> None:
     """Run the command with `args`, the process's own by default, and exit unless it is done."""
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        cli.main(args=args, prog_name="lowprec", standalone_mode=False)
-    except UserError as error:
-        _fail(str(error))
-    except TrainingStopped as error:
-        click.echo(f"lowprec: stopped: {' '.join(str(error).split())}", err=True)
-        sys.exit(1)
-    except click.ClickException as error:
-        # From click 8.2 on, a group without a command raises its own help as an error.
-        if type(error).__name__ == "NoArgsIsHelpError":
-            click.echo(error.format_message(), err=True)
-            sys.exit(2)
-        _fail(error.format_message())
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("lowprec: interrupted", err=True)
-        sys.exit(1)
-
-
-def _fail(message: str) -> None:
-    click.echo(f"lowprec: {' '.join(message.split())}", err=True)
-    sys.exit(2)
+    with reported("lowprec"):
+        try:
+            cli.main(args=args, prog_name="lowprec", standalone_mode=False)
+        except click.ClickException as error:
+            # From click 8.2 on, a group without a command raises its own help as an error.
+            if type(error).__name__ == "NoArgsIsHelpError":
+                click.echo(error.format_message(), err=True)
+                sys.exit(2)
+            raise UserError(error.format_message()) from None
+        except (click.Abort, KeyboardInterrupt):
+            click.echo("lowprec: interrupted", err=True)
+            sys.exit(1)
 
 
 if __name__ == "__main__":

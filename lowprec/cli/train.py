@@ -22,6 +22,9 @@ def command(config: str, overrides: tuple[str, ...]) -> None:
     run, data = load_run(path, overrides)
     # Imported once the configuration is right, since transformers takes seconds.
     from lowprec.cli.tables import summary_table
+    from lowprec.distributed.processes import is_main_process
     from lowprec.training.run.pretrain import train
 
-    click.echo(summary_table(train(run, data, path)))
+    summary = train(run, data, path)
+    if is_main_process():
+        click.echo(summary_table(summary))

@@ -93,8 +93,10 @@ def _one_line(error: ValidationError, schema: type[BaseModel], where: str) -> st
         return f"{path}: unknown key{nearest(str(location[-1]), _keys_at(schema, location[:-1]))}"
     if first["type"] == "missing":
         return f"{path}: a value is required"
-    if first["type"] == "value_error":  # a validator of ours: its message says it all
-        return f"{path}: {first['msg'].removeprefix('Value error, ')}"
+    if first["type"] == "value_error":  # A validator of ours: its message says it all.
+        message = first["msg"].removeprefix("Value error, ")
+        # The message of a section that a validator parsed begins with its own path.
+        return message if message.startswith(f"{path}.") else f"{path}: {message}"
     return f"{path}: {_lower_first(first['msg'])}, got {first['input']!r}"
 
 

@@ -20,6 +20,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_main_process() -> bool:
+    """Return True on the first process of this run."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def distributed_state(device_type: str) -> "PartialState | None":
     """Return Accelerate's state of the processes; None if there is one process only."""
     if world_size() == 1:

@@ -403,7 +403,7 @@ def test_the_example_goes_on_as_it_would_have(tmp_path: Path):
     """The second process resumes from the checkpoint that the first one wrote at step 15 of 30."""
 
     def example(*arguments: str) -> dict[int, str]:
-        result = run(str(ROOT / "examples" / "accelerate_loop.py"), *arguments, cwd=tmp_path)
+        result = run(str(ROOT / "trainers" / "loop.py"), *arguments, cwd=tmp_path)
         assert result.returncode == 0, result.stderr[-3000:]
         return {int(step): rest for step, rest in re.findall(r"^step (\d+): loss (.*)$", result.stdout, re.MULTILINE)}
 

@@ -1,0 +1,41 @@
+"""trainers/pretrain.py: a configured run, as `lowprec train` does it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.runs import ROOT, make_corpus, overrides
+
+
+def pretrain(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "trainers" / "pretrain.py"), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
+
+
+def test_a_shipped_configuration_trains_from_any_folder(tmp_path: Path):
+    settings = overrides(make_corpus(tmp_path / "corpus"), trainer__max_steps=2, precision__recipe="mxfp8")
+    result = pretrain(tmp_path, "llama-tiny-cpu", *settings)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "mxfp8: 2 steps" in result.stdout
+    summary = json.loads((tmp_path / "runs" / "llama-tiny-cpu" / "001" / "summary.json").read_text())
+    assert (summary["recipe"], summary["steps"]) == ("mxfp8", 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "usage: pretrain.py CONFIG [key=value ...]"),
+        (("trainer.max_steps=3",), "usage: pretrain.py CONFIG [key=value ...]"),
+        (("llama-tiny-cup",), "llama-tiny-cup: no such file or shipped configuration; did you mean 'llama-tiny-cpu'?"),
+    ],
+)
+def test_misuse_is_one_line(arguments: tuple[str, ...], message: str, tmp_path: Path):
+    result = pretrain(tmp_path, *arguments)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1] == f"pretrain.py: {message}"
+    assert "Traceback" not in result.stderr
