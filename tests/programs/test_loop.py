@@ -1,13 +1,10 @@
 """trainers/loop.py refuses what it can't do; tests/training/test_accelerate.py shows that it resumes exactly."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.runs import ROOT
+from tests.processes import ROOT, run
 
 
 @pytest.mark.parametrize(
@@ -19,9 +16,7 @@ from tests.runs import ROOT
     ],
 )
 def test_misuse_is_one_line(arguments: tuple[str, ...], message: str, tmp_path: Path):
-    command = [sys.executable, str(ROOT / "trainers" / "loop.py"), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+    result = run(str(ROOT / "trainers" / "loop.py"), *arguments, cwd=tmp_path)
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1] == message
     assert "Traceback" not in result.stderr

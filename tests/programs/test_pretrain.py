@@ -1,20 +1,17 @@
 """trainers/pretrain.py: a configured run, as `lowprec train` does it."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.runs import ROOT, make_corpus, overrides
+from tests.processes import ROOT, run
+from tests.runs import make_corpus, overrides
 
 
 def pretrain(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "trainers" / "pretrain.py"), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
+    return run(str(ROOT / "trainers" / "pretrain.py"), *arguments, cwd=folder, WANDB_MODE="offline")
 
 
 def test_a_shipped_configuration_trains_from_any_folder(tmp_path: Path):
