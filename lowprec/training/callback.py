@@ -11,14 +11,13 @@ import logging
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate.state import AcceleratorState
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import (
     DefaultFlowCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -64,6 +63,9 @@ from lowprec.training.optim.loss_scaling import (
     check_weights,
     configure,
 )
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 logger = logging.getLogger("lowprec")
 
@@ -122,7 +124,7 @@ class LowPrecisionCallback(TrainerCallback):
         """The plan of the present phase; None before the Trainer exists."""
         return self.controller.plan
 
-    def put_first(self, trainer: Trainer) -> None:
+    def put_first(self, trainer: "Trainer") -> None:
         """Move this callback before the Trainer's other ones, so that its scalars reach those that
         the Trainer puts first (TensorBoard's, for one).
 
@@ -138,7 +140,7 @@ class LowPrecisionCallback(TrainerCallback):
         trainer.callback_handler.callbacks.sort(key=place)
         self._log.comes_first = True
 
-    def train(self, trainer: Trainer, resume_from_checkpoint: str | bool | None = None) -> Any:
+    def train(self, trainer: "Trainer", resume_from_checkpoint: str | bool | None = None) -> Any:
         """Call `trainer.train()`, and call it again from the last good checkpoint whenever the
         guard asks for that (`guard.data: replay`).
 
@@ -175,10 +177,9 @@ class LowPrecisionCallback(TrainerCallback):
         if args.parallel_mode is ParallelMode.NOT_DISTRIBUTED:
             raise UserError(
                 f"one process with {args.n_gpu} GPUs: the Trainer would copy the model to all of "
-                "them in every step (nn.DataParallel), and "
-                "what the layers of a recipe keep would be lost with the copies; start the program "
-                "by torchrun or accelerate launch, or on "
-                "one GPU by CUDA_VISIBLE_DEVICES=0"
+                "them in every step (nn.DataParallel), and recipe state would be lost with the "
+                "copies; start the program by torchrun or accelerate launch, or on one GPU by "
+                "CUDA_VISIBLE_DEVICES=0"
             )
         accelerator = AcceleratorState()
         check_strategy(accelerator)
@@ -220,8 +221,7 @@ class LowPrecisionCallback(TrainerCallback):
             if state.global_step and controller.has_state:
                 raise UserError(
                     "a model of model_init loads its checkpoint before it is converted, without "
-                    "what its recipe keeps: give the Trainer a "
-                    "model instead"
+                    "recipe state: give the Trainer a model instead"
                 )
         self._load_own_state(state)
         tokens_per_step = (
@@ -350,12 +350,11 @@ class LowPrecisionCallback(TrainerCallback):
             self._log.forget()
 
     def _load_recipe_state(self, model: Any, args: TrainingArguments, state: TrainerState) -> None:
-        """Load what the recipe keeps from beside the adapters that the Trainer resumed with."""
+        """Load the recipe state that lies beside the adapters that the Trainer resumed with."""
         found = self._replay.resumed_from(state, _output_dir(args))
         if not any(load_tensors(RecipeState(model), path) for path in found):
             logger.warning(
-                "the checkpoint holds adapters only: rounding keys and histories of amaxes begin "
-                "anew"
+                "the checkpoint holds adapters only: rounding keys and amax histories begin anew"
             )
 
 

@@ -289,7 +289,10 @@ def _run(precision: Any = "fp8_blockwise", model: Any = None, optimizer: Any = N
         ({"steps": np.float64(9)}, "steps: the steps of the run are a whole number from 1, got np.float64(9.0)"),
         ({"precision": {"guard": {"data": "replay"}}}, "precision.guard.data: replay needs a loop that can go back in its data"),
         ({"precision": {"schedule": [{"until": "5%"}, {}]}}, "precision.schedule.0.until: 5% of how many steps?"),
-        ({"precision": {"schedule": [{"until": "1M tokens"}, {}]}, "steps": 9}, "precision.schedule.0.until: 1M tokens can't be told"),
+        (
+            {"precision": {"schedule": [{"until": "1M tokens"}, {}]}, "steps": 9},
+            "precision.schedule.0.until: 1M tokens can't be converted to steps",
+        ),
         ({"model": [torch.nn.Linear(8, 8)]}, "prepare takes one model after the accelerator, got list"),
         ({"optimizer": DataLoader([1])}, "prepare takes the model's optimizer after the model, got DataLoader"),
     ],

@@ -299,7 +299,9 @@ class PrecisionController:
         changes = self.recovery.go_back(step, breach, recipes)
         self._scale = None  # the scaler may have that of a snapshot
         if not changes:
-            self._events.add(step, "raised", "no layer: all are as high as the ladder goes")
+            self._events.add(
+                step, "raised", "no layer: all have the highest precision of the ladder"
+            )
             return
         self._set_phase(self.phase)
         self._events.add(

@@ -155,8 +155,8 @@ class Recovery:
         if self.recoveries >= self.config.max_recoveries:
             raise TrainingStopped(
                 f"guard: {breach.reason}, after {self.recoveries} recoveries; {EVENTS} names the "
-                "layers; "
-                "look at the data and the learning rate, and go on from an earlier checkpoint"
+                "layers; look at the data and the learning rate, and resume from an earlier "
+                "checkpoint"
             )
         self.recoveries += 1
         changes = layers_to_raise(breach, recipes, self.sqnr, self.config)
@@ -164,14 +164,16 @@ class Recovery:
         if self.config.data == "replay":
             self.replay_before = step
             self.events.add(
-                step, "stopped", "the run goes on from the last checkpoint before this step"
+                step, "stopped", "the run resumes from the last checkpoint before this step"
             )
             return changes
         back = self.snapshots.restore(
             self._model, self._optimizer, self._scaler, before=self._last_good(step, breach)
         )
         self._restored = (step, back)
-        self.events.add(step, "restored", f"weights and optimizer of step {back}; the data goes on")
+        self.events.add(
+            step, "restored", f"weights and optimizer of step {back}; the data continues"
+        )
         return changes
 
     def keep(self, step: int) -> None:

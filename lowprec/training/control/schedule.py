@@ -160,8 +160,8 @@ def _end(until: Until, number: int, total_steps: int | None, tokens_per_step: in
     if until.unit == "tokens":
         if not tokens_per_step:
             raise UserError(
-                f"{place}: {until} can't be told in steps: the tokens of a forward pass are not "
-                "known here, give `tokens`"
+                f"{place}: {until} can't be converted to steps: the tokens of a forward pass are "
+                "not known here, give `tokens`"
             )
         return math.ceil(until.value / tokens_per_step)
     if until.value == 1.0 and not total_steps:

@@ -68,7 +68,7 @@ def test_a_short_run_leaves_phases_out(caplog: pytest.LogCaptureFixture):
         (["150 steps", "50%", "100%"], 200, "schedule.1.until: phases out of order: 50% is step 100, the phase before ends at step 150"),
         (["100 steps", "50%", "100%"], 200, "schedule.1.until: phases overlap: 100 steps and 50% are both step 100"),
         (["10%", "100%"], None, "schedule.0.until: 10% of how many steps"),
-        (["1B tokens", "100%"], 100, "schedule.0.until: 1B tokens can't be told in steps"),
+        (["1B tokens", "100%"], 100, "schedule.0.until: 1B tokens can't be converted to steps"),
     ],
 )
 def test_what_shows_only_in_the_run_is_refused(untils: list[str], total_steps: int | None, message: str):

@@ -148,7 +148,7 @@ def test_a_breach_is_told_line_by_line_and_the_plan_shows_what_was_raised(tmp_pa
     told = [row["lowprec/event"] for row in rows if row.get("train/global_step") == 5 and "lowprec/event" in row]
     assert told == [
         f"breach: not finite: gradients that are not finite in step 5, in 1 of {len(watched(trainer))} watched layers\n  {LAYER}",
-        "restored: weights and optimizer of step 4; the data goes on",
+        "restored: weights and optimizer of step 4; the data continues",
         f"raised: precision of 1 of 14 layers\n  {LAYER}: mxfp4 -> fp8_blockwise",
     ]
     assert len(told) == sum("lowprec/event" in row for row in rows)
