@@ -178,13 +178,14 @@ class ExpertProjection(nn.Module):
     def _gemms_on(self, device_type: str) -> LinearGemms:
         recipe = self.recipe_now
         configured = recipe is self.recipe
-        if (device_type, configured) not in self._gemms:
+        gemms = self._gemms.find((device_type, configured))
+        if gemms is None:
             backend = self.backend
             if not configured:
                 backend = backend_or_auto(recipe, backend, device_type)
-            chosen = LinearGemms.on(device_type, recipe, backend, self.shape)
-            self._gemms[device_type, configured] = chosen
-        return self._gemms[device_type, configured]
+            gemms = LinearGemms.on(device_type, recipe, backend, self.shape)
+            self._gemms[device_type, configured] = gemms
+        return gemms
 
     def reset_parameters(self) -> None:
         """Reset the recipe's state; torch calls it to give real values to a module that was built

@@ -18,10 +18,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lowprec.gemm import BACKENDS, GemmBackend, Operand, Size, select
+from lowprec.gemm import BACKENDS, Accumulation, GemmBackend, Operand, Size, select
 from lowprec.quant import OperandSpec
 from lowprec.quant.two_way import TwoWaySpec, two_way_spec
 from lowprec.recipe import GEMMS, FromFprop, Recipe
+from lowprec.recipe.state import new_state
 
 TWO_READERS = {
     "x": (("fprop", "a"), ("wgrad", "b")),
@@ -45,6 +46,24 @@ class LinearGemms:
     its backend takes decoded values."""
     key: str = field(default="", compare=False)
     """Its place in the table of all LinearGemms."""
+    # What follows from the recipe, computed once: each layer asks in each pass.
+    reuses_fprop_w: bool = field(init=False)
+    """Flag: dgrad reads the operand w that fprop read (quantisation-aware training)."""
+    reuses_fprop_x: bool = field(init=False)
+    """Flag: wgrad reads the operand x that fprop read (quantisation-aware training)."""
+    keeps_state: bool = field(init=False)
+    """Flag: an operand is rounded stochastically or scaled by a history (`recipe/state.py`)."""
+    sums: dict[str, Accumulation] = field(init=False)
+    """How each GEMM adds up its products."""
+
+    def __post_init__(self) -> None:
+        recipe = self.recipe
+        keeps_state = bool(new_state(recipe, torch.device("meta")))
+        sums = {gemm: recipe.gemm(gemm).sums for gemm in GEMMS}
+        object.__setattr__(self, "reuses_fprop_w", isinstance(recipe.dgrad.b, FromFprop))
+        object.__setattr__(self, "reuses_fprop_x", isinstance(recipe.wgrad.b, FromFprop))
+        object.__setattr__(self, "keeps_state", keeps_state)
+        object.__setattr__(self, "sums", sums)
 
     @classmethod
     def on(
@@ -83,35 +102,25 @@ class LinearGemms:
         spec = self.two_way["x"]
         return spec is not None and spec.tiles is not None
 
-    @property
-    def reuses_fprop_w(self) -> bool:
-        """Flag: dgrad reads the operand w that fprop read (quantisation-aware training)."""
-        return isinstance(self.recipe.dgrad.b, FromFprop)
-
-    @property
-    def reuses_fprop_x(self) -> bool:
-        """Flag: wgrad reads the operand x that fprop read (quantisation-aware training)."""
-        return isinstance(self.recipe.wgrad.b, FromFprop)
+    # An operand is None only in the direction of a TwoWay that nobody asked for.
 
     def fprop(self, x_MK: Operand | None, w_NK: Operand | None, out_dtype: torch.dtype) -> Tensor:
         """Return x . w^T: [M, K] . [N, K]^T -> [M, N] of `out_dtype`."""
-        return self._multiply("fprop", x_MK, w_NK, out_dtype)
+        assert x_MK is not None
+        assert w_NK is not None
+        return self.fprop_backend.mm(x_MK, w_NK, out_dtype, self.sums["fprop"])
 
     def dgrad(self, g_MN: Operand | None, w_KN: Operand | None, out_dtype: torch.dtype) -> Tensor:
         """Return g . w: [M, N] . [K, N]^T -> [M, K] of `out_dtype`."""
-        return self._multiply("dgrad", g_MN, w_KN, out_dtype)
+        assert g_MN is not None
+        assert w_KN is not None
+        return self.dgrad_backend.mm(g_MN, w_KN, out_dtype, self.sums["dgrad"])
 
     def wgrad(self, g_NM: Operand | None, x_KM: Operand | None, out_dtype: torch.dtype) -> Tensor:
         """Return g^T . x: [N, M] . [K, M]^T -> [N, K] of `out_dtype`."""
-        return self._multiply("wgrad", g_NM, x_KM, out_dtype)
-
-    def _multiply(
-        self, gemm: str, a: Operand | None, b: Operand | None, out_dtype: torch.dtype
-    ) -> Tensor:
-        # An operand is None only in the direction of a TwoWay that nobody asked for.
-        assert a is not None
-        assert b is not None
-        return self.backend_of(gemm).mm(a, b, out_dtype, self.recipe.gemm(gemm).sums)
+        assert g_NM is not None
+        assert x_KM is not None
+        return self.wgrad_backend.mm(g_NM, x_KM, out_dtype, self.sums["wgrad"])
 
     def backend_of(self, gemm: str) -> GemmBackend:
         """The backend of fprop, dgrad or wgrad."""
@@ -132,8 +141,10 @@ class ChosenGemms(MutableMapping[K, LinearGemms]):
         self._keys: dict[K, str] = {}
         self.update(gemms or {})
 
-    def __contains__(self, item: object) -> bool:
-        return item in self._keys
+    def find(self, item: K) -> LinearGemms | None:
+        """Return what is chosen for `item`; None if nothing is yet. Layers ask in each pass."""
+        key = self._keys.get(item)
+        return None if key is None else _TABLE[key]
 
     def __getitem__(self, item: K) -> LinearGemms:
         return _TABLE[self._keys[item]]

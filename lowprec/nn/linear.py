@@ -21,7 +21,7 @@ Layers that are called with the same tensor, as q, k and v are, share its codes.
 A gradient has the dtype of the tensor it belongs to; the bias gradient is summed in fp32.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,21 +50,6 @@ KEEPS_CODES = ("cuda",)
 """Device types on which codes outlive a call (`codes.py`)."""
 
 
-class Needs(NamedTuple):
-    """The gradients that a backward computes."""
-
-    dx: bool
-    dw: bool
-    db: bool
-
-    @classmethod
-    def of(cls, ctx: Any, grad_enabled: bool = True) -> "Needs":
-        """Read them off a Function's context. `needs_input_grad` ignores no_grad, and a Function
-        can't ask whether gradients are enabled, so the caller passes that in."""
-        dx, dw, db, dgate = (grad_enabled and needed for needed in ctx.needs_input_grad[:4])
-        return cls(dx=dx or dgate, dw=dw, db=db)
-
-
 class LinearFunction(torch.autograd.Function):
     """y = x . w^T + bias under a recipe: x [M, K], w [N, K], bias [N] -> y [M, N] of x's dtype.
 
@@ -91,21 +76,21 @@ class LinearFunction(torch.autograd.Function):
         key: Tensor | None,
         *histories: Tensor | None,
     ) -> Tensor:
-        needs = Needs.of(ctx, grad_enabled)
+        needs_dx, needs_dw, _ = _needed(ctx, grad_enabled)
         state = PassState(key, histories)
         # In quantisation-aware training x is differentiated as the operand that fprop made of it.
         reuses_x = gemms.reuses_fprop_x
-        masks_dx = needs.dx and reuses_x
+        masks_dx = needs_dx and reuses_x
         x = x_ready
         if x.rows is None:
             x = operands.x(
                 x_MK,
                 gemms,
                 state,
-                transposed=needs.dw and not reuses_x,
+                transposed=needs_dw and not reuses_x,
                 gate=gate_MK,
                 saturation=masks_dx,
-                codes=needs.dw and reuses_x,
+                codes=needs_dw and reuses_x,
             )
         w = w_ready
         if w.rows is None:
@@ -120,12 +105,12 @@ class LinearFunction(torch.autograd.Function):
             y_MN = y_MN.view_as(y_MN)
 
         kept_x = None
-        if needs.dw and reuses_x:
+        if needs_dw and reuses_x:
             kept_x = x.rows.stored() if isinstance(x.rows, QTensor) else x.rows
-        elif needs.dw:
+        elif needs_dw:
             kept_x = x.cols
         x_saturated = x.rows.saturated if masks_dx and isinstance(x.rows, QTensor) else None
-        keeps_gate = gate_MK is not None and needs.dx
+        keeps_gate = gate_MK is not None and needs_dx
         ctx.save_for_backward(
             w_NK,
             key,
@@ -158,19 +143,19 @@ class LinearFunction(torch.autograd.Function):
 def _backward(ctx: Any, g_MN: Tensor) -> tuple[Tensor | None, ...]:
     gemms: LinearGemms = ctx.gemms
     w_NK, key, x_saturated, gate_MK, up_MK, *kept = ctx.saved_tensors
-    needs = Needs.of(ctx)
+    needs_dx, needs_dw, needs_db = _needed(ctx)
     state = PassState(key, ctx.histories)
     dx_MK = None
     dw_NK = None
     db_N = None
     dgate_MK = None
 
-    g = operands.g(g_MN, gemms, state, rows=needs.dx, cols=needs.dw)
+    g = operands.g(g_MN, gemms, state, rows=needs_dx, cols=needs_dw)
     w_fprop = None
-    if gemms.reuses_fprop_w and (needs.dx or needs.dw):
-        w_fprop = operands.make(w_NK, ("fprop", "b"), gemms, state, saturation=needs.dw)
+    if gemms.reuses_fprop_w and (needs_dx or needs_dw):
+        w_fprop = operands.make(w_NK, ("fprop", "b"), gemms, state, saturation=needs_dw)
 
-    if needs.dx:
+    if needs_dx:
         if w_fprop is not None:
             w_KN = operands.from_fprop(w_fprop, "dgrad", gemms, state)
         elif ctx.w_KN is not None:
@@ -183,7 +168,7 @@ def _backward(ctx: Any, g_MN: Tensor) -> tuple[Tensor | None, ...]:
         if gate_MK is not None:
             dgate_MK, dx_MK = swiglu_backward(dx_MK, gate_MK, up_MK)
 
-    if needs.dw:
+    if needs_dw:
         x_KM = operands.from_tensors(kept, ctx.x_spec, ctx.x_shape)
         assert x_KM is not None
         if gemms.reuses_fprop_x:
@@ -193,11 +178,23 @@ def _backward(ctx: Any, g_MN: Tensor) -> tuple[Tensor | None, ...]:
         hadamard = gemms.recipe.fprop.hadamard if gemms.reuses_fprop_x else None
         dw_NK = _straight_through(dw_NK, w_saturated, hadamard, ctx.features)
 
-    if needs.db:
+    if needs_db:
         db_N = g_MN.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
 
     not_tensors = (None,) * 5  # gemms, grad_enabled, x_ready, w_ready, key
     return dx_MK, dw_NK, db_N, dgate_MK, *not_tensors, *(None for _ in ctx.histories)
+
+
+def _needed(ctx: Any, grad_enabled: bool = True) -> tuple[bool, bool, bool]:
+    """Return which of dx, dw and db a backward computes.
+
+    `needs_input_grad` ignores no_grad, and a Function can't ask whether gradients are enabled, so the
+    caller passes that in.
+    """
+    if not grad_enabled:
+        return False, False, False
+    dx, dw, db, dgate = ctx.needs_input_grad[:4]
+    return dx or dgate, dw, db
 
 
 def _straight_through(
@@ -411,16 +408,18 @@ class LowPrecisionLinear(nn.Linear):
         """Return the GEMMs of the present recipe; they are chosen once for each type of device."""
         recipe = self.recipe
         chosen = self.gemms
-        backend = self.backend
         if self.evaluation is not None and not self.training:
             recipe = self.evaluation
             chosen = self.evaluation_gemms
-        if device_type not in chosen:
+        gemms = chosen.find(device_type)
+        if gemms is None:
+            backend = self.backend
             if recipe is not self.recipe:
                 backend = backend_or_auto(recipe, backend, device_type)
             shape = (self.out_features, self.in_features)
-            chosen[device_type] = LinearGemms.on(device_type, recipe, backend, shape)
-        return chosen[device_type]
+            gemms = LinearGemms.on(device_type, recipe, backend, shape)
+            chosen[device_type] = gemms
+        return gemms
 
     def _shared_x(self, input: Tensor, x_MK: Tensor, gemms: LinearGemms) -> TwoWay:
         """Return the operands of an input, which layers with the same input share."""

@@ -102,6 +102,8 @@ def _both(
 ) -> TwoWay:
     as_it_lies, as_transpose = TWO_READERS[name]
     spec = gemms.two_way[name]
+    if spec is not None and not gemms.keeps_state:
+        return quantize_two_way(t, spec, rows=rows, cols=cols, times_silu_of=gate)
     if spec is not None:
         return quantize_two_way(
             t,
@@ -153,8 +155,11 @@ def make(
         source = source.requantize
     if source is None:
         return t
-    key = state.key_of(operand, source)
-    history = state.history_of(operand)
+    key = None
+    history = None
+    if gemms.keeps_state:
+        key = state.key_of(operand, source)
+        history = state.history_of(operand)
     backend = gemms.backend_of(gemm)
     decoded = backend.decoded and not stored
     if decoded and not (saturation or codes):
