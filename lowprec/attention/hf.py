@@ -54,8 +54,6 @@ if TYPE_CHECKING:
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
-_HOOK = "_lowprec_document_hook"
-
 
 def describe(mask: Mask | str, device_type: str) -> tuple[str, str]:
     """Return (kernel, reason) of a mask in training on this type of device, for a plan.
@@ -105,15 +103,19 @@ def attach(model: "PreTrainedModel", mask: Mask | str) -> str:
             f"attention: {type(model).__name__} does not support a custom attention implementation "
             "in transformers"
         )
-    if (handle := getattr(model, _HOOK, None)) is not None:
-        handle.remove()
-    handle = None
+    _remove_document_hooks(model)
     if mask.needs_documents:
-        handle = model.register_forward_pre_hook(
-            partial(_require_documents, str(mask)), with_kwargs=True
-        )
-    setattr(model, _HOOK, handle)
+        requires = partial(_require_documents, str(mask))
+        model.register_forward_pre_hook(requires, with_kwargs=True)
     return name
+
+
+def _remove_document_hooks(model: torch.nn.Module) -> None:
+    """Remove the hook of an earlier mask, if there is one; it is known by its function."""
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if isinstance(hook, partial) and hook.func is _require_documents:
+            del model._forward_pre_hooks[key]
+            model._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def _require_documents(
