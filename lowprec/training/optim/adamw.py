@@ -149,111 +149,121 @@ def _optimizer_class(moments: str) -> Callable[..., torch.optim.Optimizer]:
             "'torchao>=0.18'"
         ) from None
     base = {"8bit": torchao.AdamW8bit, "4bit": torchao.AdamW4bit}.get(moments, torchao._AdamW)
-    unquantised = torch.bfloat16 if moments == "bf16" else torch.float32
+    return type("LowPrecisionAdamW", (_StepwiseAdamW, base), {"moments": moments})
 
-    class LowPrecisionAdamW(base):
-        """torchao's AdamW with plain state dicts, and rounding that depends on the step alone."""
 
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            for group in self.param_groups:
-                group[_STEPS] = 0
+class _StepwiseAdamW(torch.optim.Optimizer):
+    """The methods that replace those of torchao's AdamW, in a class that derives from both.
 
-        def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
-            """Return a moment of zeros for the parameter `p`, quantised if its size allows it.
+    State dicts hold plain tensors, and rounding depends on the number of the step alone.
+    """
 
-            torchao gives moments, also quantised ones, the dtype of their weight, and fails if a
-            weight is sharded and bf16. It also decides by the size of each rank's shard, but state
-            dicts need the same kind of moment on all ranks.
-            """
-            like = torch.empty_like(p, dtype=unquantised)
-            if moments not in ("8bit", "4bit") or not can_be_quantised(p, self.block_size):
-                return torch.zeros_like(like)
-            if not isinstance(like, DTensor):
-                return self._subclass_zeros(like, signed, self.block_size)
-            local = self._subclass_zeros(like.to_local(), signed, self.block_size)
-            like = DTensor.from_local(
-                local,
-                like.device_mesh,
-                like.placements,
-                run_check=False,
-                shape=p.shape,
-                stride=p.stride(),
+    moments: str
+    """Format of the moments, as in `OptimizerConfig`."""
+    block_size: int
+    """Number of values in a block of quantised moments."""
+    _subclass_zeros: Callable[..., Tensor]
+    """torchao's function that makes a quantised moment of zeros."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for group in self.param_groups:
+            group[_STEPS] = 0
+
+    def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
+        """Return a moment of zeros for the parameter `p`, quantised if its size allows it.
+
+        torchao gives moments, also quantised ones, the dtype of their weight, and fails if a
+        weight is sharded and bf16. It also decides by the size of each rank's shard, but state
+        dicts need the same kind of moment on all ranks.
+        """
+        dtype = torch.bfloat16 if self.moments == "bf16" else torch.float32
+        like = torch.empty_like(p, dtype=dtype)
+        if self.moments not in ("8bit", "4bit") or not can_be_quantised(p, self.block_size):
+            return torch.zeros_like(like)
+        if not isinstance(like, DTensor):
+            return self._subclass_zeros(like, signed, self.block_size)
+        local = self._subclass_zeros(like.to_local(), signed, self.block_size)
+        like = DTensor.from_local(
+            local,
+            like.device_mesh,
+            like.placements,
+            run_check=False,
+            shape=p.shape,
+            stride=p.stride(),
+        )
+        # from_local put it on the mesh's device. An offloaded weight is in host memory.
+        return like.to(p.device)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take a step. Its random numbers depend on the number of the step alone."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            group[_STEPS] += 1
+        # kernels_by_shape and the noise of the step: all DDP ranks, and a resumed run, must
+        # round alike.
+        with (
+            _noise_of_step(self.param_groups[0][_STEPS], self.param_groups),
+            kernels_by_shape(),
+        ):
+            super().step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain tensors, each quantised moment as codes and scale."""
+        whole = super().state_dict()
+        return {
+            **whole,
+            "state": {number: take_apart(state) for number, state in whole["state"].items()},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned.
+
+        Raises:
+            UserError: the state is another optimizer's, or of other shards.
+        """
+        groups = state_dict["param_groups"]
+        states = state_dict["state"]
+        if any(_STEPS not in group for group in groups):
+            raise UserError(
+                "optimizer: this state is another optimizer's; resume with the one that it was "
+                "saved with"
             )
-            # from_local put it on the mesh's device. An offloaded weight is in host memory.
-            return like.to(p.device)
+        # torch loads the groups only. It would cast every state to the weight's dtype, but the
+        # states must keep the dtype that they were saved in.
+        super().load_state_dict({"state": {}, "param_groups": groups})
+        saved = (number for group in groups for number in group["params"])
+        held = (parameter for group in self.param_groups for parameter in group["params"])
+        for number, parameter in zip(saved, held, strict=True):
+            if states.get(number):
+                self.state[parameter] = self._loaded(states[number], parameter)
 
-        def step(self, closure: Callable[[], Any] | None = None) -> Any:
-            """Take a step. Its random numbers depend on the number of the step alone."""
-            loss = None
-            if closure is not None:
-                with torch.enable_grad():
-                    loss = closure()
-            for group in self.param_groups:
-                group[_STEPS] += 1
-            # kernels_by_shape and the noise of the step: all DDP ranks, and a resumed run, must
-            # round alike.
-            with (
-                _noise_of_step(self.param_groups[0][_STEPS], self.param_groups),
-                kernels_by_shape(),
-            ):
-                super().step()
-            return loss
+    def _loaded(self, state: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
+        """Return a parameter's entry of a state dict as its state, on its device."""
+        loaded: dict[str, Any] = {}
+        for name, value in state.items():
+            if name.endswith(SCALE):  # It is loaded with its codes.
+                continue
+            if name.endswith(CODES):
+                moment = name.removesuffix(CODES)
+                loaded[moment] = self._loaded_moment(moment, state, parameter)
+            else:
+                loaded[name] = value if name == "step" else value.to(parameter.device)
+        return loaded
 
-        def state_dict(self) -> dict[str, Any]:
-            """Return the state as plain tensors, each quantised moment as codes and scale."""
-            whole = super().state_dict()
-            return {
-                **whole,
-                "state": {number: take_apart(state) for number, state in whole["state"].items()},
-            }
-
-        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-            """Load what `state_dict` returned.
-
-            Raises:
-                UserError: the state is another optimizer's, or of other shards.
-            """
-            groups = state_dict["param_groups"]
-            states = state_dict["state"]
-            if any(_STEPS not in group for group in groups):
-                raise UserError(
-                    "optimizer: this state is another optimizer's; resume with the one that it was "
-                    "saved with"
-                )
-            # torch loads the groups only. It would cast every state to the weight's dtype, but the
-            # states must keep the dtype that they were saved in.
-            super().load_state_dict({"state": {}, "param_groups": groups})
-            saved = (number for group in groups for number in group["params"])
-            held = (parameter for group in self.param_groups for parameter in group["params"])
-            for number, parameter in zip(saved, held, strict=True):
-                if states.get(number):
-                    self.state[parameter] = self._loaded(states[number], parameter)
-
-        def _loaded(self, state: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
-            """Return a parameter's entry of a state dict as its state, on its device."""
-            loaded: dict[str, Any] = {}
-            for name, value in state.items():
-                if name.endswith(SCALE):  # It is loaded with its codes.
-                    continue
-                if name.endswith(CODES):
-                    moment = name.removesuffix(CODES)
-                    loaded[moment] = self._loaded_moment(moment, state, parameter)
-                else:
-                    loaded[name] = value if name == "step" else value.to(parameter.device)
-            return loaded
-
-        def _loaded_moment(self, moment: str, state: dict[str, Any], parameter: Tensor) -> Tensor:
-            """Return the quantised moment of a parameter from its codes and scale."""
-            if not can_be_quantised(parameter, self.block_size):
-                raise UserError(_OTHER_SHARDS)
-            fresh = self._new_buffer(parameter, signed=moment == "exp_avg")
-            try:
-                return put_together(moment, state, fresh)
-            except ValueError as error:
-                raise UserError(f"{_OTHER_SHARDS} ({error})") from None
-
-    return LowPrecisionAdamW
+    def _loaded_moment(self, moment: str, state: dict[str, Any], parameter: Tensor) -> Tensor:
+        """Return the quantised moment of a parameter from its codes and scale."""
+        if not can_be_quantised(parameter, self.block_size):
+            raise UserError(_OTHER_SHARDS)
+        fresh = self._new_buffer(parameter, signed=moment == "exp_avg")
+        try:
+            return put_together(moment, state, fresh)
+        except ValueError as error:
+            raise UserError(f"{_OTHER_SHARDS} ({error})") from None
 
 
 @contextlib.contextmanager

@@ -74,7 +74,7 @@ def put_together(name: str, state: dict[str, Any], moment: Tensor) -> Tensor:
     return moment
 
 
-def _local(tensor: Any) -> Tensor:
+def _local(tensor: Tensor) -> Tensor:
     """Return this rank's part of a tensor, which is all of it unless it is a DTensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -102,7 +102,7 @@ def _rows_of_blocks(tensor: Tensor, block: int) -> bool:
     return tensor.numel() // tensor.shape[0] % block == 0
 
 
-def _local_parts(moment: Any) -> tuple[Tensor, Tensor]:
+def _local_parts(moment: Tensor) -> tuple[Tensor, Tensor]:
     """Return views of this rank's codes and scale: [rows, ...] if each row consists of whole
     blocks, else flat."""
     local: Any = _local(moment)
@@ -121,7 +121,7 @@ def _whole(part: Tensor, moment: Tensor) -> torch.Size:
     return torch.Size((part.numel() * (_shards(moment) or 1),))
 
 
-def _parts(moment: Any) -> tuple[Tensor, ...]:
+def _parts(moment: Tensor) -> tuple[Tensor, ...]:
     """Return the codes and scale of a moment, as DTensors if the moment is one."""
     parts = _local_parts(moment)
     if not isinstance(moment, DTensor):
