@@ -7,12 +7,10 @@
     tokens             memory-mapped token files, made once and kept in the cache
     packing            examples of `seq_len` tokens: blocks across documents, or single documents
 
-Importing this package loads neither torch nor transformers: the lazy names below are imported on
-first use.
+Importing this package loads neither torch nor transformers.
 """
 
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lowprec.training.data.config import DataConfig
@@ -22,15 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from lowprec.training.data.packing import DocumentChunks, PackedBlocks
-    from lowprec.training.data.tokenizer import token_bytes
 
-__all__ = ["DataConfig", "DocumentChunks", "LoadedData", "PackedBlocks", "load_data", "token_bytes"]
-
-_LAZY = {
-    "DocumentChunks": "lowprec.training.data.packing",
-    "PackedBlocks": "lowprec.training.data.packing",
-    "token_bytes": "lowprec.training.data.tokenizer",
-}
+__all__ = ["DataConfig", "LoadedData", "load_data"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +88,3 @@ def load_data(config: DataConfig, *, document_positions: bool = False) -> Loaded
         token_bytes=tokenizer.token_bytes(loaded),
         stats=stats,
     )
-
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

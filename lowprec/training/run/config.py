@@ -104,7 +104,8 @@ def _set(data: dict[str, Any], path: list[str], value: Any, override: str) -> No
     for section in sections:
         inner = data.setdefault(section, {})
         if section == "precision" and isinstance(inner, str):
-            inner = data[section] = {"recipe": inner}
+            inner = {"recipe": inner}
+            data[section] = inner
         if not isinstance(inner, dict):
             raise UserError(f"'{override}': '{section}' is not a section, it holds {inner!r}")
         data = inner

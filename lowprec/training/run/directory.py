@@ -68,7 +68,8 @@ def locate(
     elif resume:
         directory, checkpoint = _last_run(Path(config_path), output, root)
     elif output is not None:
-        directory, checkpoint = output, None
+        directory = output
+        checkpoint = None
         _check_free(directory, trainer, reads)
     else:
         _check_writable(root / Path(config_path).stem)

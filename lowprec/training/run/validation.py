@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import Trainer
 
+from lowprec.training.data.packing import IGNORE
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -31,7 +33,7 @@ def validate(trainer: Trainer, token_bytes: "np.ndarray | None") -> dict[str, fl
             loss: Any = model(**inputs).loss
         # The model shifts the labels: the first label of a row has no prediction.
         predicted = inputs["labels"][:, 1:]
-        predicted = predicted[predicted != -100]
+        predicted = predicted[predicted != IGNORE]
         if not predicted.numel():
             continue
         text_bytes = 0 if table is None else int(table[predicted].sum())
@@ -64,4 +66,4 @@ def _shares(trainer: Trainer) -> Iterator[dict[str, Any]]:
     for first in range(0, -(-len(dataset) // ranks), size):
         rows = [dataset[number] for number in own[first : first + size]]
         batch = trainer.data_collator(rows or [dataset[0]])
-        yield batch if rows else {**batch, "labels": torch.full_like(batch["labels"], -100)}
+        yield batch if rows else {**batch, "labels": torch.full_like(batch["labels"], IGNORE)}
