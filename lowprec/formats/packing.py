@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def pack(codes_RK: Tensor, bits: int) -> Tensor:
-    """Pack integer codes [R, K] into uint8 [R, packed_length(K, bits)].
+    """Pack integer codes [R, K] into uint8 [R, B]; B bytes hold the fewest whole groups of K codes.
 
     The result has the memory order of `codes_RK`. Bits above the low `bits` of a code must be zero.
     """
@@ -36,7 +36,7 @@ def pack(codes_RK: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed_RB: Tensor, bits: int, length: int) -> Tensor:
-    """Unpack uint8 [R, packed_length(length, bits)] into int16 codes [R, length].
+    """Unpack uint8 [R, B], as `pack` makes it, into int16 codes [R, length].
 
     The result has the memory order of `packed_RB`.
     """
@@ -51,12 +51,6 @@ def unpack(packed_RB: Tensor, bits: int, length: int) -> Tensor:
         [((words >> (bits * j)) & mask).to(torch.int16) for j in range(group)], dim + 1
     ).flatten(dim, dim + 1)
     return codes[:length].t() if dim == 0 else codes[:, :length]
-
-
-def packed_length(length: int, bits: int) -> int:
-    """Return the number of bytes in a row of `length` codes."""
-    group, size = _group(bits)
-    return -(-length // group) * size
 
 
 def _in_memory_order(x_RK: Tensor) -> tuple[Tensor, int]:

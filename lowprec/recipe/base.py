@@ -161,15 +161,6 @@ class Recipe:
             result += f"{_applied(spec.b, own + b)}ᵀ"
         return result if spec.sums == Accumulation() else f"{result}  ({spec.sums})"
 
-    def with_gemms(self, **parts: "Recipe") -> "Recipe":
-        """Return this recipe with single GEMMs of others: `with_gemms(fprop=bf16)`."""
-        return self.changed(parts, {})
-
-    def with_fields(self, gemm: str, **fields: Any) -> "Recipe":
-        """Return this recipe with single fields of one GEMM changed: `with_fields("fprop",
-        accumulator_bits=14)`."""
-        return self.changed({}, {gemm: fields})
-
     def changed(
         self, parts: "Mapping[str, Recipe]", fields: Mapping[str, Mapping[str, Any]]
     ) -> "Recipe":

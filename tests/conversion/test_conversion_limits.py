@@ -109,7 +109,7 @@ def test_a_model_without_shapes_is_one_line():
 def test_a_model_is_untouched_if_recipes_do_not_fit_together():
     delayed = library.get("fp8_delayed")
     spec: Any = delayed.fprop.a
-    longer = delayed.with_fields("fprop", a=replace(spec, scaling=replace(spec.scaling, history=spec.scaling.history + 1)))
+    longer = delayed.changed({}, {"fprop": {"a": replace(spec, scaling=replace(spec.scaling, history=spec.scaling.history + 1))}})
     rules = [{"modules": "1", "recipe": longer}]
     plain = model()
     with pytest.raises(UserError, match="histories of two lengths"):
@@ -147,7 +147,7 @@ def test_a_backend_that_can_not_run_the_configured_recipe_is_still_refused():
 def test_gemms_are_changed_together():
     """Each change alone would be refused."""
     with pytest.raises(ValueError, match="both take its operands, or neither"):
-        library.get("mxfp4_quartet").with_fields("dgrad", b=library.get("mxfp8").dgrad.b)
+        library.get("mxfp4_quartet").changed({}, {"dgrad": {"b": library.get("mxfp8").dgrad.b}})
     operand = {"b": str(library.get("mxfp8").dgrad.b)}
     changed = library.resolve({"base": "mxfp4_quartet", "dgrad": operand, "wgrad": operand})
     assert changed.dgrad.b == changed.wgrad.b == library.get("mxfp8").dgrad.b

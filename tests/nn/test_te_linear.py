@@ -94,8 +94,8 @@ def test_every_option_is_given(te: ModuleType, name: str):
 def test_a_twin_is_told_by_what_is_multiplied(te: ModuleType):
     block = library.get("fp8_blockwise")
     assert why_not_te(replace(block, name="mine"), "cuda") is None
-    assert why_not_te(block.with_fields("fprop", accumulator_bits=14), "cuda") == NO_TWIN
-    assert why_not_te(block.with_gemms(wgrad=library.get("bf16")), "cuda") == NO_TWIN
+    assert why_not_te(block.changed({}, {"fprop": {"accumulator_bits": 14}}), "cuda") == NO_TWIN
+    assert why_not_te(block.changed({"wgrad": library.get("bf16")}, {}), "cuda") == NO_TWIN
     with pytest.raises(UserError, match="recipe int8: Transformer Engine has no such recipe"):
         te_recipe(library.get("int8"))
 

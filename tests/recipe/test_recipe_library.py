@@ -101,7 +101,7 @@ def test_composition():
     healed = library.resolve({"base": "fp8_blockwise", "fprop": "bf16"})
     assert healed.name == "fp8_blockwise(fprop=bf16)"
     assert (healed.fprop, healed.dgrad, healed.wgrad) == (bf16.fprop, base.dgrad, base.wgrad)
-    assert healed == base.with_gemms(fprop=bf16)
+    assert healed == base.changed({"fprop": bf16}, {})
     assert library.resolve({"base": "mxfp8"}) == library.get("mxfp8")
     nested = library.resolve({"base": {"base": "mxfp4", "wgrad": "mxfp8"}, "dgrad": bf16})
     assert nested.name == "mxfp4(wgrad=mxfp8)(dgrad=bf16)"
@@ -215,8 +215,8 @@ def test_what_a_gemm_may_not_be(fprop, words):
 def test_impossible_combinations_are_refused():
     quartet = library.get("mxfp4_quartet")
     with pytest.raises(ValueError, match="both take its operands"):
-        quartet.with_gemms(dgrad=library.get("bf16"))
+        quartet.changed({"dgrad": library.get("bf16")}, {})
     with pytest.raises(ValueError, match="delayed scaling"):
-        library.get("fp8_delayed").with_gemms(dgrad=library.get("qat_int8dyn_int4"))
+        library.get("fp8_delayed").changed({"dgrad": library.get("qat_int8dyn_int4")}, {})
     with pytest.raises(ValueError, match="quantised already"):
         GemmSpec(b=FROM_FPROP, hadamard=quartet.fprop.hadamard)

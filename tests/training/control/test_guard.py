@@ -250,7 +250,7 @@ def test_the_ladder():
     get = library.get
     assert ladder_step(get("mxfp4"), ladder) == get("fp8_blockwise")
     assert ladder_step(get("mxfp6_e2m3"), ladder) == get("fp8_blockwise")
-    assert ladder_step(get("fp8_blockwise").with_gemms(wgrad=get("bf16")), ladder) == get("bf16")
+    assert ladder_step(get("fp8_blockwise").changed({"wgrad": get("bf16")}, {}), ladder) == get("bf16")
     assert ladder_step(get("bf16"), ladder) is None
     assert ladder_step(get("mxfp4"), ("mxfp4",)) is None
 
