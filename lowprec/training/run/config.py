@@ -87,7 +87,17 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig
     Raises:
         UserError: a setting is wrong. The message begins with its dotted path.
     """
-    data = load_mapping(path)
+    data = read_settings(path, overrides)
+    return parse(RunConfig, data), data
+
+
+def read_settings(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return a YAML file, if there is one, with `key=value` overrides, as plain data.
+
+    Raises:
+        UserError: the file can't be read, or an override has no place.
+    """
+    data = {} if path is None else load_mapping(path)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
@@ -95,7 +105,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig
                 f"'{override}': an override is written key=value, e.g. trainer.max_steps=100"
             )
         _set(data, key.split("."), load(value, override), override)
-    return parse(RunConfig, data), data
+    return data
 
 
 def _set(data: dict[str, Any], path: list[str], value: Any, override: str) -> None:
