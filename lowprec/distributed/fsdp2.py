@@ -126,9 +126,9 @@ def sum_in_fp32(accelerator_state: AcceleratorState, model: nn.Module) -> bool:
     Call this before Accelerate prepares `model`. Accelerate's policy for mixed precision gathers
     weights in bf16 or fp16; that is kept. It also rounds to this dtype: gradients, before they are
     summed over ranks and batches, and the outputs of each block and of the model. With that
-    rounding, a loss of 2.5 is exact to 1/64 only. In fp16 training, which starts with a loss scale of 65536, the
-    gradients of the scaled loss overflow when the loss is handed back. Without mixed precision,
-    FSDP2 sums the gradients of 16-bit weights in 16 bits.
+    rounding, a loss of 2.5 is exact to 1/64 only. In fp16 training, which starts with a loss scale
+    of 65536, the gradients of the scaled loss overflow when the loss is handed back. Without mixed
+    precision, FSDP2 sums the gradients of 16-bit weights in 16 bits.
 
     Returns:
         True if the policy was changed. It is not changed without FSDP2, if everything is fp32, or

@@ -67,7 +67,9 @@ def bf16_cost(layer: LayerShape) -> Cost:
 def fp8_cost(layer: LayerShape) -> Cost:
     """Return what `layer` costs if x, w and g are in FP8 in fprop and dgrad. wgrad may be in
     bf16."""
-    M, N, K = layer.M, layer.N, layer.K
+    M = layer.M
+    N = layer.N
+    K = layer.K
     product = _operations(layer)
     whole = layer.fprop_kind in ("tensor", "row")
     rate = _FP8_WHOLE if whole else _FP8_BLOCKS

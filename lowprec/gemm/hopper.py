@@ -85,7 +85,8 @@ class HopperBackend(GemmBackend):
     ) -> Tensor:
         assert isinstance(a_MK, QTensor)
         assert isinstance(b_NK, QTensor)
-        scale_a, scale_b = a_MK.scale_data, b_NK.scale_data
+        scale_a = a_MK.scale_data
+        scale_b = b_NK.scale_data
         assert scale_a is not None
         assert scale_b is not None
         by_rows = b_NK.spec.kind == "1x128"
@@ -165,7 +166,8 @@ def _scaled_gemm(
         column_scales: whether those of b are 1x128 too, not 128x128.
         bias: [N].
     """
-    (M, K), N = a.shape, b.shape[0]
+    M, K = a.shape
+    N = b.shape[0]
     if M == 0 or N == 0 or K == 0:
         zeros = a.new_zeros((M, N), dtype=out_dtype)
         return zeros if bias is None else zeros + bias

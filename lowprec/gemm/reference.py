@@ -42,7 +42,8 @@ class ReferenceBackend(GemmBackend):
     def mm(
         self, a_MK: Operand, b_NK: Operand, out_dtype: torch.dtype, sums: Accumulation = FP32_SUMS
     ) -> Tensor:
-        a, b = _fp32(a_MK), _fp32(b_NK)
+        a = _fp32(a_MK)
+        b = _fp32(b_NK)
         if sums.bits is None:  # promotion changes nothing: the accumulator is the fp32 sum
             return (a @ b.t()).to(out_dtype)
         return _narrow_sums(a, b, sums.bits, sums.promote_every or a.shape[1]).to(out_dtype)

@@ -52,7 +52,8 @@ class ScaledMMBackend(GemmBackend):
     ) -> Tensor:
         assert isinstance(a_MK, QTensor)
         assert isinstance(b_NK, QTensor)
-        scale_a, scale_b = a_MK.scale_data, b_NK.scale_data
+        scale_a = a_MK.scale_data
+        scale_b = b_NK.scale_data
         assert scale_a is not None
         assert scale_b is not None
         fast = sums.bits is not None and sums.promote_every is None
@@ -79,12 +80,15 @@ def _multiply(
         b_kind: the kind of b's scales.
         fast: whether sums stay in the matrix unit's 14 bits.
     """
-    (M, K), N = a.shape, b.shape[0]
+    M, K = a.shape
+    N = b.shape[0]
     if M == 0 or N == 0 or K == 0:
         return a.new_zeros((M, N), dtype=out_dtype)
-    a, b = _full_width(_full_height(a, 4)), _full_width(_full_height(b, 16))
+    a = _full_width(_full_height(a, 4))
+    b = _full_width(_full_height(b, 16))
     if b_kind in ("tensor", "row"):
-        scale_a, scale_b = scale_a.contiguous(), scale_b.contiguous().t()
+        scale_a = scale_a.contiguous()
+        scale_b = scale_b.contiguous().t()
         if b_kind == "row":
             scale_a = F.pad(scale_a, (0, 0, 0, a.shape[0] - M), value=1.0)
             scale_b = F.pad(scale_b, (0, b.shape[0] - N), value=1.0)
@@ -95,9 +99,11 @@ def _multiply(
         kinds = F.ScalingType
         scale_a = _spread(tile_scales(scale_a), a.shape[0])
         if b_kind == "1x128":
-            kind_b, scale_b = kinds.BlockWise1x128, _spread(tile_scales(scale_b), b.shape[0])
+            kind_b = kinds.BlockWise1x128
+            scale_b = _spread(tile_scales(scale_b), b.shape[0])
         else:
-            kind_b, scale_b = kinds.BlockWise128x128, _padded_blocks(block_scales(scale_b))
+            kind_b = kinds.BlockWise128x128
+            scale_b = _padded_blocks(block_scales(scale_b))
         dtype = out_dtype if out_dtype in (torch.bfloat16, torch.float32) else torch.float32
         c = F.scaled_mm(
             a, b.t(), scale_a.t(), kinds.BlockWise1x128, scale_b.t(), kind_b, output_dtype=dtype

@@ -49,7 +49,8 @@ class TorchBackend(GemmBackend):
             # Both operands are in high precision, in a model of mixed dtypes: the wider dtype holds
             # the values of both.
             dtype = torch.promote_types(a.dtype, b.dtype)
-            a, b = a.to(dtype), b.to(dtype)
+            a = a.to(dtype)
+            b = b.to(dtype)
         if out_dtype == torch.float32 and a.dtype in (torch.bfloat16, torch.float16) and a.is_cuda:
             # Weight gradients keep the accumulator's precision.
             return torch.mm(a, b.t(), out_dtype=torch.float32)

@@ -59,7 +59,8 @@ class TritonBackend(GemmBackend):
     ) -> Tensor:
         assert isinstance(a_MK, QTensor)
         assert isinstance(b_NK, QTensor)
-        scale_a, scale_b = a_MK.scale, b_NK.scale
+        scale_a = a_MK.scale
+        scale_b = b_NK.scale
         assert scale_a is not None
         assert scale_b is not None
         call = (
@@ -114,7 +115,8 @@ def block_scaled_mm(
     """
     from lowprec.gemm.triton_kernel import block_scaled_gemm
 
-    (M, K), N = a.shape, b.shape[0]
+    M, K = a.shape
+    N = b.shape[0]
     c = torch.empty(M, N, dtype=out_dtype, device=a.device) if add_to is None else add_to
     block_m, block_n = (128, 128) if a.is_cuda else (32, 32)
     if M and N:

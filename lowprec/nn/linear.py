@@ -188,8 +188,8 @@ def _backward(ctx: Any, g_MN: Tensor) -> tuple[Tensor | None, ...]:
 def _needed(ctx: Any, grad_enabled: bool = True) -> tuple[bool, bool, bool]:
     """Return which of dx, dw and db a backward computes.
 
-    `needs_input_grad` ignores no_grad, and a Function can't ask whether gradients are enabled, so the
-    caller passes that in.
+    `needs_input_grad` ignores no_grad, and a Function can't ask whether gradients are enabled, so
+    the caller passes that in.
     """
     if not grad_enabled:
         return False, False, False

@@ -208,7 +208,8 @@ def to_blocks(x_RK: Tensor, block: tuple[int, int]) -> Tensor:
 
     Otherwise it is padded with zeros on the right and below.
     """
-    (rows, cols), (r, c) = x_RK.shape, block
+    rows, cols = x_RK.shape
+    r, c = block
     if rows % r or cols % c:
         x_RK = torch.nn.functional.pad(x_RK, (0, -cols % c, 0, -rows % r))
     rows, cols = x_RK.shape

@@ -35,7 +35,8 @@ def fp32_accumulation_bound(
     Source: Higham, Accuracy and Stability of Numerical Algorithms, 2nd edition, section 3.1. It is
     a bound, not an estimate: actual errors are far smaller.
     """
-    a, b = a_MK.double(), b_NK.double()
+    a = a_MK.double()
+    b = b_NK.double()
     unit = 2.0**-24
     terms = a.shape[1]
     # [M, K] . [N, K]^T -> [M, N]

@@ -90,7 +90,8 @@ def _squared_error(x: np.ndarray, scale: float, grid: np.ndarray, stochastic: bo
 
 def _inverse_half_normal(probability: float) -> float:
     """Return the a for which P(|x| <= a) = probability, by bisection."""
-    low, high = 0.0, 10.0
+    low = 0.0
+    high = 10.0
     for _ in range(60):
         middle = (low + high) / 2
         if math.erf(middle / math.sqrt(2)) < probability:
