@@ -108,6 +108,38 @@ def test_imports_go_one_way():
     assert violations(PACKAGE) == []
 
 
+def circles(package: Path) -> list[str]:
+    """Pairs of modules that reach each other by imports, those inside functions and `if TYPE_CHECKING` too."""
+    files = {".".join([package.name, *path.relative_to(package).with_suffix("").parts]): path for path in package.rglob("*.py")}
+    taken = {}
+    for name, path in files.items():
+        names = {module for _, module in imports(path, package)}
+        names |= {f"{module}.{alias}" for module, alias in imported_names(path)}
+        taken[name] = (names & files.keys()) - {name}
+    reached = {name: set(others) for name, others in taken.items()}
+    for middle in files:
+        for name in files:
+            if middle in reached[name]:
+                reached[name] |= reached[middle]
+    return sorted(f"{a} and {b}" for a in files for b in reached[a] if a < b and a in reached[b])
+
+
+def imported_names(path: Path) -> list[tuple[str, str]]:
+    """(module, name) of every `from module import name`, which may itself be a module."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom)]
+    return [(node.module or "", alias.name) for node in nodes for alias in node.names]
+
+
+def test_no_modules_import_each_other(tmp_path: Path):
+    assert circles(PACKAGE) == []
+    folder = tmp_path / "lowprec" / "quant"
+    folder.mkdir(parents=True)
+    (folder / "spec.py").write_text("from lowprec.quant import fake")
+    (folder / "fake.py").write_text("def f():\n    import lowprec.quant.qtensor")
+    (folder / "qtensor.py").write_text("from lowprec.quant.spec import OperandSpec")
+    assert len(circles(tmp_path / "lowprec")) == 3
+
+
 @pytest.mark.parametrize(
     "file, text, message",
     [

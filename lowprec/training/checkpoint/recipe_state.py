@@ -72,7 +72,8 @@ class StateBesideAdapters:
         """Load an adapter by PEFT, and recipe state if it lies beside it."""
         load = type(self.model).load_adapter
         result = load(self.model, model_id, adapter_name, *args, **settings)
-        state, folder = RecipeState(self.model), Path(model_id)
+        state = RecipeState(self.model)
+        folder = Path(model_id)
         # An adapter that is not called "default" lies in a folder of its name, below the state.
         self._was_read = load_tensors(state, folder) or (
             folder.name == adapter_name and load_tensors(state, folder.parent)
@@ -82,7 +83,8 @@ class StateBesideAdapters:
     def take_was_read(self) -> bool:
         """Return whether the adapters that were loaded last had recipe state beside them, and
         forget it."""
-        was_read, self._was_read = self._was_read, False
+        was_read = self._was_read
+        self._was_read = False
         return was_read
 
 

@@ -5,7 +5,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lowprec.recipe import Recipe, library
 from lowprec.training.control.signals import (
@@ -16,9 +16,6 @@ from lowprec.training.control.signals import (
     lowest_first,
     recent,
 )
-
-if TYPE_CHECKING:
-    from lowprec.training.control.guard import GuardConfig
 
 _SUSPICIOUS = 2.0
 """A layer whose gradient norm is this many times its own median may be to blame. Below that, norms
@@ -77,20 +74,24 @@ def layers_to_raise(
     breach: Breach,
     recipes: Mapping[str, Recipe],
     sqnr: Mapping[str, float] | None,
-    config: "GuardConfig",
+    *,
+    ladder: tuple[str, ...],
+    share: float,
 ) -> dict[str, Recipe]:
     """Return the layers to give more precision after `breach`, and the recipe that each takes.
 
     The layers that the breach blames come first, worst first. If none of them can rise, the layers
     with the lowest signal-to-noise ratio; without measurements those with the fewest bits, in model
-    order. At most `raise_share` of the converted layers rise, at least one; none if all are at the
+    order. At most `share` of the converted layers rise, at least one; none if all are at the
     top of the ladder.
 
     Args:
         recipes: the recipe of each converted layer, in model order.
         sqnr: the latest signal-to-quantisation-noise ratios [dB], if any were measured.
+        ladder: names of recipes in rising precision.
+        share: largest share of the converted layers to raise.
     """
-    steps = {name: ladder_step(recipe, config.ladder) for name, recipe in recipes.items()}
+    steps = {name: ladder_step(recipe, ladder) for name, recipe in recipes.items()}
     higher = {name: recipe for name, recipe in steps.items() if recipe is not None}
     # A layer may be blamed twice: by its own name and by its adapters'.
     converted = converted_layers(recipes)
@@ -107,7 +108,7 @@ def layers_to_raise(
     else:
         candidates = sorted(higher, key=lambda name: recipes[name].narrowest_bits)
     # 0.3 of 10 layers are 3; the product of floats may be just below.
-    count = max(1, math.floor(config.raise_share * len(recipes) + 1e-9))
+    count = max(1, math.floor(share * len(recipes) + 1e-9))
     return {name: higher[name] for name in candidates[:count]}
 
 

@@ -159,7 +159,13 @@ class Recovery:
                 "checkpoint"
             )
         self.recoveries += 1
-        changes = layers_to_raise(breach, recipes, self.sqnr, self.config)
+        changes = layers_to_raise(
+            breach,
+            recipes,
+            self.sqnr,
+            ladder=self.config.ladder,
+            share=self.config.raise_share,
+        )
         self.raised |= changes
         if self.config.data == "replay":
             self.replay_before = step

@@ -280,7 +280,8 @@ class Sqnr(Signal):
         self._floor = config.sqnr_floor
 
     def check(self, seen: Observation) -> Breach | None:
-        floor, sqnr = self._floor, seen.sqnr
+        floor = self._floor
+        sqnr = seen.sqnr
         if floor is None or sqnr is None:
             return None
         low = [name for name in lowest_first(sqnr) if not sqnr[name] >= floor]

@@ -138,7 +138,8 @@ class Snapshots:
                 if before is None
                 else f"no snapshot of step {before} or earlier"
             )
-        snapshot, optimizer = self._snapshots[-1], _unwrapped(optimizer)
+        snapshot = self._snapshots[-1]
+        optimizer = _unwrapped(optimizer)
         for name, tensor in _trained(model).items():
             if name in snapshot.tensors:
                 _copy_back(snapshot.tensors[name], tensor)

@@ -257,7 +257,7 @@ def test_the_ladder():
 
 def _raised(layers: tuple[str, ...], recipes: dict[str, str], sqnr: dict[str, float] | None = None, share: float = 0.3) -> dict[str, str]:
     known: dict[str, Recipe] = {name: library.get(recipe) for name, recipe in recipes.items()}
-    raised = layers_to_raise(Breach("loss", "", layers), known, sqnr, GuardConfig(raise_share=share))
+    raised = layers_to_raise(Breach("loss", "", layers), known, sqnr, ladder=GuardConfig().ladder, share=share)
     return {name: recipe.name for name, recipe in raised.items()}
 
 
