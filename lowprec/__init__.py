@@ -1,9 +1,10 @@
 """lowprec: low-precision training of language models.
 
-    plan = lowprec.convert(model, "fp8_blockwise")   # in place; says what runs where, and why not
-    print(plan)
+    plan = lowprec.convert(model, "fp8_blockwise")   # in place
+    print(plan)                                      # what runs where, and why
 
-Names are imported on first use, so that `import lowprec` stays cheap.
+Names are imported on first use, so that `import lowprec` stays cheap. Type checkers and editors
+read them from `__init__.pyi`.
 """
 
 import importlib
@@ -11,7 +12,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# public name -> the module that holds it; an empty attribute is the module itself
+# Public name -> module and attribute. An empty attribute stands for the module itself.
 _EXPORTS = {
     "quantize": ("lowprec.quant", "quantize"),
     "fake_quantize": ("lowprec.quant", "fake_quantize"),
@@ -28,7 +29,7 @@ _EXPORTS = {
     "LowPrecisionCallback": ("lowprec.training.callback", "LowPrecisionCallback"),
 }
 
-__all__ = [*_EXPORTS, "__version__"]
+__all__ = [*_EXPORTS, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written completely or not at all."""
 
 import json
 import os
@@ -7,8 +7,8 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to `path` through a temporary file beside it, so that no reader ever sees a
-    part."""
+    """Write `text` to `path` through a temporary file beside it, so that no reader sees a part of
+    it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(
         "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
@@ -31,15 +31,15 @@ def _umask() -> int:
 
 
 def keep_lines_until(path: Path, step: int) -> None:
-    """Drop the lines of a JSON-lines file after `step`, which a run that goes on from there will
-    write again."""
+    """Drop the lines of a JSON-lines file after `step`. A run that resumes at `step` writes them
+    again."""
     if not path.is_file():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line)
-        except ValueError:  # the line that a kill cut short
+        except ValueError:  # A kill cut this line short.
             continue
         if isinstance(record, dict) and record.get("step", step) <= step:
             kept.append(line + "\n")

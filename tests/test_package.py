@@ -103,6 +103,14 @@ def test_tab_completion_shows_the_public_names():
     assert set(dir(lowprec)) == set(lowprec.__all__)
 
 
+def test_editors_see_the_public_names():
+    stub = (ROOT / "lowprec" / "__init__.pyi").read_text()
+    imports = re.findall(r"^from ([\w.]+) import (\w+) as (\w+)$", stub, re.MULTILINE)
+    named = {alias: f"{module}.{name}" for module, name, alias in imports}
+    assert named == {name: ".".join(filter(None, place)) for name, place in lowprec._EXPORTS.items()}
+    assert set(re.findall(r'^    "(\w+)",$', stub, re.MULTILINE)) == set(lowprec.__all__)
+
+
 def test_a_source_tree_has_its_own_configurations():
     assert shipped.folder() == Path(lowprec.__file__).parents[1] / "configs"
 

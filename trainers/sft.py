@@ -307,8 +307,8 @@ def check_rows(
     chats = "messages" in columns
     if not (chats or {"prompt", "completion"} <= columns or data.text_column in columns):
         raise UserError(
-            f"data.source: rows have {', '.join(sorted(columns)[:8])}; expected messages, or prompt "
-            f"and completion, or '{data.text_column}' (data.text_column)"
+            f"data.source: rows have {', '.join(sorted(columns)[:8])}; expected messages, or "
+            f"prompt and completion, or '{data.text_column}' (data.text_column)"
         )
     if chats and not template and tokenizer.chat_template is None:
         raise UserError(

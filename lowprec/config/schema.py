@@ -1,8 +1,8 @@
-"""Strict configuration: every unknown key, missing value and wrong type is a UserError of one line.
+"""Strict configuration: an unknown key, a missing value or a wrong type is a UserError of one line.
 
-A configuration is a tree of frozen pydantic models derived from `StrictConfig`. `parse` turns plain
-data (from YAML, a dict or the command line) into one and rewrites pydantic's report into the
-sentence that a user needs: the dotted path, what is wrong, and the nearest key that exists.
+A configuration is a tree of frozen pydantic models derived from `StrictConfig`. `parse` makes one
+of plain data (from YAML, a dict or the command line). It rewrites pydantic's report into the
+sentence that a user needs: the dotted path, what is wrong, and the nearest known key.
 """
 
 import operator
@@ -23,7 +23,7 @@ from lowprec.errors import UserError, nearest
 
 
 class StrictConfig(BaseModel):
-    """A frozen section of the configuration that rejects unknown keys."""
+    """A frozen section of a configuration, which rejects unknown keys."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -36,7 +36,7 @@ class StrictConfig(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """To Python, and so to pydantic, true is a 1."""
+        """Refuse a boolean where a number is expected: to Python, and so to pydantic, true is 1."""
         if isinstance(value, bool) and info.field_name is not None:
             hint = cls.model_fields[info.field_name].annotation
             kinds = {hint, *get_args(hint)}
@@ -49,8 +49,8 @@ C = TypeVar("C", bound=StrictConfig)
 
 
 def parse(schema: type[C], data: Any, where: str = "") -> C:
-    """`data` as a `schema`; `where` is put before the dotted path in an error ("precision" ->
-    "precision.recipe")."""
+    """Return `data` as a `schema`. `where` begins the dotted path of an error: with "precision",
+    it is "precision.recipe"."""
     if isinstance(data, schema):
         return data
     if not isinstance(data, Mapping):
@@ -62,7 +62,7 @@ def parse(schema: type[C], data: Any, where: str = "") -> C:
 
 
 def parse_value(hint: Any, value: Any, where: str) -> Any:
-    """One value as the type `hint`, or a UserError that names `where`."""
+    """Return a value as the type `hint`; raise UserError, which names `where`, if it is none."""
     try:
         return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(
             value
@@ -73,8 +73,8 @@ def parse_value(hint: Any, value: Any, where: str) -> Any:
 
 
 def whole_number(value: Any, what: str) -> int:
-    """`value`, an integer of any kind from 1 (NumPy's too), as an int. `what` begins the UserError:
-    "tokens: the tokens of a pass"."""
+    """Return `value`, an integer of any kind (NumPy's too) from 1, as an int. `what` begins the
+    UserError of another value: "tokens: the tokens of a pass"."""
     try:
         number = 0 if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -85,7 +85,7 @@ def whole_number(value: Any, what: str) -> int:
 
 
 def _one_line(error: ValidationError, schema: type[BaseModel], where: str) -> str:
-    # A wrong key explains more than what follows from it (a missing value, say): report it first.
+    # A wrong key explains more than its consequences, such as a missing value: it comes first.
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     location = _without_branches(schema, first["loc"])
     path = ".".join([where] * bool(where) + [str(part) for part in location])
@@ -101,8 +101,8 @@ def _one_line(error: ValidationError, schema: type[BaseModel], where: str) -> st
 
 
 def _without_branches(schema: Any, location: tuple) -> tuple:
-    """`location` without the names that pydantic puts in for the branches of a union
-    ("devices.int"): a user knows no such keys."""
+    """Return `location` without the names that pydantic adds for the branches of a union
+    ("devices.int"), which are no keys."""
     kept = []
     for part in location:
         if _has_branches(schema):
@@ -116,7 +116,7 @@ def _without_branches(schema: Any, location: tuple) -> tuple:
 
 
 def _keys_at(schema: Any, location: tuple) -> list[str]:
-    """The keys known at `location` inside `schema`."""
+    """Return the keys known at `location` inside `schema`."""
     for part in location:
         model = _model_in(schema)
         if model is not None and part in model.model_fields:
@@ -126,7 +126,7 @@ def _keys_at(schema: Any, location: tuple) -> list[str]:
 
 
 def _has_branches(hint: Any) -> bool:
-    """A union of more than one type and None, which pydantic treats apart."""
+    """Return whether a type is a union of several types besides None: pydantic treats it apart."""
     return (
         get_origin(hint) in (Union, UnionType)
         and len([arg for arg in get_args(hint) if arg is not type(None)]) > 1
