@@ -1,4 +1,4 @@
-"""Codes and their packing: against ml_dtypes' bytes, bit strings in plain Python, and byte counts worked out by hand."""
+"""Codes and their packing are tested against the bytes of ml_dtypes, bit strings in plain Python, and byte counts worked out by hand."""
 
 import ml_dtypes
 import numpy as np
@@ -24,7 +24,7 @@ PACKED = {4: E2M1, 6: E3M2, 12: E5M6}
 
 
 def value_of(code: int, fmt) -> float | None:
-    """What a code stands for, by the fields' definition; None if it is no finite value."""
+    """Return the value of a code by the definition of its fields; None if the code is no finite value."""
     if fmt.is_integer:
         return float(code - 2**fmt.bits if code >= 2 ** (fmt.bits - 1) else code)
     sign = -1.0 if code >> (fmt.bits - 1) else 1.0
@@ -35,14 +35,14 @@ def value_of(code: int, fmt) -> float | None:
 
 
 def finite_codes(fmt) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every code of a finite value, int16, and the values, fp32."""
+    """Return the codes of all finite values, int16, and their values, fp32."""
     values = [value_of(code, fmt) for code in range(2**fmt.bits)]
     codes = [code for code, value in enumerate(values) if value is not None]
     return torch.tensor(codes, dtype=torch.int16), torch.tensor([values[code] for code in codes], dtype=torch.float32)
 
 
 def bytes_of(codes: list[int], bits: int) -> list[int]:
-    """A row of codes as one string of bits, the lowest first, cut into bytes; zeros fill the last group."""
+    """Return the bytes of a row of codes: one string of bits, the lowest first, cut into bytes; zeros fill the last group."""
     group = {4: 2, 6: 4, 12: 2}[bits]
     codes = codes + [0] * (-len(codes) % group)
     string = "".join(format(code, f"0{bits}b")[::-1] for code in codes)
@@ -62,7 +62,7 @@ def test_every_code_decodes_to_its_definition_and_encodes_back(fmt):
     codes, values = finite_codes(fmt)
     unused = {E4M3: 2, E5M2: 8, E5M6: 128}.get(fmt, 0)  # codes of NaN and infinity
     assert len(codes) == 2**fmt.bits - unused
-    assert same_bits(decode(codes, fmt), values)  # the sign of zero as well
+    assert same_bits(decode(codes, fmt), values)  # the sign of zero is compared as well
     assert torch.equal(encode(values, fmt), codes)
     assert encode(values, fmt).dtype == torch.int16
     assert decode(codes, fmt).dtype == torch.float32
@@ -112,7 +112,7 @@ def test_packed_rows_are_the_bit_string(bits, length):
 
 @pytest.mark.parametrize("bits", PACKED)
 def test_the_largest_code_stays_within_its_bits(bits):
-    """All ones beside zeros: a carry or a sign would show in the neighbour."""
+    """A carry or a sign would show in the neighbour of a code of ones, because the codes beside it are zero."""
     top = 2**bits - 1
     codes = torch.tensor([[top, 0, top, 0, 0, top, top, top], [0, top, 0, top, top, 0, 0, 0]], dtype=torch.int16)
     assert pack(codes, bits).tolist() == [bytes_of(row, bits) for row in codes.tolist()]
@@ -179,8 +179,8 @@ NBYTES = {
     "e2m3[1x32 e8m0:ceil]": 70 * 75 + 70 * 4,
     "e2m1[1x32 e8m0:floor]": 70 * 50 + 70 * 4,
     "e2m1[1x32 e8m0:quest]": 70 * 50 + 70 * 4,
-    "e2m1[1x32 e8m0:floor prescale:0.75]": 70 * 50 + 70 * 4 + 4,  # 4/3, by which dequantising multiplies
-    "e2m1[1x16 e4m3]": 70 * 50 + 70 * 7 + 4,  # and the tensor scale
+    "e2m1[1x32 e8m0:floor prescale:0.75]": 70 * 50 + 70 * 4 + 4,  # 4 bytes hold 4/3, the factor of dequantising
+    "e2m1[1x16 e4m3]": 70 * 50 + 70 * 7 + 4,  # 4 bytes hold the tensor scale
     "e2m1[16x16 e4m3 4/6]": 70 * 50 + 5 * 7 + 4,
     "int8[row fp32 asymmetric]": 70 * 100 + 70 * (4 + 1),
     "int4[1x32 fp32]": 70 * 50 + 70 * 4 * 4,

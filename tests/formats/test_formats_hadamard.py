@@ -1,4 +1,4 @@
-"""The Hadamard transform against its matrix, written out in float64."""
+"""The Hadamard transform is tested against its matrix, written out in float64."""
 
 import numpy as np
 import pytest
@@ -12,14 +12,14 @@ every_transform = pytest.mark.parametrize("hadamard", TRANSFORMS, ids=lambda h: 
 
 
 def matrix(hadamard: Hadamard) -> torch.Tensor:
-    """T = diag(s) H / sqrt(n), float64: Sylvester's H[i, j] = (-1)^(number of ones in i & j)."""
+    """Return T = diag(s) H / sqrt(n), float64, with Sylvester's H[i, j] = (-1)^(number of ones in i & j)."""
     n = hadamard.size
     h = np.array([[(-1.0) ** (i & j).bit_count() for j in range(n)] for i in range(n)])
     return torch.from_numpy(np.diag(np.array(hadamard.signs, np.float64)) @ h / np.sqrt(n))
 
 
 def expected(x: torch.Tensor, hadamard: Hadamard) -> torch.Tensor:
-    """x T, group by group, float64."""
+    """Return x T, computed group by group in float64."""
     short = -x.shape[1] % hadamard.size
     groups = torch.nn.functional.pad(x.double(), (0, short)).unflatten(1, (-1, hadamard.size))
     return (groups @ matrix(hadamard)).flatten(1)
@@ -74,7 +74,7 @@ def test_memory_order_changes_no_bit(hadamard, shape):
     y, transposed = hadamard.apply(x), hadamard.apply(x.t().contiguous().t())
     assert torch.equal(y.view(torch.int32), transposed.contiguous().view(torch.int32))
     if shape[0] > 1:
-        assert transposed.stride(0) == 1  # it follows x's, so that quantising needs no strided pass
+        assert transposed.stride(0) == 1  # it follows x's memory order, so that quantising needs no strided pass
     every_other = torch.stack([x, -x], dim=-1).flatten(1)[:, ::2]
     assert torch.equal(hadamard.apply(every_other), y)
     back = hadamard.invert(transposed, shape[1])
@@ -84,7 +84,7 @@ def test_memory_order_changes_no_bit(hadamard, shape):
 @every_transform
 @pytest.mark.parametrize("length", [256, 150])
 def test_it_cancels_in_a_product_of_two_transformed_operands(hadamard, length):
-    """(a T)(b T)^t = a b^t, padded groups included; and not where the signs differ."""
+    """(a T)(b T)^t equals a b^t, padded groups included, and differs where the signs of the two transforms differ."""
     a, b = gaussian(20, length, seed=4), heavy_tailed(30, length, seed=5)
     product = hadamard.apply(a).double() @ hadamard.apply(b).double().t()
     error = (product - a.double() @ b.double().t()).abs()

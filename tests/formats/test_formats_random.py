@@ -1,4 +1,4 @@
-"""The random numbers behind stochastic rounding: uniform, independent of one another, and a function of key and place alone."""
+"""The random numbers of stochastic rounding are uniform, independent of one another, and depend on key and place alone."""
 
 import itertools
 
@@ -13,14 +13,14 @@ SHAPE = (700, 900)
 
 
 def p_value(counts: torch.Tensor) -> float:
-    """Of a chi-square test that all counts have the same expectation."""
+    """Return the p-value of a chi-square test that all counts have the same expectation."""
     counts = counts.double().flatten()
     chi_square = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
     return torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2, dtype=torch.float64), chi_square / 2).item()
 
 
 def mix_by_python(x: int) -> int:
-    """Two multiplications and three xor-shifts on unsigned 32-bit integers."""
+    """Return the mix of x: two multiplications and three xor-shifts on unsigned 32-bit integers."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) % 2**32
     x = ((x ^ (x >> 15)) * 0x846CA68B) % 2**32
     return x ^ (x >> 16)
@@ -49,7 +49,7 @@ def test_the_mean_and_the_bins_are_those_of_uniform_numbers(key):
     assert torch.equal(u * 2**24, (u * 2**24).round())
     assert abs(u.double().mean().item() - 0.5) < 4 * (1 / 12 / u.numel()) ** 0.5
     assert p_value(torch.histc(u, bins=1000, min=0, max=1)) > 1e-4
-    low_bits = (u * 2**24).to(torch.int32) & 0xFF  # as good as the high ones
+    low_bits = (u * 2**24).to(torch.int32) & 0xFF  # the low bits are as random as the high ones
     assert p_value(torch.bincount(low_bits.flatten(), minlength=256)) > 1e-4
 
 
@@ -70,7 +70,7 @@ def pairs() -> list[tuple[str, torch.Tensor, torch.Tensor]]:
 
 @pytest.mark.parametrize("name, a, b", pairs(), ids=[name for name, _, _ in pairs()])
 def test_neighbouring_draws_are_independent(name, a, b):
-    """The joint distribution over 16 x 16 bins is flat, and the correlation is that of chance."""
+    """The joint distribution over 16 x 16 bins is flat, and the correlation is no larger than chance makes it."""
     joint = torch.bincount(((a * 16).int() * 16 + (b * 16).int()).flatten(), minlength=256)
     assert p_value(joint) > 1e-4
     correlation = np.corrcoef(a.flatten().numpy(), b.flatten().numpy())[0, 1]
@@ -78,7 +78,7 @@ def test_neighbouring_draws_are_independent(name, a, b):
 
 
 def test_the_lowest_bit_of_a_place_decides_half_of_the_bits():
-    """One bit of a row or column flips each of the 24 bits of a draw about half the time."""
+    """One bit of a row or column number flips each of the 24 bits of a draw about half the time."""
     u = (uniform(KEYS[3], (512, 512)) * 2**24).to(torch.int32)
     for flipped in (u[0::2] ^ u[1::2], u[:, 0::2] ^ u[:, 1::2], u[:256] ^ u[256:]):
         share = torch.stack([(flipped >> bit & 1).float().mean() for bit in range(24)])
@@ -86,7 +86,7 @@ def test_the_lowest_bit_of_a_place_decides_half_of_the_bits():
 
 
 def test_rows_and_columns_have_no_common_values():
-    """A key's numbers do not repeat beyond chance: as many distinct ones as uniform draws from 2^24 would have."""
+    """One key gives as many distinct numbers as uniform draws from 2^24 would: numbers do not repeat beyond chance."""
     u = uniform(KEYS[3], SHAPE).flatten()
     n, cells = u.numel(), 2**24
     expected = cells * (1 - (1 - 1 / cells) ** n)

@@ -1,4 +1,4 @@
-"""round_to_format against other implementations of the formats (ml_dtypes, torch's casts) and against exact arithmetic."""
+"""round_to_format is tested against other implementations of the formats (ml_dtypes, torch's casts) and against exact arithmetic."""
 
 from fractions import Fraction
 
@@ -23,31 +23,31 @@ ML_DTYPES = {
 }
 NARROW = ("e4m3", "e5m2", "e2m1", "e3m2", "e2m3")
 
-# The first magnitude that the unbounded grid rounds beyond the range, and whether it does so itself. It is the midpoint of the largest
-# value and the next one up the grid; the tie goes to the even of the two.
+# Each row: the first magnitude that may leave the range, and whether it does. The magnitude is the midpoint of the largest value and the
+# next value of the unbounded grid; a tie goes to the even of the two.
 FIRST_BEYOND = {
     "e4m3": (464.0, False),  # 448 = 14 * 32 is even, so 464 comes back to it
-    "e5m2": (61440.0, True),  # 57344 = 7 * 8192 is odd: 61440 goes to 8 * 8192
-    "e2m1": (7.0, True),  # 6 = 3 * 2
-    "e3m2": (30.0, True),  # 28 = 7 * 4
-    "e2m3": (7.75, True),  # 7.5 = 15 * 0.5
-    "fp16": (65520.0, True),  # 65504 = 2047 * 32
-    "bf16": (2.0**127 * (2 - 2.0**-8), True),  # the largest is 255 * 2^120
+    "e5m2": (61440.0, True),  # 57344 = 7 * 8192 is odd, so 61440 goes to 8 * 8192
+    "e2m1": (7.0, True),  # 6 = 3 * 2 is odd
+    "e3m2": (30.0, True),  # 28 = 7 * 4 is odd
+    "e2m3": (7.75, True),  # 7.5 = 15 * 0.5 is odd
+    "fp16": (65520.0, True),  # 65504 = 2047 * 32 is odd
+    "bf16": (2.0**127 * (2 - 2.0**-8), True),  # the largest value is 255 * 2^120, which is odd
 }
 
 
 def all_bf16() -> torch.Tensor:
-    """Every one of the 65,536 bf16 bit patterns, as fp32."""
+    """Return all 65,536 bf16 bit patterns as fp32."""
     return torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
 
 
 def random_bits(count: int = 2**16) -> torch.Tensor:
-    """fp32 values of random bits: every exponent, sign, subnormals, NaN and infinities."""
+    """Return fp32 values of random bits: every exponent and sign, subnormals, NaN and infinities."""
     return torch.randint(-(2**31), 2**31, (count,), generator=torch.Generator().manual_seed(0)).to(torch.int32).view(torch.float32)
 
 
 def values_by_code(name: str) -> np.ndarray:
-    """The finite values >= 0 of a format in ascending order, from its codes; fp64."""
+    """Return the finite values >= 0 of a format in ascending order, decoded from its codes; fp64."""
     dtype = np.dtype(ML_DTYPES[name])
     bits = FORMATS[name].bits
     codes = np.arange(2 ** (bits - 1), dtype=np.uint16 if dtype.itemsize == 2 else np.uint8)  # the sign bit is clear
@@ -57,7 +57,7 @@ def values_by_code(name: str) -> np.ndarray:
 
 
 def assert_same_bits(got: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal down to the sign of zero; any NaN equals any NaN."""
+    """Assert that two tensors are equal down to the sign of zero; any NaN equals any NaN."""
     assert got.dtype == expected.dtype == torch.float32
     assert torch.equal(got.isnan(), expected.isnan())
     assert torch.equal(got.nan_to_num(0.0).view(torch.int32), expected.nan_to_num(0.0).view(torch.int32))
@@ -76,7 +76,7 @@ def test_every_bf16_value_rounds_as_ml_dtypes_does(name):
 
 @pytest.mark.parametrize("name", NARROW)
 def test_random_fp32_values_round_as_ml_dtypes_does(name):
-    x = random_bits()  # bf16 inputs alone leave the lower 16 mantissa bits untested
+    x = random_bits()  # bf16 inputs alone would leave the lower 16 mantissa bits untested
     assert_same_bits(round_to_format(x, FORMATS[name]), cast_by_ml_dtypes(x, name))
 
 
@@ -99,9 +99,9 @@ def test_integers_round_half_to_even_and_saturate(fmt):
 
 @pytest.mark.parametrize("name", ML_DTYPES)
 def test_midpoints_and_their_neighbours(name):
-    """Between neighbouring values lo < hi of a format: below the midpoint lo, above it hi, on it the one with an even code."""
+    """A number below the midpoint of neighbouring values lo < hi gives lo, one above it hi, and the midpoint the one with an even code."""
     values = values_by_code(name)
-    assert np.array_equal(values, non_negative_values(FORMATS[name]))  # the search in the tests below goes through the right list
+    assert np.array_equal(values, non_negative_values(FORMATS[name]))  # so the search in the tests below uses the right list
     assert len(values) == 2 ** (FORMATS[name].bits - 1) - {"e4m3": 1, "e5m2": 4, "fp16": 1024, "bf16": 128}.get(name, 0)
     lo, hi = values[:-1], values[1:]
     mid = ((lo + hi) / 2).astype(np.float32)
@@ -116,11 +116,11 @@ def test_midpoints_and_their_neighbours(name):
 @pytest.mark.parametrize("rounding", ["nearest", "toward_zero"])
 @pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS.values() if fmt != FP32], ids=str)
 def test_every_bf16_value_and_every_midpoint_round_as_a_search_through_the_format_says(fmt, rounding):
-    """The search knows no arithmetic: it finds the two values between which a number lies, and which of them is nearer."""
+    """The search uses no arithmetic of formats: it finds the two values around a number and which of them is nearer."""
     values = non_negative_values(fmt)
     with np.errstate(over="ignore"):
         middle = ((values[:-1] + values[1:]) / 2).astype(np.float32)
-        last = np.float32(values[-1] + (values[-1] - values[-2]) / 2)  # where rounding would leave the range
+        last = np.float32(values[-1] + (values[-1] - values[-2]) / 2)  # the magnitude at which rounding would leave the range
     zero, inf = np.float32(0), np.float32(np.inf)
     points = np.concatenate([middle, values.astype(np.float32), [last]])
     points = np.concatenate([points, np.nextafter(points, zero), np.nextafter(points, inf)]).astype(np.float32)
@@ -200,7 +200,7 @@ def test_exceeds_range_of_integers_includes_both_ends():
 
 @pytest.mark.parametrize("name", NARROW)
 def test_exceeds_range_agrees_with_the_clamp(name):
-    """Where it is false, rounding with and without the clamp are one: the straight-through gradient may pass."""
+    """Rounding with and without the clamp agree where exceeds_range is false, so the straight-through gradient may pass there."""
     fmt, x = FORMATS[name], all_bf16()
     x = x[~x.isnan()]
     beyond = exceeds_range(x, fmt)
@@ -208,8 +208,8 @@ def test_exceeds_range_agrees_with_the_clamp(name):
     assert (round_to_format(x, fmt).abs()[beyond] == fmt.max).all()
 
 
-# Inductor removes a conversion down and up again ("pointless_convert"), which would leave values unrounded; and it may fuse the magic
-# number's addition and subtraction. Either shows as a difference from eager code here.
+# Inductor removes a conversion down and up again ("pointless_convert"), which would leave values unrounded. It may also fuse the addition
+# and the subtraction of the magic number. Either would show as a difference from eager code here.
 @pytest.mark.filterwarnings(r"ignore:`torch\.jit\.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("fmt", [BF16, FP16, E4M3, E2M1], ids=str)
 def test_compiled_equals_eager(fmt):

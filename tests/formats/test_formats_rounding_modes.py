@@ -1,4 +1,4 @@
-"""Rounding toward zero and stochastic rounding: against gfloat's rounding modes, a search through each format, and statistics."""
+"""Rounding toward zero and stochastic rounding are tested against gfloat's modes, a search through each format, and statistics."""
 
 import gfloat
 import numpy as np
@@ -27,7 +27,7 @@ every_format_of_gfloat = pytest.mark.parametrize("fmt", GFLOAT, ids=str)
 
 
 def numbers() -> torch.Tensor:
-    """Every bf16 number, and fp32 numbers of random bits; no NaN. [1, n]."""
+    """Return every bf16 number, and fp32 numbers of random bits, without NaN; [1, n]."""
     bf16 = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
     bits = torch.randint(-(2**31), 2**31, (2**14,), generator=torch.Generator().manual_seed(1))
     x = torch.cat([bf16, bits.to(torch.int32).view(torch.float32)])
@@ -48,7 +48,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def p_value(chi_square: float, degrees: int) -> float:
-    """The probability of a larger chi-square by chance."""
+    """Return the probability that chance gives a larger chi-square."""
     return torch.special.gammaincc(torch.tensor(degrees / 2, dtype=torch.float64), torch.tensor(chi_square / 2)).item()
 
 
@@ -113,14 +113,14 @@ def test_the_range_is_kept_and_nan_stays(fmt):
 @every_format
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_probability_of_rounding_away_is_the_share_of_the_step(fmt, sign):
-    """Twenty places between two neighbours, 20,000 draws each: chi-square over the counts, and the mean is unbiased."""
+    """Chi-square is computed over the counts of 20,000 draws at each of twenty places between two neighbours; the mean is unbiased."""
     draws, shares = 20_000, np.arange(1, 21) / 21
     values = non_negative_values(fmt)
     starts = {"zero": 0, "low": 1, "top": len(values) - 2 - fmt.is_integer}
     for start in starts.values():
         low, high = values[start], values[start + 1]
         x = torch.from_numpy((low + shares * (high - low)).astype(np.float32))
-        share = (x.double() - low) / (high - low)  # of the fp32 number
+        share = (x.double() - low) / (high - low)  # share of the fp32 number
         rounded = stochastic(sign * x[:, None].expand(-1, draws), fmt).double() * sign
         assert ((rounded == low) | (rounded == high)).all()
         count = (rounded == high).sum(1).double()
@@ -133,13 +133,13 @@ def test_the_probability_of_rounding_away_is_the_share_of_the_step(fmt, sign):
 
 @every_format
 def test_the_share_is_met_exactly_by_the_number_of_draws_below_it(fmt):
-    """Rounding away happens for noise < share and no other: at noise = share it does not."""
+    """Rounding away happens where noise < share and nowhere else: at noise = share it does not."""
     values = non_negative_values(fmt)
     low, high = values[1], values[2]
     x = torch.full((3,), float(low + (high - low) / 4))
     noise = torch.tensor([0.25 - 2.0**-16, 0.25, 0.25 + 2.0**-16])
     got = round_to_format(x, fmt, "stochastic", noise=noise)
-    if fmt == BF16:  # a carry out of the dropped bits: it counts from the other end of the interval
+    if fmt == BF16:  # bf16 rounds by a carry out of the dropped bits, which counts from the other end of the interval
         got = round_to_format(x, fmt, "stochastic", noise=1 - 2.0**-16 - noise)
     assert got.tolist() == [high, low, low]
 

@@ -1,4 +1,4 @@
-"""Scales from amax against exact rational arithmetic (`lowprec.testing.oracles`) and against numbers worked out by hand."""
+"""Scales from amax are tested against exact rational arithmetic (`lowprec.testing.oracles`) and numbers worked out by hand."""
 
 import numpy as np
 import pytest
@@ -16,14 +16,14 @@ EXPONENTS = (*range(-149, -110), *range(-30, 31), *range(100, 128))
 
 
 def with_neighbours(values: list[float]) -> torch.Tensor:
-    """fp32 values and the fp32 numbers on both sides of each, positive and finite."""
+    """Return positive, finite fp32 values and the fp32 numbers on both sides of each."""
     x = torch.tensor(values, dtype=torch.float64).to(torch.float32)
     x = torch.cat([x, torch.nextafter(x, torch.tensor(0.0)), torch.nextafter(x, torch.tensor(torch.inf))])
     return x[(x > 0) & x.isfinite()].unique()
 
 
 def amaxes(fmt: ElementFormat) -> torch.Tensor:
-    """Where a rule changes its answer: 2^k, max * 2^k and the mantissa at which rounding carries, each with its neighbours."""
+    """Return the amaxes where a rule changes its answer: 2^k, max * 2^k and the mantissa where rounding carries, with their neighbours."""
     mantissas = (1.0, fmt.max / 2.0**fmt.emax, 2 - 2.0 ** -(fmt.mantissa_bits + 1), 1.5)
     special = [SMALLEST_SUBNORMAL, SMALLEST_NORMAL, 3 * SMALLEST_SUBNORMAL, LARGEST_FP32]
     return with_neighbours(special + [m * 2.0**k for k in EXPONENTS for m in mantissas])
@@ -33,7 +33,7 @@ def amaxes(fmt: ElementFormat) -> torch.Tensor:
 @pytest.mark.parametrize("fmt", [*FLOATS, INT8, INT4], ids=str)
 def test_power_of_two_scales_follow_their_definition(fmt, rule):
     if fmt.is_integer and rule == "even":
-        return  # which OperandSpec refuses
+        return  # OperandSpec refuses this pair
     scaling = BlockScaling(block=(1, 32), scale_format="e8m0", rule=rule)
     random = torch.rand(500, generator=torch.Generator().manual_seed(0)) * 1000
     amax = torch.cat([amaxes(fmt), random, torch.zeros(1)])
@@ -45,13 +45,13 @@ def test_power_of_two_scales_follow_their_definition(fmt, rule):
 
 
 def test_the_worked_example_of_each_rule():
-    """Blocks of e2m1 (max 6, emax 2), amax from 4 to 7."""
+    """The blocks are e2m1 (max 6, emax 2), with amax from 4 to 7."""
     amax = torch.tensor([4.0, 5.0, 6.0, 6.5, 7.0])
     expected = {
         "floor": [1, 1, 1, 1, 1],  # 2^(2 - 2); 6.5 and 7 will saturate at 6
         "ceil": [1, 2, 2, 2, 2],  # anything above 4 takes the next one
         "even": [1, 1, 1, 1, 2],  # 7 rounds to 8 in two significant bits, 6.5 to 6
-        "rceil": [1, 1, 1, 2, 2],  # above 6
+        "rceil": [1, 1, 1, 2, 2],  # anything above 6 takes the next one
     }
     for rule in RULES:
         assert scale_from_amax(amax, E2M1, BlockScaling(block=(1, 32), scale_format="e8m0", rule=rule)).tolist() == expected[rule]
@@ -82,7 +82,7 @@ QUEST = BlockScaling(block=(1, 32), scale_format="e8m0", rule="quest")
 
 @pytest.mark.parametrize("fmt", FLOATS, ids=str)
 def test_quests_scale_is_the_float64_formulas(fmt):
-    """2^floor(log2(c std / max + 1e-8)); what lies within fp32's rounding of a power of two may go either way."""
+    """The scale is 2^floor(log2(c std / max + 1e-8)); a value within fp32's rounding of a power of two may go either way."""
     std = torch.cat([2.0 ** (torch.rand(4000, generator=torch.Generator().manual_seed(0)) * 60 - 40), amaxes(fmt), torch.zeros(1)])
     std = std[std < 1e30]
     exact = (std.double() * 2.92247856 / fmt.max + 1e-8).log2()
@@ -92,11 +92,11 @@ def test_quests_scale_is_the_float64_formulas(fmt):
     assert torch.equal(got[clear].double(), 2.0 ** exact[clear].floor())
     near = ~clear
     assert ((got[near].double().log2() - exact[near]).abs() < 1 + 1e-6).all()
-    assert power_of_two_scale(torch.zeros(1), fmt, "quest").item() == 2.0**-27  # 1e-8 alone
+    assert power_of_two_scale(torch.zeros(1), fmt, "quest").item() == 2.0**-27  # only the term 1e-8 remains
 
 
 def test_quests_scale_by_hand():
-    """Of e2m1: c / 6 = 0.487, so a standard deviation of 1 gets 1/4, one of 2.06 gets 1."""
+    """For e2m1, c / 6 = 0.487, so a standard deviation of 1 gets scale 1/4, and one of 2.06 gets 1."""
     std = torch.tensor([1.0, 2.05, 2.06, 4.2, torch.nan])
     got = power_of_two_scale(std, E2M1, "quest")
     assert got[:4].tolist() == [0.25, 0.5, 1.0, 2.0]
@@ -127,9 +127,9 @@ def test_quest_of_a_large_finite_block_is_finite(magnitude):
 
 
 def test_quest_saturates_and_says_where():
-    """Its mask holds whatever reaches the largest value, not only what rounds beyond it."""
+    """Its mask holds every element that reaches the largest value, not only those that round beyond it."""
     x = torch.zeros(1, 32)
-    x[0, ::2], x[0, 1::2] = 2.06, -2.06  # their deviation gets scale 1
+    x[0, ::2], x[0, 1::2] = 2.06, -2.06  # their standard deviation gives scale 1
     q = quantize(x, OperandSpec(element=E2M1, scaling=QUEST), saturation=True)
     assert q.scale is not None
     assert q.scale.item() == 1.0
@@ -182,7 +182,7 @@ def test_asymmetric_scale_of_non_finite_blocks_is_nan(low, high):
 
 
 def test_asymmetric_scale_of_a_finite_block_is_finite():
-    """high - low overflows fp32 although (high - low) / 255 does not: an ordinary number must not become NaN by way of it."""
+    """high - low overflows fp32 although (high - low) / 255 does not: an ordinary number must not become NaN because of that."""
     scale, _ = asymmetric_scale(torch.tensor([-3e38]), torch.tensor([3e38]), INT8)
     torch.testing.assert_close(scale, torch.tensor([6e38 / 255]), rtol=1e-6, atol=0.0)
 

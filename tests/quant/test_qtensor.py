@@ -1,4 +1,4 @@
-"""The invariants that QTensor states, its transpose, and what it holds."""
+"""QTensor keeps its stated invariants, transposes as documented, and counts its bytes."""
 
 import math
 
@@ -27,13 +27,13 @@ every_spec = pytest.mark.parametrize("spec", SPECS, ids=str)
 
 
 def matrix() -> torch.Tensor:
-    """[R, K] with every edge case, then ordinary rows; no multiple of a block."""
+    """Return [R, K] with every edge case, then ordinary rows; neither size is a multiple of a block."""
     edges = torch.cat([case.row for case in EDGE_BLOCKS])
     return torch.cat([torch.cat([edges, gaussian(len(edges), 70, 0)], dim=1), heavy_tailed(30, 198, seed=1)])
 
 
 def expanded(part: torch.Tensor, q: QTensor) -> torch.Tensor:
-    """A scale or zero point for each element."""
+    """Return the scale or zero point of each element."""
     (rows, cols), (r, c) = q.shape, q.block
     return part.repeat_interleave(r, 0)[:rows].repeat_interleave(c, 1)[:, :cols]
 
@@ -49,7 +49,7 @@ def test_invariants(spec, decoded):
     r, c = (n if extent == ALL else extent for n, extent in zip(x.shape, spec.scaling.block, strict=True))
     assert q.block == (r, c)
 
-    # values: of the element format, in its storage dtype or fp32; codes that share bytes are packed
+    # values: in the element format, in its storage dtype or fp32; codes that share bytes are packed
     assert q.data.dtype == (torch.float32 if decoded else spec.element.storage)
     assert q.decoded == decoded
     assert q.values.dtype == torch.float32
@@ -62,7 +62,7 @@ def test_invariants(spec, decoded):
     assert torch.equal(values, round_to_format(values, spec.element))
     assert ((values >= spec.element.min) & (values <= spec.element.max)).all()
 
-    # scale: one a block, positive or NaN
+    # scale: one per block, positive or NaN
     assert q.scale.dtype == torch.float32
     assert q.scale_data is not None
     stored_dtype = {"fp32": torch.float32, "e8m0": torch.uint8, "e4m3": torch.float8_e4m3fn}[spec.scaling.scale_format]
@@ -74,7 +74,7 @@ def test_invariants(spec, decoded):
     if spec.scaling.scale_format == "e8m0":
         assert (torch.frexp(scales)[0] == 0.5).all()
 
-    # NaN marks the blocks that held NaN or infinity, and no others
+    # NaN marks exactly the blocks that held NaN or infinity
     blocks = to_blocks(x, (r, c))
     assert torch.equal(q.scale.isnan(), ~blocks.isfinite().all(3).all(1))
 
@@ -139,17 +139,17 @@ def test_transpose_without_scaling():
 
 
 def test_nbytes_by_hand():
-    """codes + scales + zero points, for a [256, 384] matrix."""
+    """A [256, 384] matrix has the bytes of its codes, scales and zero points."""
     x, count = gaussian(256, 384, 0), 256 * 384
     expected = {
         SPECS[0]: count + 256 * 3 * 4,  # 1x128 tiles of fp8, fp32 scales
         SPECS[1]: count + 2 * 3 * 4,
         SPECS[2]: count + 4,
-        SPECS[6]: count + 256 * (4 + 1),  # an fp32 scale and an int8 zero point per row
+        SPECS[6]: count + 256 * (4 + 1),  # an fp32 scale and an int8 zero point for each row
     }
     for spec, nbytes in expected.items():
         assert quantize(x, spec).nbytes == nbytes
-    assert quantize(x, SPECS[0], saturation=True).nbytes == expected[SPECS[0]]  # the mask is no part of the number
+    assert quantize(x, SPECS[0], saturation=True).nbytes == expected[SPECS[0]]  # nbytes does not count the mask
     assert quantize(x, OperandSpec(element=BF16)).nbytes == 2 * count
 
 
@@ -167,7 +167,7 @@ def test_blocks_are_a_partition(shape, block):
 
 
 def test_every_e4m3_code_decodes_as_torch_casts_it():
-    """The fast path for CPUs; e4m3's NaN, 0x7F, is the documented exception, since only a block with a NaN scale can hold it."""
+    """CPUs decode e4m3 by a fast path. Its NaN, 0x7F, is the documented exception, since only a block with a NaN scale can hold it."""
     codes = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(torch.float8_e4m3fn).view(2, 128)
     q = QTensor(data=codes, scale_data=torch.ones(2, 1), spec=SPECS[0], shape=codes.shape)
     expected = codes.float()

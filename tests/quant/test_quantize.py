@@ -1,4 +1,4 @@
-"""quantize against an independent implementation (`lowprec.testing.oracles`), bit for bit: codes, scales and zero points."""
+"""quantize agrees with an independent implementation (`lowprec.testing.oracles`) bit for bit: codes, scales and zero points."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 
 
 def assert_same_codes(got: Tensor, expected: Tensor) -> None:
-    """Equal down to the sign of zero."""
+    """Assert that two tensors are equal down to the sign of zero."""
     assert got.shape == expected.shape
     assert torch.equal(got.float().view(torch.int32), expected.float().view(torch.int32))
 
@@ -60,7 +60,7 @@ def assert_agrees(q: QTensor, x: Tensor) -> None:
 
 
 def assert_same(a: QTensor, b: QTensor) -> None:
-    """The same codes, scales, zero points and masks, whatever their strides."""
+    """Assert that codes, scales, zero points and masks are the same, whatever their strides."""
     assert a.spec == b.spec
     assert a.data.dtype == b.data.dtype
     assert a.decoded == b.decoded
@@ -76,7 +76,7 @@ def assert_same(a: QTensor, b: QTensor) -> None:
 @pytest.mark.parametrize("magnitude", [1.0, 1e-38, 1e36], ids=["ordinary", "tiny", "huge"])
 @pytest.mark.parametrize("make", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS)
 def test_random_matrices(make, magnitude, spec):
-    x = make(131, 257, 0) * magnitude  # no multiple of 32 or 128, and more than two blocks along K
+    x = make(131, 257, 0) * magnitude  # sizes are no multiple of 32 or 128; there are more than two blocks along K
     assert_agrees(quantize(x, spec), x)
 
 
@@ -119,12 +119,12 @@ def test_a_bad_value_spoils_its_own_block_only(name):
 @every_spec
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (33, 31), (127, 129), (5, 300)])
 def test_padding_is_exact(shape, spec):
-    """Quantising equals quantising the zero-padded matrix and cutting: the padding changes no scale."""
+    """Quantising equals quantising the zero-padded matrix and cutting it: the padding changes no scale."""
     x = heavy_tailed(*shape, seed=3)
     q = quantize(x, spec, saturation=True)
     whole_rows, whole_cols = (-(-shape[0] // 128) * 128, -(-shape[1] // 128) * 128)
     assert spec.scaling is not None
-    # an axis-long block has nothing to pad along its axis: there the padding would be the block's own
+    # a block as long as an axis needs no padding along that axis: padding would belong to the block itself
     rows = shape[0] if spec.scaling.block[0] == ALL else whole_rows
     cols = shape[1] if spec.scaling.block[1] == ALL else whole_cols
     padded = quantize(torch.nn.functional.pad(x, (0, cols - shape[1], 0, rows - shape[0])), spec, saturation=True)
@@ -161,7 +161,7 @@ def test_strides_do_not_matter(spec):
 
 @every_spec
 def test_a_transposed_matrix_is_quantised_without_a_copy(spec):
-    """The codes lie in memory as x does, so that neither x^T nor its codes need a strided pass."""
+    """The codes have x's memory order, so that neither x^T nor its codes need a strided pass."""
     q = quantize(torch.randn(140, 70, generator=torch.Generator().manual_seed(0)).t(), spec)
     assert q.data.stride(0) == 1
     assert q.values.stride(0) == 1
@@ -200,7 +200,7 @@ def test_without_scaling_quantise_casts(fmt):
 
 @pytest.mark.parametrize("name", ["int8_row", "int8_group", "int4_group", "mxfp4", "fp8_tile"])
 def test_saturated_marks_what_the_clamp_cut(name):
-    """Against the unclamped integer or grid value, in numpy."""
+    """The mask is compared with the unclamped integer or grid value, computed in numpy."""
     spec, x = SPECS[name], heavy_tailed(64, 96, seed=10)
     q = quantize(x, spec, saturation=True)
     assert q.saturated is not None
@@ -233,7 +233,7 @@ def test_int8_saturates_where_both_ends_round_up():
 
 
 def test_int4_cuts_its_largest_positive_value():
-    """amax / 7.5 is the scale, so +amax becomes 7.5, rounds to the even 8 and is cut to 7; -amax becomes -8 and is not."""
+    """The scale is amax / 7.5, so +amax becomes 7.5, rounds to the even 8 and is cut to 7; -amax becomes -8 and is not cut."""
     x = torch.zeros(2, 32)
     x[0, 3], x[1, 3] = 7.5, -7.5
     q = quantize(x, SPECS["int4_group"], saturation=True)
@@ -246,7 +246,7 @@ def test_int4_cuts_its_largest_positive_value():
 
 
 def test_int4_cuts_plus_amax_for_most_mantissas():
-    """fp32(amax * fp32(1 / fp32(amax / 7.5))) is 7.5 or more, and so cut, for 79% of the mantissas; never is it below 7.4999990."""
+    """fp32(amax * fp32(1 / fp32(amax / 7.5))) is 7.5 or more, so it is cut, for 79% of the mantissas; it is never below 7.4999990."""
     amax = 1 + torch.arange(2**14) * 2.0**-14
     x = torch.zeros(2**14, 32)
     x[:, 0] = amax

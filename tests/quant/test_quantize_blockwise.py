@@ -1,7 +1,7 @@
-"""Blockwise FP8 with power-of-two scales, bit for bit against three implementations that share no code with the package.
+"""Blockwise FP8 with power-of-two scales agrees bit for bit with three implementations that share no code with the package.
 
-A loop over blocks in numpy; torchao's MX conversion, whose blocks may be of any length, so that a 128x128 tile is one long block; and
-torchao's blockwise FP8 reference, whose fp32 scale 448 / amax is a power of two where amax is 448 * 2^k.
+The three are a loop over blocks in numpy; torchao's MX conversion, whose blocks may have any length, so that a 128x128 tile is one long
+block; and torchao's blockwise FP8 reference, whose fp32 scale 448 / amax is a power of two where amax is 448 * 2^k.
 """
 
 import warnings
@@ -17,7 +17,7 @@ from lowprec.testing import gaussian, heavy_tailed, quantize_by_numpy
 from lowprec.testing.oracles import round_by_search
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of torchao's import
+    warnings.simplefilter("ignore")  # torchao warns when it is imported
     pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
     from torchao.prototype.blockwise_fp8_training.kernels import torch_blockwise_scale_act_quant_lhs, torch_blockwise_scale_weight_quant
     from torchao.prototype.mx_formats.config import ScaleCalculationMode
@@ -42,7 +42,7 @@ def spec(block, rule="rceil", element=E4M3) -> OperandSpec:
 
 
 def tiles(x: Tensor, block: tuple[int, int]) -> Tensor:
-    """[blocks, elements of a block]."""
+    """Return the tiles of x, [blocks, elements of a block]."""
     r, c = block
     return x.unflatten(1, (-1, c)).unflatten(0, (-1, r)).transpose(1, 2).flatten(2, 3).flatten(0, 1).contiguous()
 
@@ -69,7 +69,7 @@ def test_equals_torchaos_mx_conversion_of_longer_blocks(x, block, rule, element,
     assert q.scale_data is not None
     assert torch.equal(q.scale_data.flatten(), scale.view(torch.uint8).flatten())
     ours = tiles(q.data.view(torch.uint8), block)
-    alive = q.scale_data.flatten() != 0  # torchao's codes under the smallest scale are another matter (test_quantize_torchao)
+    alive = q.scale_data.flatten() != 0  # torchao's codes under the smallest scale differ (test_quantize_torchao)
     assert alive.any()
     assert torch.equal(ours[alive], data.view(torch.uint8)[alive])
 
@@ -79,7 +79,7 @@ def test_equals_torchaos_mx_conversion_of_longer_blocks(x, block, rule, element,
 def test_equals_torchaos_blockwise_reference_where_its_scale_is_a_power_of_two(block, k):
     x = heavy_tailed(256, 384, 7).clamp(-10, 10) * 40 * 2.0**k
     r, c = block
-    shift = torch.arange(256 // r)[:, None] % 3 + torch.arange(384 // c) % 2  # another power for each block
+    shift = torch.arange(256 // r)[:, None] % 3 + torch.arange(384 // c) % 2  # each block has another power
     x = x * (2.0**shift).repeat_interleave(r, 0).repeat_interleave(c, 1)
     x[::r, ::c] = -448 * 2.0**k * 2.0**shift
     reference = torch_blockwise_scale_act_quant_lhs if r == 1 else torch_blockwise_scale_weight_quant
@@ -93,7 +93,7 @@ def test_equals_torchaos_blockwise_reference_where_its_scale_is_a_power_of_two(b
 
 @every_block
 def test_an_fp32_scale_of_the_same_blocks_is_torchaos_to_an_ulp(block):
-    """448 / amax is inverted once more than amax / 448 is: the scales may differ in the last bit, and with them a few codes."""
+    """448 / amax is inverted once more than amax / 448 is, so the scales may differ in the last bit, and with them a few codes."""
     x = MATRICES["heavy_tailed"]
     reference = torch_blockwise_scale_act_quant_lhs if block[0] == 1 else torch_blockwise_scale_weight_quant
     data, scale = reference(x)
@@ -106,7 +106,7 @@ def test_an_fp32_scale_of_the_same_blocks_is_torchaos_to_an_ulp(block):
 @every_matrix
 @every_block
 def test_e5m6_equals_a_search_through_its_values(x, block):
-    """Cached activations: 12 bits under a power of two."""
+    """e5m6 is the format of cached activations: 12 bits under a power of two."""
     q = quantize(x, spec(block, element=E5M6))
     assert q.scale is not None
     largest = tiles(x, block).abs().amax(1).double()

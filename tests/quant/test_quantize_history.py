@@ -1,4 +1,4 @@
-"""Delayed scaling and the prescale: scales that do not come from the current block's amax alone."""
+"""Delayed scaling and the prescale give scales that do not come from the current block's amax alone."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def test_the_history_rolls_oldest_first_and_its_largest_sets_the_scale():
         q = quantize(of_amax(amax), DELAYED, history=history)
         seen = [*seen, amax][-LENGTH:]
         assert history.tolist() == [0.0] * (LENGTH - len(seen)) + seen
-        largest = max(before) if before else amax  # the current amax is not among those that scale it
+        largest = max(before) if before else amax  # the current amax is not among those that set its scale
         assert scale_of(q) == torch.tensor(largest / 448).item()
 
 
@@ -59,7 +59,7 @@ def test_what_lies_beyond_the_history_saturates():
     assert q.saturated.tolist() == [[True, True, False, False]]
     torch.testing.assert_close(q.dequantize(), torch.tensor([[1.0, -1.0, 1.0, 0.5]]), rtol=1e-6, atol=0)
     assert history.tolist() == [0, 0, 1.0, 4.0]
-    assert scale_of(quantize(x, DELAYED, history=history)) == torch.tensor(4 / 448).item()  # next time it fits
+    assert scale_of(quantize(x, DELAYED, history=history)) == torch.tensor(4 / 448).item()  # the next call fits
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
@@ -71,7 +71,7 @@ def test_an_amax_that_is_not_finite_makes_nan_and_is_not_recorded(bad, recorded)
     assert q.dequantize().isnan().all()
     assert history.isfinite().all()
     assert history[:-1].tolist() == recorded[1:]
-    assert history[-1].item() == max(recorded)  # as if the largest had come again: it keeps the next scale
+    assert history[-1].item() == max(recorded)  # as if the largest amax had come again: it keeps the next scale
     after = quantize(of_amax(3.0), DELAYED, history=history)
     assert scale_of(after) == torch.tensor((max(recorded) or 3.0) / 448).item()
 
@@ -115,7 +115,7 @@ def prescaled(rounding="stochastic", prescale=PRESCALE, element=E2M1, rule="floo
 
 
 def cut_by_floor() -> torch.Tensor:
-    """Blocks whose amax is just below a power of two: floor leaves it at nearly 8 = 4/3 of e2m1's largest value."""
+    """Return blocks whose amax is just below a power of two: floor leaves it at nearly 8 = 4/3 of e2m1's largest value."""
     x = gaussian(16, 64, 1).clamp(-0.9, 0.9)
     x[:, ::32] = torch.linspace(1.5, 2 - 2.0**-20, 16)[:, None]
     x[:, 16::32] = -torch.linspace(1.5, 2 - 2.0**-20, 16)[:, None]
@@ -153,14 +153,14 @@ def test_the_prescale_is_divided_out_again():
 
 
 def mean_error(spec: OperandSpec, x: torch.Tensor, draws: int) -> torch.Tensor:
-    """The error of the mean of many draws in standard deviations, element by element."""
+    """Return the error of the mean of many draws for each element, in standard deviations."""
     drawn = [quantize(x, spec, key=torch.tensor([n * 7919, n])) for n in range(draws)]
     assert spec.scaling is not None
     scale = drawn[0].scale.repeat_interleave(32, 1).double() / spec.scaling.prescale  # pyright: ignore[reportOptionalMemberAccess]
     scaled = x.double() / scale
     toward, away, _ = (torch.from_numpy(part) for part in neighbours(scaled.numpy(), spec.element))
     share = ((scaled - toward) / (away - toward).masked_fill(away == toward, 1)).clamp(0, 1)
-    # Rare events make no bell curve: their deviation is taken to be that of ten of them at least.
+    # Rare events have no normal distribution: their standard deviation is taken as that of at least ten events.
     sigma = (away - toward).abs() * scale * ((share * (1 - share)).clamp(min=10 / draws) / draws).sqrt()
     mean = torch.stack([q.dequantize() for q in drawn]).double().mean(0)
     return (mean - x) / sigma.clamp(min=1e-6 * x.abs())
@@ -174,7 +174,7 @@ def test_stochastic_rounding_with_the_prescale_is_unbiased_and_without_it_is_not
     assert abs(z.mean()) < 5 / z.numel() ** 0.5
     assert 0.7 < z.std() < 1.2
     biased = mean_error(prescaled(prescale=1.0, element=element), x, draws) * x.sign()
-    assert biased[9:, ::16].max() < -20  # from 1.75 on, both formats cut; it comes out too small, every time
+    assert biased[9:, ::16].max() < -20  # from 1.75 on, both formats cut, so every value comes out too small
 
 
 def test_the_same_key_or_generator_gives_the_same_draws():
@@ -193,7 +193,7 @@ def test_the_same_key_or_generator_gives_the_same_draws():
 
 
 def test_each_element_is_rounded_by_its_own_places_draw():
-    """Rounded away from zero exactly where the draw of that row and column is below the share; blocks and padding move no draw."""
+    """An element rounds away from zero exactly if the draw of its row and column is below the share; blocks and padding shift no draw."""
     x, key = heavy_tailed(33, 70, 3), torch.tensor([7, 8])
     q = quantize(x, prescaled(prescale=1.0), key=key)
     assert q.scale is not None

@@ -1,4 +1,4 @@
-"""NVFP4 bit for bit against its published order of operations, restated in numpy's fp32 (`lowprec.testing.nvfp4_by_numpy`)."""
+"""NVFP4 follows its published order of operations bit for bit, restated in numpy's fp32 (`lowprec.testing.nvfp4_by_numpy`)."""
 
 import numpy as np
 import pytest
@@ -52,7 +52,7 @@ MATRICES = {
     "zeros": torch.zeros(5, 40),
     "negative_zeros": -torch.zeros(5, 40),
     "zero_blocks": heavy_tailed(48, 96, 5) * (torch.arange(96) % 48 < 16) * (torch.arange(48) < 32)[:, None],
-    "spread": heavy_tailed(64, 64, 6) * torch.logspace(-8, 0, 64)[:, None],  # scales from subnormal to largest
+    "spread": heavy_tailed(64, 64, 6) * torch.logspace(-8, 0, 64)[:, None],  # scales from subnormal to the largest
     "below_the_scales": heavy_tailed(32, 64, 7) * torch.where(torch.arange(32) == 0, 1e6, 1e-3)[:, None],  # S rounds to zero
     "ties": torch.tensor([[6.0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -0.25, -0.75, -1.25, -1.75, -2.5, -3.5, -5.0, -6.0]]) * 448,
     "subnormal": with_power(-140),
@@ -84,15 +84,17 @@ def test_edge_cases(case, four_over_six, block):
 @every_block
 @every_choice
 def test_amax_of_any_mantissa(four_over_six, block):
-    """The tensor scale and its inverse are rounded: 300 random mantissas, a matrix each."""
+    """The tensor scale and its inverse are rounded; 300 random mantissas test both, one matrix each."""
     for seed in range(300):
         x = gaussian(2, 20, 1000 + seed) * (1 + seed / 300)
         assert_agrees(x, block, four_over_six)
 
 
 def at_the_midpoints_of_e4m3(largest: float, amax: float) -> Tensor:
-    """Blocks whose scale, before it is rounded to e4m3, is halfway between two values or a few ulps beside: here the order of the fp32
-    operations decides, which elsewhere the rounding hides."""
+    """Return blocks whose scale, before it is rounded to e4m3, is halfway between two values or a few ulps beside.
+
+    The order of the fp32 operations decides these cases; elsewhere the rounding hides it.
+    """
     values = non_negative_values(E4M3)
     values = values[values <= largest]
     middle = torch.from_numpy((values[:-1] + values[1:]) / 2 * amax / largest).float()
@@ -116,7 +118,7 @@ def test_scales_at_the_midpoints_of_e4m3(amax, four_over_six):
 @every_choice
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
 def test_one_number_that_is_not_finite_makes_the_whole_matrix_nan(bad, four_over_six, block):
-    """The tensor scale comes from every element, so no block can be told apart."""
+    """The tensor scale comes from every element, so no block is spared."""
     x = gaussian(40, 70, 9)
     x[33, 61] = bad
     q = quantize(x, spec(block, four_over_six))
@@ -130,7 +132,7 @@ def test_one_number_that_is_not_finite_makes_the_whole_matrix_nan(bad, four_over
 @every_block
 @every_choice
 def test_dequantising_multiplies_the_block_scale_first(four_over_six, block):
-    """q * S is exact (2 + 4 bits) and q * S * s_dec is rounded once; q * (S * s_dec) would be rounded twice."""
+    """q * S is exact (2 + 4 bits), so q * S * s_dec is rounded once; q * (S * s_dec) would be rounded twice."""
     twice = 0
     for seed in range(10, 15):
         q = quantize(heavy_tailed(64, 128, seed), spec(block, four_over_six))
@@ -141,7 +143,7 @@ def test_dequantising_multiplies_the_block_scale_first(four_over_six, block):
         exact = (q.values.double() * scale.double() * q.tensor_scale.double()).float()
         assert torch.equal(q.dequantize(), exact)
         twice += (q.values * (scale * q.tensor_scale) != exact).sum().item()
-    assert twice > 0  # else this test could not fail
+    assert twice > 0  # otherwise this test could not fail
 
 
 @every_block
@@ -168,16 +170,16 @@ def test_empty_matrices(shape, four_over_six, block):
 
 
 def test_the_scale_replicated_over_16_rows_serves_the_transpose():
-    """16x16 blocks: quantising the transpose gives the transposed codes, so that weights are quantised once."""
+    """With 16x16 blocks, quantising the transpose gives the transposed codes, so weights are quantised once."""
     x = heavy_tailed(48, 80, 12)
     q, t = quantize(x, spec((16, 16))), quantize(x.t(), spec((16, 16)))
     assert torch.equal(q.dequantize().t(), t.dequantize())
 
 
 def test_a_block_with_its_numbers_at_four_sixths_takes_four():
-    """Of amax 6: 4 and 6 are codes, 5 is halfway. Under the scale that makes amax 4 (3/2 of it), 4.5 and 3 are codes as well."""
-    easy = torch.tensor([[6.0, 3.0, 1.5, -6.0, 0.75, 2.25] + [0.0] * 10]) * 256  # codes 4, 2, 1, -4, 0.5, 1.5 of the larger scale
-    equal = torch.tensor([[6.0, 3.0, 0.0, -6.0] + [0.0] * 12]) * 256  # codes under both: six stays
+    """Under the scale for amax 6, 4 and 6 are codes, 5 is halfway. Under the scale for amax 4 (3/2 of it), 4.5 and 3 are codes as well."""
+    easy = torch.tensor([[6.0, 3.0, 1.5, -6.0, 0.75, 2.25] + [0.0] * 10]) * 256  # codes 4, 2, 1, -4, 0.5, 1.5 under the larger scale
+    equal = torch.tensor([[6.0, 3.0, 0.0, -6.0] + [0.0] * 12]) * 256  # codes under both scales: six stays
     six = torch.tensor([[6.0, 4.0, 2.0, -1.0] + [0.0] * 12]) * 256
     q = quantize(torch.cat([easy, equal, six]), spec((1, 16), four_over_six=True))
     assert q.scale is not None
@@ -194,7 +196,7 @@ def test_four_over_six_takes_both_kinds_of_blocks(block):
     r, c = block
     largest = values.abs().unflatten(1, (-1, c)).unflatten(0, (-1, r)).amax((1, 3))
     assert set(largest.flatten().tolist()) == {4.0, 6.0}
-    assert ((largest == 4).float().mean() > 0.2) == (r == 1)  # a larger block fills more codes, and is closer to six's grid
+    assert ((largest == 4).float().mean() > 0.2) == (r == 1)  # a larger block fills more codes, and is closer to the grid of six
 
 
 def test_four_over_six_has_the_smaller_error():
@@ -207,7 +209,7 @@ def test_four_over_six_has_the_smaller_error():
 @every_block
 @every_choice
 def test_the_largest_scale_leaves_room(four_over_six, block):
-    """The block that holds the matrix's amax gets the largest scale: 448, or 256 and 384 (3/2 of it)."""
+    """The block that holds the matrix's amax gets the largest scale: 448, or 256 and 384 (3/2 of it) under four-over-six."""
     x = heavy_tailed(64, 64, 14)
     q = quantize(x, spec(block, four_over_six))
     assert q.scale is not None
@@ -222,7 +224,7 @@ def test_stochastic_rounding_is_unbiased_and_keeps_to_the_neighbours(block):
     generator = torch.Generator().manual_seed(0)
     values = [quantize(x, spec(block, rounding="stochastic"), generator=generator) for _ in range(draws)]
     assert nearest.scale is not None
-    for q in values[:3]:  # the scales are drawn from nothing
+    for q in values[:3]:  # the scales do not depend on the draw
         assert q.scale is not None
         assert torch.equal(q.scale, nearest.scale)
     r, c = block
@@ -230,7 +232,7 @@ def test_stochastic_rounding_is_unbiased_and_keeps_to_the_neighbours(block):
     toward, away, _ = neighbours((x.double() / step).numpy(), E2M1)
     toward, away = torch.from_numpy(toward), torch.from_numpy(away)
     for q in values[:20]:
-        assert ((q.values == toward) | (q.values == away)).float().mean() > 0.999  # x / step is rounded in fp32, rarely across a code
+        assert ((q.values == toward) | (q.values == away)).float().mean() > 0.999  # fp32 rounding of x / step rarely crosses a code
     mean = torch.stack([q.dequantize() for q in values]).double().mean(0)
     share = (x.double() / step - toward) / (away - toward).masked_fill(away == toward, 1)
     sigma = ((share * (1 - share)).clamp(min=1e-3) / draws).sqrt() * (away - toward).abs() * step
@@ -239,7 +241,7 @@ def test_stochastic_rounding_is_unbiased_and_keeps_to_the_neighbours(block):
     assert z.abs().max() < 5
     assert abs(z.mean()) < 5 / z.numel() ** 0.5
     assert 0.8 < z.std() < 1.2
-    assert (nearest.dequantize() - x).abs().max() > (mean - x)[inside].abs().max() * 5  # nearest is no mean
+    assert (nearest.dequantize() - x).abs().max() > (mean - x)[inside].abs().max() * 5  # rounding to nearest is biased
 
 
 @every_block

@@ -1,4 +1,4 @@
-"""Properties of quantize that hold for any matrix, searched for counterexamples."""
+"""Properties of quantize hold for any matrix; hypothesis searches for counterexamples."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ blocks = st.sampled_from([(1, 4), (3, 2), (1, ALL), (ALL, ALL)])
 
 
 def matrices(smallest: float = 0.0, largest: float = float(np.finfo(np.float32).max)) -> st.SearchStrategy[Tensor]:
-    """fp32 [1..5, 1..9]; magnitudes in [smallest, largest] or zero."""
+    """Return a strategy of fp32 matrices [1..5, 1..9] with magnitudes in [smallest, largest] or zero."""
     magnitude = st.just(0.0) | st.floats(smallest, largest, width=32)
     signed = st.builds(lambda m, negative: -m if negative else m, magnitude, st.booleans())
     shapes = hnp.array_shapes(min_dims=2, max_dims=2, max_side=9)
@@ -40,7 +40,7 @@ roundings = st.sampled_from(["nearest", "toward_zero"])
 @quick
 @given(matrices(), elements, blocks, st.sampled_from(["floor", "even"]))
 def test_power_of_two_scales_are_idempotent_in_codes(x, element, block, rule):
-    """Under floor and even, the largest code keeps amax's exponent, so the second scale is the first."""
+    """Under floor and even, the largest code keeps amax's exponent, so the second scale equals the first."""
     once = quantize(x, spec(element, block, scale_format="e8m0", rule=rule))
     value = once.dequantize()
     assume(value.isfinite().all())  # the largest fp32 numbers round up to 2^128
@@ -54,7 +54,7 @@ def test_power_of_two_scales_are_idempotent_in_codes(x, element, block, rule):
 @quick
 @given(matrices(), elements, blocks, rules)
 def test_power_of_two_scales_are_idempotent_in_values(x, element, block, rule):
-    """Under ceil and rceil the largest code may round down to where half the scale would do: other codes, the same numbers."""
+    """Under ceil and rceil, the largest code may round down until half the scale would do: the codes change, the numbers do not."""
     value = quantize(x, spec(element, block, scale_format="e8m0", rule=rule)).dequantize()
     assume(value.isfinite().all())
     assert torch.equal(quantize(value, spec(element, block, scale_format="e8m0", rule=rule)).dequantize(), value)
@@ -63,7 +63,7 @@ def test_power_of_two_scales_are_idempotent_in_values(x, element, block, rule):
 @quick
 @given(matrices(), elements, blocks, st.sampled_from(["fp32", "e8m0"]), roundings)
 def test_symmetric_floats_are_odd(x, element, block, scale_format, rounding):
-    """quantize(-x) = -quantize(x), the sign of zero included: no float format has one more value on one side."""
+    """quantize(-x) = -quantize(x), the sign of zero included, because the two signs of a float format have the same values."""
     a, b = (quantize(t, spec(element, block, rounding, scale_format=scale_format)) for t in (x, -x))
     assert a.scale is not None
     assert b.scale is not None
@@ -82,7 +82,7 @@ def test_nvfp4_is_odd(x, block, four_over_six, rounding):
 @quick
 @given(matrices(2.0**-20, 2.0**20), elements, blocks, st.sampled_from(["fp32", "floor", "ceil", "rceil"]), roundings, st.integers(-40, 40))
 def test_powers_of_two_pass_through_to_the_scale(x, element, block, scale, rounding, k):
-    """quantize(2^k x) has x's codes and 2^k times its scales, while neither leaves fp32's normal range."""
+    """quantize(2^k x) has x's codes and 2^k times its scales, as long as both stay in fp32's normal range."""
     assume((x != 0).any())
     scaling = {} if scale == "fp32" else {"scale_format": "e8m0", "rule": scale}
     blocked = quantize(x, spec(element, block, rounding, **scaling))
@@ -97,7 +97,7 @@ def test_powers_of_two_pass_through_to_the_scale(x, element, block, scale, round
 @quick
 @given(matrices(2.0**-20, 2.0**20), blocks, st.booleans(), roundings, st.integers(-30, 40))
 def test_powers_of_two_pass_through_to_nvfp4s_tensor_scale(x, block, four_over_six, rounding, k):
-    """Codes and block scales stay, whatever the power: the fp32 tensor scale takes it."""
+    """Codes and block scales stay the same for every power: the fp32 tensor scale takes it."""
     assume((x != 0).any())
     q = quantize(x, spec(E2M1, block, rounding, scale_format="e4m3", four_over_six=four_over_six))
     shifted = quantize(x * 2.0**k, q.spec)
@@ -111,8 +111,11 @@ def test_powers_of_two_pass_through_to_nvfp4s_tensor_scale(x, block, four_over_s
 @quick
 @given(matrices(2.0**-20, 2.0**20), blocks)
 def test_nvfp4_is_within_a_quarter_of_each_number(x, block):
-    """e2m1 steps by half of a number at the most, and by half a step around zero. Its scale, rounded to 4 bits, may be 1/16 too small,
-    or half an e4m3 subnormal step where the block is small beside the matrix, and then the block's largest magnitude is cut."""
+    """The error of each number is at most a quarter of it, plus what a small block adds.
+
+    e2m1 steps by at most half of a number, and by half a step around zero. Its scale, rounded to 4 bits, may be 1/16 too small, or half an
+    e4m3 subnormal step too small where the block is small beside the matrix, and then the block's largest magnitude is cut.
+    """
     q = quantize(x, spec(E2M1, block, scale_format="e4m3"))
     assert q.scale is not None
     assert q.tensor_scale is not None
@@ -140,7 +143,7 @@ def test_toward_zero_never_grows_and_loses_less_than_a_step(x, element, block, s
 @quick
 @given(matrices(2.0**-60, 2.0**100), elements, rules, st.integers(0, 2**31 - 1))
 def test_stochastic_rounding_lies_between_its_neighbours(x, element, rule, seed):
-    """Toward zero, or the next value further out: nearest is one of these two as well."""
+    """The result is the neighbour toward zero or the next value away from zero; rounding to nearest gives one of the two as well."""
     scaling = {"scale_format": "e8m0", "rule": rule}
     low, near = (quantize(x, spec(element, (1, ALL), rounding, **scaling)).values.abs() for rounding in ("toward_zero", "nearest"))
     key = torch.tensor([seed, 1])
@@ -167,9 +170,9 @@ def test_integers_are_rounded_as_the_spec_says_with_and_without_a_zero_point(sym
 @quick
 @given(matrices(2.0**-60, 2.0**60), elements, st.integers(0, 1000))
 def test_stochastic_rounding_is_idempotent(x, element, seed):
-    """A value of the format stays where it is, and under floor the second scale is the first."""
+    """A value of the format does not move, and under floor the second scale equals the first."""
     floor = {"scale_format": "e8m0", "rule": "floor"}
-    # beyond the largest value floor cuts, so that the first rounding may change amax's exponent only by way of it
+    # floor cuts above the largest value, so the first rounding changes amax's exponent only when it crosses that value
     once = quantize(x, spec(element, (1, ALL), "toward_zero", **floor)).dequantize()
     again = quantize(once, spec(element, (1, ALL), "stochastic", **floor), key=torch.tensor([seed, seed]))
     assert torch.equal(again.dequantize(), once)
@@ -178,7 +181,7 @@ def test_stochastic_rounding_is_idempotent(x, element, seed):
 @quick
 @given(matrices(2.0**-60, 2.0**100), elements, st.sampled_from(["fp32", "e8m0"]))
 def test_error_of_floats_is_half_an_ulp_of_each_value(x, element, scale_format):
-    """Not only of amax: |x - x_hat| <= 2^-(p + 1) |x|, and half the subnormal step times the scale where that is more."""
+    """For every number, not only amax: |x - x_hat| <= 2^-(p + 1) |x|, or half the subnormal step times the scale where that is more."""
     q = quantize(x, spec(element, (ALL, ALL), scale_format=scale_format))
     assert q.scale is not None
     x, scale = x.double(), q.scale.double().item()
@@ -201,10 +204,10 @@ def test_error_at_amax_is_bounded_per_format(x, choice):
 @quick
 @given(matrices(2.0**-60, 2.0**100), st.sampled_from([INT8, INT4]), st.booleans())
 def test_error_of_integers(x, element, symmetric):
-    """Half a step; symmetric +amax lies 7.5 (127.5) steps up, is cut to 7 (127) and still half a step away."""
+    """The error is half a step. In symmetric formats +amax lies 7.5 (127.5) steps up and is cut to 7 (127), still half a step away."""
     q = quantize(x, spec(element, (1, ALL), symmetric=symmetric))
     assert q.scale is not None
-    # asymmetric: (x / s + zp) - zp is x / s, at most 255 steps, with an fp32 rounding of each
+    # asymmetric: (x / s + zp) - zp is x / s, at most 255 steps, with one fp32 rounding of each
     slack = FP32_ROUNDINGS * (x.double().abs() + q.scale.double() * 256)
     assert ((q.dequantize().double() - x.double()).abs() <= q.scale.double() / 2 + slack).all()
 
@@ -235,13 +238,13 @@ def test_nvfp4_keeps_the_order_within_a_block(x, four_over_six, rounding):
 
 @pytest.mark.parametrize("element", FLOATS, ids=str)
 def test_the_bounds_at_amax_are_tight(element):
-    """Each bound is reached: a smaller one would be false."""
+    """Each bound is reached, so a smaller bound would be false."""
     top = element.max
     ulp = 2.0 ** (element.emax - element.mantissa_bits)
     x = torch.tensor([[top, top - ulp / 2]])  # scale 1; halfway between the two largest codes
     q = quantize(x, spec(element, (ALL, ALL), scale_format="e8m0"))
     error = (q.dequantize() - x).abs().max().item()
     assert error == error_bound(element, "rceil") == error_bound(element, "fp32")
-    beyond = 2.0 ** (element.emax + 1) * (1 - 2.0**-24)  # the largest value that floor does not give the next scale
+    beyond = 2.0 ** (element.emax + 1) * (1 - 2.0**-24)  # the largest value for which floor does not take the next scale
     q = quantize(torch.tensor([[beyond]]), spec(element, (ALL, ALL), scale_format="e8m0", rule="floor"))
     assert (q.dequantize() - beyond).abs().item() == pytest.approx(error_bound(element, "floor"), abs=2.0**-23 * beyond)

@@ -1,7 +1,7 @@
-"""MX formats against torchao's `to_mx`, byte for byte: scales and codes of every element format under every rule they share.
+"""MX formats agree with torchao's `to_mx` byte for byte: scales and codes of every element format under every rule that both have.
 
-The two differ on purpose in the few cases of `DIFFERENCES`. Each is tested on both sides, so that the list holds what is true and no
-more; whatever is not in it is equal.
+The two differ on purpose in the few cases of `DIFFERENCES`. Each case is tested on both sides, so that the list is exact; everything
+outside it is equal.
 """
 
 import warnings
@@ -20,7 +20,7 @@ from lowprec.testing import gaussian, heavy_tailed, round_by_search
 from lowprec.testing.cases import EDGE_BLOCKS
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of torchao's import
+    warnings.simplefilter("ignore")  # torchao warns when it is imported
     pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
     from torchao.prototype.mx_formats.config import ScaleCalculationMode
     from torchao.prototype.mx_formats.mx_tensor import to_mx
@@ -28,7 +28,7 @@ with warnings.catch_warnings():
 DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "e3m2": "fp6_e3m2", "e2m3": "fp6_e2m3", "e2m1": torch.float4_e2m1fn_x2}
 RULES = ("floor", "ceil", "even", "rceil")
 BLOCK = 32
-# How far above max * 2^k an fp32 logarithm still says k: half an ulp of the largest logarithms, 2^-18, in natural units, and a little.
+# Largest distance above max * 2^k at which an fp32 logarithm still gives k: half an ulp of the largest logarithms, 2^-18, and a little.
 LOG2_SLACK = 2.0**-18
 
 every_format = pytest.mark.parametrize("fmt", [FORMATS[name] for name in DTYPES], ids=str)
@@ -37,7 +37,7 @@ every_rule = pytest.mark.parametrize("rule", RULES)
 
 @dataclass(frozen=True)
 class Blocks:
-    """What was quantised and both results: x [n, 32] in fp32, scale bytes [n], codes [n, 32]."""
+    """The quantised matrix and both results: x [n, 32] in fp32, scale bytes [n], codes [n, 32]."""
 
     x: Tensor
     fmt: ElementFormat
@@ -61,16 +61,16 @@ class Difference:
     name: str
     why: str
     where: Callable[[Blocks], Tensor]
-    """Which blocks: bool [n]."""
+    """Mask of the blocks that differ, bool [n]."""
     our_byte: Callable[[Blocks], Tensor | int]
     their_byte: Callable[[Blocks], Tensor | int]
     our_factor: Callable[[Blocks], Tensor | float] | None
-    """By what x is multiplied, then rounded to the format. None: the codes mean nothing."""
+    """Factor by which x is multiplied before it is rounded to the format; None: the codes have no meaning."""
     their_factor: Callable[[Blocks], Tensor | float] | None
 
 
 def edge_of_rceil(b: Blocks) -> Tensor:
-    """amax lies above max * 2^k, but by so little that the fp32 logarithm of their quotient is k."""
+    """Return the mask of blocks whose amax lies so little above max * 2^k that the fp32 logarithm of their quotient is k."""
     quotient = b.amax.double() / b.fmt.max
     excess = quotient / 2.0 ** quotient.log2().round() - 1
     return (b.rule == "rceil") & (excess > 0) & (excess < LOG2_SLACK) & (b.their_byte != b.our_byte)
@@ -101,7 +101,7 @@ DIFFERENCES = (
     ),
     Difference(
         "smallest scale",
-        "byte 0 is the scale 2^-127; torchao divides by 2^-126 (under rceil by 1), though whoever reads byte 0 will multiply by 2^-127",
+        "byte 0 is the scale 2^-127; torchao divides by 2^-126 (under rceil by 1), though every reader of byte 0 multiplies by 2^-127",
         where=lambda b: (b.our_byte == 0) & (b.amax > 0),
         our_byte=lambda _: 0,
         their_byte=lambda _: 0,
@@ -110,19 +110,19 @@ DIFFERENCES = (
     ),
     Difference(
         "just above max * 2^k under rceil",
-        "there an fp32 logarithm rounds down to k: torchao takes 2^k and cuts amax, here the scale is the next power of two",
+        "an fp32 logarithm rounds down to k: torchao takes 2^k and cuts amax, here the scale is the next power of two",
         where=edge_of_rceil,
         our_byte=lambda b: (b.amax.double() / b.fmt.max).log2().round().int() + 128,
         their_byte=lambda b: (b.amax.double() / b.fmt.max).log2().round().int() + 127,
         our_factor=lambda b: power(-(b.amax.double() / b.fmt.max).log2().round() - 1),
-        # the byte 0 of the smallest scale comes on top
+        # the case "smallest scale" applies as well where the byte is 0
         their_factor=lambda b: torch.where(b.their_byte == 0, 1.0, 2.0 ** -(b.their_byte.double() - 127))[:, None],
     ),
 )
 
 
 def quantised(x: Tensor, fmt: ElementFormat, rule: str) -> Blocks:
-    """By both; every code as a byte of its own."""
+    """Quantise by both implementations; every code has a byte of its own."""
     spec = OperandSpec(element=fmt, scaling=BlockScaling(block=(1, BLOCK), scale_format="e8m0", rule=rule))
     q = quantize(x, spec)
     scale, data = to_mx(x.contiguous(), DTYPES[fmt.name], BLOCK, ScaleCalculationMode(rule))
@@ -151,7 +151,7 @@ def assert_equal_outside_the_list(b: Blocks) -> None:
 
 
 def edges(fmt: ElementFormat) -> Tensor:
-    """Blocks whose amax is m * 2^k or a neighbour of it, at the mantissas where some rule changes its answer."""
+    """Return blocks whose amax is m * 2^k or a neighbour of it, at the mantissas where some rule changes its answer."""
     amax = torch.tensor(
         [m * 2.0**k for k in range(-149, 128) for m in (1, 1.5, fmt.max / 2.0**fmt.emax, 2 - 2.0 ** -(fmt.mantissa_bits + 1))],
         dtype=torch.float64,
@@ -220,7 +220,7 @@ def test_nothing_of_ordinary_matrices_is_in_the_list(name, fmt, rule):
 
 
 def blocks_that_differ(fmt: ElementFormat) -> Tensor:
-    """Every case of the list, among others."""
+    """Return blocks that contain every case of the list, among others."""
     special = gaussian(6, BLOCK, 8)
     special[0, 3], special[1, 5], special[2, 0], special[3, 1] = torch.inf, -torch.inf, torch.nan, -torch.nan
     special[4, 2], special[4, 7] = torch.inf, 1.0
@@ -252,7 +252,7 @@ def test_each_difference_is_what_the_list_says_on_both_sides(difference, fmt, ru
 
 @every_format
 def test_the_smallest_scale_reads_back_here_and_not_from_torchaos_codes(fmt):
-    """Byte 0 multiplies by 2^-127: our error is half a step, torchao's a large part of the number."""
+    """Byte 0 means the factor 2^-127: our error is half a step, torchao's is a large part of the number."""
     x = (gaussian(64, BLOCK, 10).double() * 2.0 ** (fmt.emax - 130)).float()
     b = quantised(x, fmt, "floor")
     b = b.at(b.our_byte == 0)

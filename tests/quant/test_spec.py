@@ -22,7 +22,7 @@ matrices = hnp.arrays(np.float32, shapes, elements=st.floats(-LARGEST, LARGEST, 
 
 @st.composite
 def specs(draw) -> OperandSpec:
-    """Every spec that can be written: element, block, scale, options and rounding, valid together."""
+    """Draw any spec that can be written: element, block, scale, options and rounding, valid together."""
     element = draw(st.sampled_from(list(FORMATS.values())))
     rounding = draw(st.sampled_from(ROUNDINGS))
     if not element.saturates:
@@ -46,7 +46,7 @@ def specs(draw) -> OperandSpec:
 @quick
 @given(matrices, specs())
 def test_any_spec_takes_any_matrix(x, spec):
-    """Codes are of the format and as many as elements, storing and transposing change no number, a layout no code."""
+    """Codes have the format, one per element; storing and transposing change no number, and a layout changes no code."""
     key = torch.tensor([1, 2])
     q, decoded = quantize(x, spec, key=key), quantize(x, spec, key=key, decoded=True)
     assert q.shape == q.values.shape == x.shape
@@ -56,7 +56,7 @@ def test_any_spec_takes_any_matrix(x, spec):
     torch.testing.assert_close(q.t().dequantize().t(), value, rtol=0, atol=0, equal_nan=True)
     other = quantize(x.t().contiguous().t(), spec, key=key)
     quest = spec.scaling is not None and spec.scaling.rule == "quest" and spec.scaling.scale_format == "e8m0"
-    if not quest:  # whose sums over a block may be taken in another order
+    if not quest:  # quest sums over a block, and may do so in another order
         assert torch.equal(other.values, q.values)
     if spec.element.saturates:
         assert ((q.values >= spec.element.min) & (q.values <= spec.element.max)).all()
@@ -135,7 +135,7 @@ def test_text_that_is_no_spec_names_the_nearest_word(text, message):
 
 
 def test_a_prescale_shrinks_the_codes_under_every_rule():
-    """Quest's scale comes from the standard deviation, but the codes are of prescale * x there too."""
+    """Quest's scale comes from the standard deviation, but the codes there are those of prescale * x too."""
     x = torch.full((1, 32), 1.0)
     x[:, ::2] = -1.0
     for rule in RULES:
