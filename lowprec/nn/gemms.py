@@ -54,7 +54,7 @@ class LinearGemms:
     keeps_state: bool = field(init=False)
     """Flag: an operand is rounded stochastically or scaled by a history (`recipe/state.py`)."""
     sums: dict[str, Accumulation] = field(init=False)
-    """How each GEMM adds up its products."""
+    """The accumulation of each GEMM."""
 
     def __post_init__(self) -> None:
         recipe = self.recipe

@@ -29,7 +29,7 @@ from lowprec.quant.triton_whole import is_whole, quantize_whole
 
 
 class TwoWaySpec(NamedTuple):
-    """How a matrix and its transpose are quantised, and which fused kernel can do it."""
+    """The formats of a matrix and of its transpose, and the fused kernel that can make both."""
 
     rows: OperandSpec
     cols: OperandSpec
