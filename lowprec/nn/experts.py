@@ -6,9 +6,9 @@ one 3-D parameter.
 transformers gives every such module the same attributes
 (`transformers.integrations.moe.use_experts_implementation`). The module is recognised by them, not
 by its class. Tokens are sorted by expert; then each expert's products are those of a linear layer
-of its own (`linear.LinearFunction`), so that every recipe means what it means there: a scale per
-tensor is one per expert, and blocks of x and g that span tokens span one expert's tokens. The
-router and the sum over a token's experts stay in high precision.
+of its own (`linear_function.LinearFunction`), so that every recipe means what it means there: a
+scale per tensor is one per expert, and blocks of x and g that span tokens span one expert's tokens.
+The router and the sum over a token's experts stay in high precision.
 
 The number of tokens of each expert decides what is launched: the host waits for it once per layer
 and pass, and compiled code breaks there.
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lowprec.formats.random import derive_key
 from lowprec.nn.gemms import ChosenGemms, LinearGemms, backend_or_auto
-from lowprec.nn.linear import LinearFunction
+from lowprec.nn.linear_function import LinearFunction
 from lowprec.quant import TwoWay
 from lowprec.recipe import Recipe
 from lowprec.recipe.state import (
