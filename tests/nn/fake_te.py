@@ -54,7 +54,7 @@ class FakeAutocast:
 
 
 class FakeLinear(nn.Module):
-    """y = x . w^T under an autocast; with delayed scaling it records amaxes where the real one does."""
+    """A layer that computes y = x . w^T under an autocast; with delayed scaling it records amaxes as the real one does."""
 
     made: ClassVar[list["FakeLinear"]] = []
     calls: ClassVar[list[tuple[Any, tuple[int, ...], torch.dtype, bool]]] = []
@@ -90,7 +90,7 @@ class FakeLinear(nn.Module):
 
 
 class FakeBlockQuantizer:
-    """Our codes and scales as Transformer Engine lays them out, the padding full of NaN."""
+    """A quantiser that lays out our codes and scales as Transformer Engine does; the padding is full of NaN."""
 
     def __init__(self, element: str, *, rowwise: bool, columnwise: bool, force_pow_2_scales: bool, block_scaling_dim: int) -> None:
         assert rowwise
@@ -134,7 +134,7 @@ def answer(recipe_works: bool, reason: str):
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """transformer_engine.pytorch, as on a machine with a Hopper GPU."""
+    """Install a stand-in for transformer_engine.pytorch that behaves as on a machine with a Hopper GPU; return the module."""
     names = ("transformer_engine", "transformer_engine.common", "transformer_engine.common.recipe")
     names += ("transformer_engine.pytorch", "transformer_engine.pytorch.quantization")
     package, common, recipes, pytorch, quantization = (ModuleType(name) for name in names)

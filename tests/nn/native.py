@@ -1,4 +1,4 @@
-"""The native FP8 path on a CPU: the same code, with the kernels' work done by the reference and in the kernels' own layouts."""
+"""The native FP8 path on a CPU: the layers' code is the same; the reference does the kernels' work, in the kernels' own layouts."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Codes that outlive a call (`lowprec.nn.codes`). Only CUDA uses them: here the quantiser is one that runs anywhere, and counts."""
+"""Codes that outlive a call (`lowprec.nn.codes`). Only CUDA uses them, so a quantiser that runs anywhere and counts stands in here."""
 
 import copy
 import gc
@@ -29,7 +29,7 @@ OTHER_ROWS, OTHER_COLS = both("e5m2[1x128 fp32]", "e5m2[128x128 fp32]"), both("e
 
 @pytest.fixture(autouse=True)
 def made(monkeypatch) -> Iterator[list[Directions]]:
-    """What every quantisation was asked for."""
+    """Replace the quantiser; yield the list of directions that each quantisation was asked for."""
     calls = []
 
     def quantize_both(x: Tensor, wanted: Directions) -> TwoWay:
@@ -52,7 +52,7 @@ def layer(n: int = 6, k: int = 10) -> nn.Linear:
 
 
 def weight(module: nn.Linear, wanted: Directions = PAIR) -> TwoWay:
-    """What `weight_codes` gives, which must be the codes of the weight as it is now."""
+    """Return the result of `weight_codes`; assert that it holds the codes of the weight as it is now."""
     got = weight_codes(module, module.weight.detach(), wanted)
     assert_codes(got, module.weight.detach(), wanted)
     return got
@@ -66,7 +66,7 @@ def shared(x: Tensor, wanted: Directions = PAIR) -> TwoWay:
 
 
 def assert_codes(got: TwoWay, x: Tensor, wanted: Directions) -> None:
-    """Those wanted are there and right."""
+    """Assert that the codes of each wanted direction exist and are right."""
     for q, matrix, spec in zip(got, (x, x.t()), (wanted.along_rows, wanted.along_cols), strict=True):
         if spec is not None:
             assert q is not None
@@ -110,7 +110,7 @@ def test_other_specs_are_quantised_anew(made):
 
 
 class ThroughData(torch.optim.Optimizer):
-    """One that writes where no version counts it."""
+    """An optimizer that writes through `.data`, which no version counts."""
 
     def __init__(self, params) -> None:
         super().__init__(params, {})
@@ -202,7 +202,7 @@ def test_a_change_makes_codes_stale(change: Callable[[nn.Linear], None], made):
 
 
 def test_memory_that_is_given_out_again_is_other_memory():
-    """Freed memory comes back from the allocator at the same address, where a weight of the same version finds other values."""
+    """The allocator may return freed memory at the same address, so a weight of the same version can hold other values."""
     module, memory = layer(), gaussian(6, 10, 1).numpy()
     module.weight.data = torch.from_numpy(memory)
     weight(module)
@@ -216,7 +216,7 @@ def test_forgotten_weights_are_quantised_anew(made):
     modules = [layer(), layer()]
     for module in modules:
         weight(module)
-        module.weight.data.mul_(2.0)  # which nothing counts
+        module.weight.data.mul_(2.0)  # no version counts this
     forget_weights()
     for module in modules:
         weight(module)
@@ -234,7 +234,7 @@ def test_sharded_weights_are_not_kept(made):
 
 
 def test_inference_weights_are_not_kept(made):
-    """They have no version."""
+    """Inference tensors have no version."""
     with torch.inference_mode():
         module = layer()
         assert weight_codes(module, module.weight, PAIR) == (None, None)
@@ -294,7 +294,7 @@ def test_a_changed_input_is_quantised_anew(made):
 
 
 def test_another_input_is_quantised_anew(made):
-    """The same memory under another name too: only the last tensor is remembered, and as an object."""
+    """A view of the same memory is another input too: only the last tensor object is remembered."""
     x, y = gaussian(6, 10, 0), gaussian(6, 10, 1)
     for tensor in (x, y, x, x.view(6, 10)):
         shared(tensor)

@@ -1,4 +1,4 @@
-"""Converted layers under torch.compile: gradients, what is compiled again, and what is found in another process."""
+"""Converted layers under torch.compile: gradients, the number of compilations, and layers restored in another process."""
 
 import pickle
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from lowprec.recipe import library
 from lowprec.testing import sqnr_db
 
 pytestmark = [
-    # From inside PyTorch.
+    # All three warnings come from inside PyTorch.
     pytest.mark.filterwarnings(r"ignore:`torch\.jit\.script_method` is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings(r"ignore:The \.grad attribute of a Tensor that is not a leaf:UserWarning"),
     pytest.mark.filterwarnings(r"ignore:.*torch\.autograd\.function\.Function.* should not be instantiated:DeprecationWarning"),
@@ -39,7 +39,7 @@ def layer(recipe: str, bias: bool = False) -> LowPrecisionLinear:
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_traced_forward_ends_in_a_tensor_of_its_own(recipe: str, autocast: bool):
-    """PyTorch 2.11 loses all gradients where the last call of a traced Function's forward returned the tensor that it was given."""
+    """PyTorch 2.11 loses all gradients if the last call of a traced Function's forward returns the tensor that it was given."""
     traced: list[torch.fx.GraphModule] = []
 
     def look(module: torch.fx.GraphModule, inputs: list[torch.Tensor]):
@@ -85,7 +85,7 @@ class Block(nn.Module):
 
 
 def test_each_recipe_is_compiled_once_whatever_was_before_it():
-    """Formats, blocks and scales of every kind after one another; then all of them again, in one model and in one block."""
+    """The recipes have formats, blocks and scales of every kind. They run one after another, then mixed in one model and in one block."""
     model = nn.Sequential(Block(), Block())
     for block in model:
         block.compile(backend="aot_eager")
@@ -104,7 +104,7 @@ def test_each_recipe_is_compiled_once_whatever_was_before_it():
     step({"recipe": "mxfp4", "rules": [{"modules": r"0\..*", "recipe": "fp8_blockwise"}]})
     assert graphs[6:] == [6, 6]
     step({"recipe": "mxfp4", "rules": [{"modules": r".*\.q", "recipe": "fp8_blockwise"}]})
-    assert graphs[8] == 7  # a block of two recipes is another code
+    assert graphs[8] == 7  # a block of two recipes has other code
 
 
 def test_a_layer_that_comes_from_another_process():
@@ -118,4 +118,4 @@ def test_a_layer_that_comes_from_another_process():
     finally:
         _TABLE.clear()
         _TABLE.update(known)
-    assert pickle.loads(saved).gemms["cpu"] is original.gemms["cpu"]  # one object for all layers that have the same
+    assert pickle.loads(saved).gemms["cpu"] is original.gemms["cpu"]  # layers with the same recipe share one object

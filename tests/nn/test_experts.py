@@ -1,4 +1,4 @@
-"""Experts of mixtures: each is a low-precision linear layer, whatever the layout of their weights."""
+"""Each expert of a mixture is a low-precision linear layer, for every layout of their weights."""
 
 import copy
 import math
@@ -53,7 +53,7 @@ def gpt_oss() -> Any:
 
 
 def experts(kind: str) -> Any:
-    """A module of three layouts: [E, N, K]; [E, K, N] with biases and a gate of its own; without a gate."""
+    """Make a module of one of three layouts: [E, N, K]; [E, K, N] with biases and a gate of its own; no gate."""
     torch.manual_seed(0)
     if kind == "mixtral":
         module: Any = MixtralExperts(MixtralConfig(**SIZES, intermediate_size=96, num_local_experts=4))
@@ -69,7 +69,7 @@ def experts(kind: str) -> Any:
 
 
 def tokens(count: int = 50, k: int = 2, unused: int = 2) -> tuple[Tensor, Tensor, Tensor]:
-    """Of four experts, number `unused` gets none."""
+    """Make x, the chosen experts and the routing weights; of four experts, number `unused` gets no token."""
     generator = torch.Generator().manual_seed(1)
     chosen = torch.stack([torch.randperm(3, generator=generator)[:k] for _ in range(count)])
     chosen = torch.where(chosen >= unused, chosen + 1, chosen)
@@ -78,14 +78,14 @@ def tokens(count: int = 50, k: int = 2, unused: int = 2) -> tuple[Tensor, Tensor
 
 
 def gradients(module: nn.Module, x: Tensor, chosen: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
-    """y and the gradients of x, the routing weights and all parameters."""
+    """Return y and the gradients of x, the routing weights and all parameters."""
     y = module(x, chosen, weights)
     g = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
     return y, *torch.autograd.grad(y, [x, weights, *module.parameters()], g)
 
 
 class Reference(nn.Module):
-    """The same mixture of one LowPrecisionLinear for each expert and weight, by loops."""
+    """The same mixture, computed by loops over one LowPrecisionLinear for each expert and weight."""
 
     def __init__(self, module: Any, recipe: str) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class Reference(nn.Module):
         return y
 
     def stacked(self, name: str) -> Tensor:
-        """The gradients of one of the experts' parameters."""
+        """Return the gradients of one of the experts' parameters."""
         attribute = "bias" if name.endswith("_bias") else "weight"
         stack = name.removesuffix("_bias")
         grads = []
@@ -124,7 +124,7 @@ class Reference(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "nemotron"])
-def test_in_fp32_it_is_the_module_that_it_was(kind: str):
+def test_in_fp32_it_computes_what_the_module_did(kind: str):
     module = experts(kind)
     before = gradients(module, *tokens())
     lowprec.convert(module, {"recipe": "fp32"})
@@ -145,13 +145,13 @@ def test_each_expert_is_a_low_precision_linear_layer(kind: str, recipe: str):
     expected = [y, x.grad, weights.grad, *(reference.stacked(name) for name, _ in module.named_parameters())]
     lowprec.convert(module, recipe)
     found = gradients(module, *tokens())
-    # Apart from the order in which a token's experts are summed, which a rounding downstream of it may make visible.
+    # The results differ only in the order in which a token's experts are summed, which a later rounding may make visible.
     for a, b in zip(found, expected, strict=True):
         assert b is not None
         assert sqnr_db(b.double(), a.double()) > 45
 
 
-def test_an_index_that_is_no_experts_counts_as_none():
+def test_an_index_beyond_the_experts_is_ignored():
     module = experts("mixtral")
     lowprec.convert(module, "fp8_blockwise")
     x, chosen, weights = tokens()
@@ -252,7 +252,7 @@ def test_gates_stay_in_high_precision_unless_a_rule_names_them():
     assert {layer.name: layer.converted for layer in plan.layers} == {"0.router.0": False, "0.experts.0": True, "0.experts.1": True}
 
 
-def test_the_plan_names_experts_that_it_leaves_alone():
+def test_the_plan_names_experts_kept_in_high_precision():
     for recipe, why in (("fp8_delayed", "keeps histories of amaxes"), ("none", "the recipe is 'none'")):
         plan = lowprec.convert(mixtral(), recipe)
         alone = [layer for layer in plan.layers if layer.experts > 1]
@@ -339,7 +339,7 @@ def test_autocast_casts_tokens_and_not_weights():
     with torch.autocast("cpu", torch.bfloat16):
         cast = module(x, chosen, weights)
     assert cast.dtype == x.dtype
-    assert 25 < sqnr_db(plain, cast) < math.inf  # a value that bf16 rounded may take the next code
+    assert 25 < sqnr_db(plain, cast) < math.inf  # a value rounded to bf16 may take the next code
 
 
 @pytest.mark.filterwarnings(r"ignore:`torch\.jit\.script_method` is deprecated:DeprecationWarning")

@@ -1,6 +1,6 @@
-"""LowPrecisionLinear as a module: shapes, dtypes, autocast, what it keeps for the backward, and what it does to NaN and infinity.
+"""LowPrecisionLinear as a module: shapes, dtypes, autocast, tensors kept for the backward, and its treatment of NaN and infinity.
 
-Which operand each GEMM multiplies, and how good the results are, is tests/recipe's.
+tests/recipe tests which operand each GEMM multiplies, and how good the results are.
 """
 
 import copy
@@ -26,7 +26,7 @@ QAT = "qat_int8dyn_int4"
 
 
 def through_fprop(name: str) -> bool:
-    """Whether the recipe differentiates the operands that fprop made."""
+    """Return True if the recipe differentiates the operands that fprop made."""
     return isinstance(library.get(name).wgrad.b, FromFprop)
 
 
@@ -40,7 +40,7 @@ def layer(name: str, k: int, n: int, *, bias: bool = True, seed: int = 0, dtype:
 
 
 def rewind(module: nn.Module) -> None:
-    """The state of stochastic rounding and delayed scaling as it was before the first step, so that two calls can be compared."""
+    """Reset the state of stochastic rounding and delayed scaling to that before the first step, so that two calls can be compared."""
     for part in module.modules():
         if isinstance(part, LowPrecisionLinear):
             for name, fresh in new_state(part.recipe, part.weight.device, *part.seed).items():
@@ -48,7 +48,7 @@ def rewind(module: nn.Module) -> None:
 
 
 def saved_by(function) -> list[Tensor]:
-    """The tensors that autograd keeps for the backward of `function()`."""
+    """Return the tensors that autograd keeps for the backward of `function()`."""
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         function()
@@ -56,23 +56,23 @@ def saved_by(function) -> list[Tensor]:
 
 
 def gradients(module: Any, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
-    """y, dx, and the gradients of the parameters, in the first step."""
+    """Return y, dx, and the gradients of the parameters, in the first step."""
     rewind(module)
     return next_step(module, x, g)
 
 
 def next_step(module: Any, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
-    """The same in the next step."""
+    """Return y, dx, and the gradients of the parameters, in the next step."""
     x = x.detach().clone().requires_grad_()
     y = module(x)
     return (y.detach(), *torch.autograd.grad(y, (x, *module.parameters()), g))
 
 
 def assert_within_summation_order(got, expected, x: Tensor, w: Tensor, g: Tensor) -> None:
-    """y, dx, dw and db of the same operands, summed in another order: each result lies within its own bound of the exact one.
+    """Assert that y, dx, dw and db, summed in another order from the same operands, lie within the bounds of that order.
 
-    Dequantised operands may be larger than x, w and g, by a third each at the most (e2m1 rounds 0.75 to 1): twice the bound covers it.
-    One code of one operand off by one costs more than this.
+    Each result lies within its bound of the exact one. Dequantised operands may be larger than x, w and g, by a third each at the most
+    (e2m1 rounds 0.75 to 1): twice the bound covers it. One code of one operand that is off by one costs more than this.
     """
     ones = torch.ones(1, len(g))
     for part, a, b, left, right in zip(("y", "dx", "dw", "db"), got, expected, (x, g, g.t(), ones), (w, w.t(), x.t(), g.t()), strict=True):
@@ -115,7 +115,7 @@ def test_no_tokens(leading, name):
 @pytest.mark.parametrize("w_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_dtypes(x_dtype, w_dtype, name):
-    """y and dx take x's dtype, dw and db their parameters'; each is the fp32 layer's result on the same values, rounded once."""
+    """y and dx take x's dtype, dw and db their parameters' dtypes; each is the fp32 layer's result on the same values, rounded once."""
     module, x, g = layer(name, 96, 40, dtype=w_dtype), gaussian(24, 96, 2).to(x_dtype), gaussian(24, 40, 3).to(x_dtype)
     got = gradients(module, x, g)
     assert [t.dtype for t in got] == [x_dtype, x_dtype, w_dtype, w_dtype]
@@ -123,7 +123,7 @@ def test_dtypes(x_dtype, w_dtype, name):
     y, dx, dw, db = gradients(wide, x.float(), g.float())
     product = y - wide.bias.detach()
     rounded = product.to(x_dtype) + wide.bias.detach().to(x_dtype)  # the bias is added in the output's dtype
-    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}  # an ulp, as another product may round otherwise
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}  # one ulp, as another product may round otherwise
     for a, b in zip(got, (rounded, dx, dw, db), strict=True):
         torch.testing.assert_close(a.float(), b.float(), rtol=tolerance[a.dtype], atol=tolerance[a.dtype] * b.abs().mean().item())
 
@@ -143,7 +143,7 @@ def test_strides_of_the_input_and_gradient_do_not_matter(name):
 
 
 def test_an_expanded_gradient():
-    """y.sum() gives a gradient of stride 0 (and of ones): legal, and equal to the dense one."""
+    """y.sum() gives a gradient of stride 0 (and of ones): it is legal, and equal to the dense one."""
     module, x = layer("fp8_blockwise", 70, 36), gaussian(33, 70, 2)
     dense = gradients(module, x, torch.ones(33, 36))
     expanded = gradients(module, x, torch.ones(1, 1).expand(33, 36))
@@ -170,8 +170,8 @@ def test_autocast_casts_x_and_quantises_w_from_its_master_copy(name):
 
 
 @pytest.mark.parametrize("name", [QAT, "mxfp4", "fp8_blockwise"])
-def test_the_master_copy_can_be_told_from_its_bf16_cast(name):
-    """An amax whose bf16 cast is another number: the scale tells which of the two was quantised."""
+def test_the_quantised_weight_is_the_master_copy_not_its_bf16_cast(name):
+    """The amax is a number that its bf16 cast changes, so the scale shows which of the two was quantised."""
     module, x = layer(name, 64, 8, bias=False), gaussian(16, 64, 2)
     with torch.no_grad():
         module.weight.copy_(module.weight.bfloat16().float() * (1 + 2.0**-9))
@@ -196,14 +196,14 @@ def test_autocast_may_be_off_or_disabled():
 
 @every_recipe
 def test_a_frozen_weight_keeps_nothing_of_x(name):
-    """dx needs w alone. Quantisation-aware training needs the mask of x besides: one byte an element, and no codes."""
+    """dx needs only w. Quantisation-aware training also needs the mask of x: one byte an element, and no codes."""
     module, x, g = layer(name, 96, 40, bias=False), gaussian(24, 96, 2).requires_grad_(), gaussian(24, 40, 3)
     (expected,) = torch.autograd.grad(module(x), x, g)
     module.weight.requires_grad_(False)
     saved = saved_by(lambda: module(x))
     kept = [t for t in saved if t.data_ptr() != module.weight.data_ptr()]
     assert len(kept) == len(saved) - 1
-    kept = [t for t in kept if t.shape != (2,)]  # the key of stochastic rounding
+    kept = [t for t in kept if t.shape != (2,)]  # without the key of stochastic rounding
     if through_fprop(name):
         assert sum(t.nbytes for t in kept) == x.numel()
     else:
@@ -242,7 +242,7 @@ def test_the_saved_activation_is_as_wide_as_its_codes(name, bytes_per_element):
     assert [t.element_size() for t in codes] == [bytes_per_element]
     scales = sum(t.nbytes for t in kept) - codes[0].nbytes
     assert scales == {"fp8_blockwise": 4 * k * m // 128, "mxfp8": k * m // 32, "fp8_rowwise": 4 * k}.get(name, 0)
-    if bytes_per_element < 4:  # and x itself can be freed
+    if bytes_per_element < 4:  # x itself can be freed as well
         assert x.data_ptr() not in [t.data_ptr() for t in kept]
 
 
@@ -268,7 +268,7 @@ def test_without_gradients_only_fprop_is_quantised(name, monkeypatch):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("name", SCALED)
 def test_a_bad_activation_reaches_the_output(name, value):
-    """As NaN where x is quantised, since the whole block becomes NaN; other tokens keep their values, where no scale spans the tensor."""
+    """A quantised x becomes NaN in the whole block. Other tokens keep their values unless a scale spans the tensor."""
     module, x = layer(name, 300, 40), gaussian(12, 300, 2)
     clean = module(x).detach()
     x[5, 200] = value
@@ -285,12 +285,12 @@ def test_a_bad_activation_reaches_the_output(name, value):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @every_recipe
 def test_a_bad_gradient_reaches_the_weight_gradient(name, value):
-    """Dynamic loss scaling looks for it there: an infinity that saturated would be trained on."""
+    """Dynamic loss scaling looks there: training would continue on an infinity that saturated."""
     module, x, g = layer(name, 64, 40), gaussian(48, 64, 2), gaussian(48, 40, 3)
     g[7, 11] = value
     _, dx, dw, db = gradients(module, x, g)
     mask = torch.zeros(40, 64, dtype=torch.bool)
-    if name == QAT:  # zero where the clamp cut
+    if name == QAT:  # the gradient is zero where the clamp cut
         saturated = quantize(module.weight.detach(), module.recipe.fprop.b, saturation=True).saturated  # pyright: ignore[reportArgumentType]
         assert saturated is not None
         mask = saturated
@@ -309,7 +309,7 @@ def test_a_bad_weight_reaches_the_output(name, value):
 
 
 def test_fp16_overflows_rather_than_saturates():
-    """1e5 is beyond fp16: its product must be infinite or NaN, or loss scaling would never see it."""
+    """1e5 is beyond fp16: its product must be infinite or NaN, or loss scaling would never see the overflow."""
     module, x = layer("fp16", 16, 4, bias=False), gaussian(3, 16, 2)
     x[1, 2] = 1e5
     y = module(x)
@@ -320,13 +320,13 @@ def test_fp16_overflows_rather_than_saturates():
 # Compiled code
 
 
-# All from inside PyTorch: importing Inductor, Dynamo looking at an input that is no leaf, Dynamo instantiating an autograd Function.
+# All come from inside PyTorch: the import of Inductor, .grad of an input that is not a leaf, an autograd Function that Dynamo instantiates.
 @pytest.mark.filterwarnings(r"ignore:`torch\.jit\.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings(r"ignore:The \.grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.filterwarnings(r"ignore:.*torch\.autograd\.function\.Function.* should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("name", ["fp8_blockwise", "mxfp4", "bf16", QAT, "nvfp4", "fp8_delayed", "mxfp4_quartet"])
 def test_compiled_equals_eager(name):
-    """In one graph. The codes are the same; products may be summed in another order. So in the second step, which has a past."""
+    """One graph gives the same codes; products may be summed in another order. The second step, which has state, is compared as well."""
     torch._dynamo.reset()
     m, n, k = 40, 24, 160
     module, x, g = layer(name, k, n), gaussian(m, k, 2), gaussian(m, n, 3)
@@ -342,7 +342,7 @@ def test_compiled_equals_eager(name):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("name", STATELESS)
 def test_activation_checkpointing_changes_nothing(name, use_reentrant):
-    """Where a pass leaves no trace: the second forward pass draws again, or sees one more amax."""
+    """The recipes are stateless: with state, the second forward pass would draw again, or see one more amax."""
     block = nn.Sequential(layer(name, 40, 56), nn.SiLU(), layer(name, 56, 40, seed=5))
     x, g = gaussian(24, 40, 2), gaussian(24, 40, 3)
     expected = gradients(block, x, g)
@@ -370,7 +370,7 @@ def test_gradients_accumulate(name):
 
 
 def test_a_second_derivative_is_refused():
-    """Rounding has no useful derivative: one of the backward's would be wrong in silence."""
+    """Rounding has no useful derivative: a second derivative of the backward would be wrong in silence."""
     module, x = layer("fp8_blockwise", 40, 24), gaussian(16, 40, 2).requires_grad_()
     (dx,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -379,7 +379,7 @@ def test_a_second_derivative_is_refused():
 
 @every_recipe
 def test_training_lowers_the_loss(name):
-    """Another linear map is learnt from its outputs, in 40 steps of plain SGD."""
+    """The layer learns another linear map from its outputs, in 40 steps of plain SGD."""
     module, target = layer(name, 32, 16, seed=0), gaussian(16, 32, 50) / 32**0.5
     optimizer = torch.optim.SGD(module.parameters(), lr=2.0)
     losses = []
@@ -410,8 +410,8 @@ def test_deepcopy_is_independent(name):
     assert torch.equal(module(x).detach(), expected[0])
 
 
-def test_a_stateful_recipe_keeps_its_state_in_buffers_and_a_restored_layer_goes_on_alike():
-    """Draws and scales of the third step are the same whether the first two were made here or came from a checkpoint."""
+def test_a_stateful_recipe_keeps_its_state_in_buffers_and_a_restored_layer_resumes():
+    """Draws and scales of the third step are the same, whether the first two steps were made here or come from a checkpoint."""
     for name in ("nvfp4", "fp8_delayed", "mxfp4_aws", "mxfp4_quartet"):
         module, x, g = layer(name, 40, 24), gaussian(16, 40, 2), gaussian(16, 24, 3)
         for scale in (3.0, 2.0):
@@ -424,7 +424,7 @@ def test_a_stateful_recipe_keeps_its_state_in_buffers_and_a_restored_layer_goes_
         assert not torch.equal(third, torch.autograd.grad(fresh(x), fresh.weight, g)[0])
 
 
-def test_evaluation_leaves_the_state_alone():
+def test_evaluation_does_not_change_the_state():
     for name in ("nvfp4", "fp8_delayed"):
         module, x = layer(name, 40, 24), gaussian(16, 40, 2)
         module(x)
@@ -449,7 +449,7 @@ def test_layers_steps_and_seeds_draw_apart():
 
 
 def test_delayed_scaling_lags_behind():
-    """The second pass is scaled by the first one's amax: what is larger saturates; the third pass knows of it."""
+    """The first pass's amax scales the second pass, so larger values saturate; the third pass has the larger amax."""
     linear = nn.Linear(16, 16, bias=False)
     linear.weight.data = torch.eye(16)
     module, x = LowPrecisionLinear.from_linear(linear, library.get("fp8_delayed")), torch.ones(1, 16)
@@ -514,8 +514,8 @@ def test_a_layer_built_on_meta_chooses_its_backend_where_it_lands():
     assert list(module.gemms) == ["cpu"]
 
 
-def test_operands_as_they_arrive():
-    """A recipe without a single spec is nn.Linear."""
+def test_a_recipe_without_specs_is_nn_linear():
+    """A recipe without any spec computes as nn.Linear does."""
     plain, x, g = nn.Linear(40, 24), gaussian(16, 40, 2), gaussian(16, 24, 3)
     expected = gradients(plain, x, g)
     module = LowPrecisionLinear.from_linear(plain, Recipe(name="none of it", fprop=GemmSpec()))

@@ -1,4 +1,4 @@
-"""A converted layer as a module: what torch and the program around it may do with it."""
+"""A converted layer supports all that torch and the program around it may do with a module."""
 
 import copy
 import io
@@ -44,7 +44,7 @@ def test_a_backward_inside_autocast_is_the_one_outside(recipe: str):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_a_layer_that_a_phase_leaves_alone_is_nn_linear(autocast: bool):
+def test_a_layer_kept_in_high_precision_in_a_phase_is_nn_linear(autocast: bool):
     results = []
     for converted in (False, True):
         torch.manual_seed(0)
@@ -62,7 +62,7 @@ def test_a_layer_that_a_phase_leaves_alone_is_nn_linear(autocast: bool):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_experts_that_a_phase_leaves_alone_are_linear(autocast: bool):
+def test_experts_kept_in_high_precision_in_a_phase_are_linear(autocast: bool):
     results = []
     for converted in (False, True):
         torch.manual_seed(0)
@@ -75,11 +75,11 @@ def test_experts_that_a_phase_leaves_alone_are_linear(autocast: bool):
         x, chosen = gaussian(24, 64, 1), torch.arange(48).view(24, 2) % 4
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             results.append(module(x, chosen, torch.full((24, 2), 0.5)))
-    assert torch.allclose(*results, rtol=0, atol=2e-2 if autocast else 1e-6)  # tokens' parts are added in another order
+    assert torch.allclose(*results, rtol=0, atol=2e-2 if autocast else 1e-6)  # each token's parts are added in another order
 
 
 def test_experts_without_any_token_have_gradients():
-    """Another rank waits for them."""
+    """Another rank waits for these gradients."""
     torch.manual_seed(0)
     module: Any = MixtralExperts(MixtralConfig(hidden_size=64, intermediate_size=96, num_local_experts=4)).train()
     for parameter in module.parameters():
@@ -99,7 +99,7 @@ def test_a_lone_expert_is_a_stack():
     assert not make_plan(positions, "mxfp8").layers
 
 
-def test_evaluation_of_experts_is_told_from_training_by_its_gemms_not_its_name():
+def test_experts_compare_the_evaluation_recipe_by_its_gemms_not_its_name():
     torch.manual_seed(0)
     module: Any = MixtralExperts(MixtralConfig(hidden_size=64, intermediate_size=96, num_local_experts=2))
     for parameter in module.parameters():
@@ -185,7 +185,7 @@ def mlp() -> Any:
     return module
 
 
-def test_a_hook_that_comes_later_sees_what_it_would_without_fusing(monkeypatch: pytest.MonkeyPatch):
+def test_a_hook_registered_after_fusing_sees_the_unfused_input(monkeypatch: pytest.MonkeyPatch):
     on_cpu(monkeypatch)
     module, x, seen = mlp(), gaussian(16, 128, 1), []
     fused = module(x)

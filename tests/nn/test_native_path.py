@@ -1,4 +1,4 @@
-"""A converted Llama on the native path, kernels stood in for on a CPU: the reference's results, codes shared, no graph break."""
+"""A converted Llama on the native path, on a CPU with stand-ins for kernels: results of the reference, shared codes, no graph break."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def assert_equal(ours: tuple[float, dict[str, Tensor]], theirs: tuple[float, dic
 
 def test_it_gives_what_the_reference_gives(native: LlamaForCausalLM, reference):
     assert_equal(step(native), reference)
-    assert_equal(step(native), reference)  # by the kept codes of the weights
+    assert_equal(step(native), reference)  # the second step uses the kept codes of the weights
 
 
 def test_each_weight_and_each_input_is_quantised_once_a_step(native: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch):
@@ -69,7 +69,7 @@ def test_each_weight_and_each_input_is_quantised_once_a_step(native: LlamaForCau
     optimizer = torch.optim.SGD(native.parameters(), lr=1e-3)
     for _ in range(2):
         step(native)
-    # 7 weights a block once; q, k and v share their input, gate and up theirs: 4 inputs a block and pass; 7 gradients a block and pass
+    # 7 weights a block once; q, k and v share an input, gate and up another: 4 inputs a block and pass; 7 gradients a block and pass
     assert counts == {"kept": 2 * 7 + 2 * 2 * 4, "gradients": 2 * 2 * 7}
     optimizer.step()
     step(native)
@@ -77,7 +77,7 @@ def test_each_weight_and_each_input_is_quantised_once_a_step(native: LlamaForCau
 
 
 def test_an_evaluation_keeps_no_codes_of_weights(native: LlamaForCausalLM):
-    """Averaged weights are put in place through `.data`, which nothing counts."""
+    """Averaged weights are put in place through `.data`, which no version counts."""
     step(native)
     native.eval()
     with torch.no_grad():
@@ -110,7 +110,7 @@ def test_other_lengths_compile_once_more_and_not_again(native: LlamaForCausalLM)
     assert counter.frame_count == 2  # the first length, and any other
     for length in (64, 48, 32):
         step(native, IDS[:, :length])
-    assert counter.frame_count == 3  # no more than 128 tokens: one block of scales
+    assert counter.frame_count == 3  # up to 128 tokens are one block of scales
 
 
 test_other_lengths_compile_once_more_and_not_again.pytestmark = COMPILING  # pyright: ignore[reportFunctionMemberAccess]
@@ -129,7 +129,7 @@ def test_autocast_shares_the_codes_of_a_cast_input(native: LlamaForCausalLM, mon
 
 @pytest.mark.parametrize("recipe", ["mxfp4", "nvfp4", "mxfp4_aws"])
 def test_compiled_emulation_calls_its_kernel_as_an_operator(recipe: str, monkeypatch: pytest.MonkeyPatch):
-    """As on a GPU: the one-pass kernel, with the reference in its place."""
+    """The one-pass kernel is called as on a GPU, with the reference in its place."""
 
     def reference(x: Tensor, tensor_scales, key, spec: str, along_rows: bool, dtype: torch.dtype) -> Tensor:
         t = x if along_rows else x.t()

@@ -1,4 +1,4 @@
-"""SwiGLU fused with the quantising of its result."""
+"""SwiGLU is fused with the quantisation of its result."""
 
 import copy
 
@@ -62,7 +62,7 @@ def assert_close(ours: list[Tensor], theirs: list[Tensor], bound: float) -> None
 def test_it_computes_what_the_separate_operations_do():
     ours, theirs = run(fused()), run(unfused())
     assert torch.equal(ours[0], theirs[0])
-    # dgate and dup differ in the last bit of fp32, and by that in a code here and there
+    # dgate and dup differ in the last bit of fp32, which changes a code here and there
     assert_close(ours, theirs, 5e-3)
 
 
@@ -136,9 +136,9 @@ def test_reverting_and_converting_again_undo_it():
         {"recipe": "mxfp4"},
         {"recipe": "fp8_blockwise", "rules": [{"modules": "down_proj", "recipe": "none"}]},
     ],
-    ids=["emulated", "another recipe", "down_proj left alone"],
+    ids=["emulated", "another recipe", "down_proj kept in high precision"],
 )
-def test_only_where_down_proj_takes_codes_from_a_kernel(precision: dict):
+def test_mlps_are_fused_only_if_down_proj_takes_codes_from_a_kernel(precision: dict):
     module = mlp()
     plan = lowprec.convert(module, precision)
     assert type(module) is LlamaMLP
@@ -173,7 +173,7 @@ def test_mlps_of_the_known_formula(kind: type):
     assert swiglu.is_swiglu(kind(CONFIG))
 
 
-def test_other_formulas_and_activations_are_left_alone():
+def test_other_formulas_and_activations_are_not_fused():
     class Scaled(LlamaMLP):
         def forward(self, x: Tensor) -> Tensor:
             return 2 * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))

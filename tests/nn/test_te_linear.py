@@ -1,4 +1,4 @@
-"""Recipes as Transformer Engine modules."""
+"""Recipes run as Transformer Engine modules."""
 
 import copy
 import pickle
@@ -54,7 +54,7 @@ def te_linear(recipe: str, linear: nn.Linear | None = None) -> TELinear:
     return TELinear.from_linear(linear or nn.Linear(64, 32), library.get(recipe))
 
 
-# Which recipe is whose twin
+# The twin of a recipe
 
 
 @pytest.mark.parametrize("name", TWINS)
@@ -91,7 +91,7 @@ def test_every_option_is_given(te: ModuleType, name: str):
     )
 
 
-def test_a_twin_is_told_by_what_is_multiplied(te: ModuleType):
+def test_a_twin_is_recognised_by_its_operands(te: ModuleType):
     block = library.get("fp8_blockwise")
     assert why_not_te(replace(block, name="mine"), "cuda") is None
     assert why_not_te(block.changed({}, {"fprop": {"accumulator_bits": 14}}), "cuda") == NO_TWIN
@@ -141,7 +141,7 @@ def test_plan(te: ModuleType):
     plan = make_plan(net, precision(strict=True), device="cuda")
     assert [type(module) for module in net] == [nn.Linear, nn.ReLU, nn.Linear]
     assert convert(net, precision(strict=True), device="cuda") == plan
-    assert make_plan(net, precision(strict=True), device="cuda") == plan  # of a converted model
+    assert make_plan(net, precision(strict=True), device="cuda") == plan  # the plan of a converted model
     recipe = library.get("fp8_blockwise_ue8m0")
     for layer in plan.layers:
         assert (layer.kind, layer.recipe, layer.status, layer.reason) == ("Linear", recipe.name, "native", "")
@@ -163,7 +163,7 @@ def test_plan(te: ModuleType):
         ({"recipe": "mxfp8", "backend": "tee"}, "cuda", "precision.backend: unknown backend 'tee'; did you mean 'te'?"),
     ],
 )
-def test_what_it_can_not_run_is_one_line_and_leaves_the_model_alone(te: ModuleType, wanted: dict, device: str, message: str):
+def test_an_unsupported_precision_is_one_line_and_changes_no_model(te: ModuleType, wanted: dict, device: str, message: str):
     net = model()
     for function in (make_plan, convert):
         with pytest.raises(UserError) as error:
@@ -172,7 +172,7 @@ def test_what_it_can_not_run_is_one_line_and_leaves_the_model_alone(te: ModuleTy
     assert [type(module) for module in net] == [nn.Linear, nn.ReLU, nn.Linear]
 
 
-def test_layers_of_other_shapes_are_left_alone(te: ModuleType):
+def test_layers_of_other_shapes_are_kept_in_high_precision(te: ModuleType):
     net = nn.Sequential(nn.Linear(64, 24), nn.Linear(24, 32), nn.Linear(32, 32))
     plan = convert(net, precision(), device="cuda")
     assert [type(module) for module in net] == [nn.Linear, nn.Linear, TELinear]
@@ -241,7 +241,7 @@ def test_tokens_are_filled_up(te: ModuleType, recipe: str, rows: int, tokens: in
     y.sum().backward()
     assert x.grad is not None
     assert layer.bias.grad is not None
-    assert (layer.bias.grad == tokens).all()  # what was filled up has no part in it
+    assert (layer.bias.grad == tokens).all()  # the rows that fill up the block have no part in it
     assert x.grad.shape == x.shape
 
 
@@ -287,7 +287,7 @@ def test_copies_stand_alone(te: ModuleType):
 
 
 class DTensor(nn.Parameter):
-    """Has the name by which a sharded parameter is known."""
+    """A parameter with the class name by which a sharded parameter is recognised."""
 
 
 def test_a_sharded_weight_is_not_kept_for_the_backward(te: ModuleType):
@@ -318,14 +318,14 @@ def test_scales_follow_the_largest_amax_seen(te: ModuleType):
     forward, backward = states(layer)
     assert layer._inner.fp8_meta["place in the updates"] == []
     w = layer.weight.abs().max()
-    assert torch.equal(forward.scale, torch.ones(3))  # until the next pass: the backward of a sharded weight quantises it once more
+    assert torch.equal(forward.scale, torch.ones(3))  # until the next pass: the backward of a sharded weight quantises the weight once more
     assert torch.equal(backward.scale, torch.ones(2))
     for _ in range(2):
         step(layer, x, g)
         torch.testing.assert_close(forward.scale, torch.stack([448 / (2 * x.abs().max()), 448 / w, torch.ones(())]))
         torch.testing.assert_close(backward.scale, torch.stack([57344 / (4 * g.abs().max()), torch.ones(())]))
     torch.testing.assert_close(forward.amax_history[-2:, 0], torch.stack([2 * x.abs().max(), x.abs().max()]))
-    torch.testing.assert_close(forward.amax_history[0, 0], x.abs().max())  # waits
+    torch.testing.assert_close(forward.amax_history[0, 0], x.abs().max())  # waits for the next update
     assert (forward.amax_history[1:-2] == 0).all()
 
 
@@ -370,7 +370,7 @@ def test_delayed_scaling_resumes(te: ModuleType):
         for one in (before, other):
             step(one, x, g)
         assert torch.equal(other.state_dict()[key], before.state_dict()[key]), fresh
-        other.to(torch.float64).float()  # which makes a new te.Linear, with the old state
+        other.to(torch.float64).float()  # this makes a new te.Linear, with the old state
         assert torch.equal(other.state_dict()[key], before.state_dict()[key]), fresh
     with pytest.raises(ValueError, match=r"the extra state of a layer with delayed scaling is a matrix \[1025, 5\]"):
         layer.set_extra_state(torch.zeros(3))
@@ -378,7 +378,7 @@ def test_delayed_scaling_resumes(te: ModuleType):
         te_linear("fp8_tensorwise").load_state_dict(saved)
 
 
-# Around it
+# Around the layer
 
 
 @pytest.mark.filterwarnings(r"ignore:`torch\.jit\.script_method` is deprecated:DeprecationWarning")
@@ -388,7 +388,7 @@ def test_compiled_code_calls_it_between_its_graphs(te: ModuleType, monkeypatch: 
     for recipe in ("fp8_blockwise", "fp8_delayed"):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         convert(net, precision(recipe), device="cuda")
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # or the compiler would ask the GPU
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # otherwise the compiler would ask the GPU
         torch._dynamo.reset()
         compiled = torch.compile(net, backend="eager")
         for _ in range(2):
@@ -417,6 +417,6 @@ def test_its_quantisers_layouts_become_ours(te: ModuleType, spec: str):
 @pytest.mark.parametrize(
     "spec", ["bf16", "e4m3[row fp32]", "e4m3[1x128 e8m0:floor]", "e4m3[tensor fp32 delayed:4]", "e4m3[1x128 fp32 stochastic]"]
 )
-def test_what_it_has_no_quantiser_for(te: ModuleType, spec: str):
+def test_specs_without_a_quantiser_are_refused(te: ModuleType, spec: str):
     with pytest.raises(ValueError, match="Transformer Engine has no quantiser for"):
         te_quantized(torch.zeros(16, 16), OperandSpec.parse(spec))
