@@ -1,4 +1,4 @@
-"""The choice of a kernel, and `attention` on a CPU against softmax written out."""
+"""The choice of an attention kernel, and `attention` on a CPU compared with softmax written out."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ IDS = torch.tensor([[0] * 5 + [1] * 7, [0] * 11 + [1]])
 
 
 def written_out(q, k, v, visible, scale):
-    """softmax over the visible keys in fp64; a query that sees none gets zeros."""
+    """Return softmax attention over the visible keys in fp64; a query without visible keys gets zeros."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~visible, float("-inf"))
@@ -48,7 +48,7 @@ def test_attention_equals_softmax_forward_and_backward(expression, kv_heads):
         expected = written_out(q, k, v, mask.dense(2, 12, 12), 8**-0.5 if scale is None else scale)
         torch.testing.assert_close(out, expected)
         got = torch.autograd.grad((out * weight).sum(), (q, k, v))
-        # The reference's gradient through a row without visible keys is NaN, so it is compared only where every query sees one.
+        # The reference's gradient through a row without visible keys is NaN, so it is compared only if every query has a visible key.
         if expression != "~causal":
             torch.testing.assert_close(got, torch.autograd.grad((expected * weight).sum(), (q, k, v)))
         assert all(torch.isfinite(grad).all() for grad in got)

@@ -1,4 +1,4 @@
-"""The masks inside a tiny Llama: against transformers' own implementations and against running each document alone."""
+"""The masks inside a tiny Llama agree with transformers' own implementations and with running each document alone."""
 
 import re
 from typing import Any
@@ -12,7 +12,7 @@ from lowprec.errors import UserError
 from tests.builders import tiny_llama
 
 VOCAB, LENGTH = 64, 24
-LENGTHS = [7, 1, 16]  # of the packed documents
+LENGTHS = [7, 1, 16]  # lengths of the packed documents
 
 
 def llama(**config: Any) -> LlamaForCausalLM:
@@ -36,7 +36,7 @@ DOCUMENTS = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LEN
 
 
 def eager_logits(model, ids, visible, **inputs) -> torch.Tensor:
-    """The logits by transformers' eager attention under the boolean matrix `visible` [1, 1, Q, K]."""
+    """Return the logits by transformers' eager attention under the boolean matrix `visible` [1, 1, Q, K]."""
     model.set_attn_implementation("eager")
     additive = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
     return model(ids, attention_mask=additive.expand(len(ids), -1, -1, -1), **inputs).logits
@@ -133,12 +133,12 @@ def test_the_window_of_the_model_itself_is_kept(ids):
 def test_training_batches(model, ids, expression):
     attach(model, expression)
     model.train()
-    assert model.config.use_cache  # the default, under which transformers by itself would not look for documents
+    assert model.config.use_cache  # with this default, transformers alone would not detect documents
     out = model(input_ids=ids, position_ids=POSITIONS, labels=ids)
     assert out.past_key_values is None
     out.loss.backward()
     assert all(torch.isfinite(p.grad).all() and p.grad.any() for p in model.parameters())
-    # The gradient of the last document's loss is zero for the tokens of the others.
+    # The loss of the last document has no gradient for the tokens of the others.
     embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
     logits = model(inputs_embeds=embeddings, position_ids=POSITIONS).logits
     logits[:, -1].sum().backward()
@@ -154,10 +154,10 @@ def test_training_without_documents_is_refused(model, ids):
     with pytest.raises(UserError, match="in a batch with attention_mask; leave it out"):
         model(input_ids=ids, position_ids=POSITIONS, attention_mask=torch.ones_like(ids))
     with pytest.raises(UserError, match="in a batch with attention_mask"):
-        model(ids, torch.ones_like(ids), POSITIONS)  # by position
+        model(ids, torch.ones_like(ids), POSITIONS)  # attention_mask and position_ids are passed by position
     with pytest.raises(UserError, match="in a batch with use_cache"):
         model(input_ids=ids, position_ids=POSITIONS, use_cache=True)
-    attach(model, "causal")  # takes the check away again
+    attach(model, "causal")  # this removes the check again
     model(input_ids=ids, attention_mask=torch.ones_like(ids))
 
 

@@ -1,4 +1,4 @@
-"""The mask algebra against plain Python loops over (query, key), and the little parser."""
+"""The mask algebra agrees with plain Python loops over (query, key), and the parser reads what masks print."""
 
 import dataclasses
 
@@ -45,7 +45,7 @@ def test_dense_equals_loops(expression):
 
 @pytest.mark.parametrize("expression", PREDICATES)
 def test_block_mask_covers_what_is_visible(expression):
-    # 300 tokens are 3 tiles, the last one partial; a tile is listed if and only if something in it is visible.
+    # 300 tokens are 3 tiles, the last one partial; a tile is listed if and only if it has a visible pair.
     ids = (torch.arange(300) // 130).expand(2, 300)
     mask = parse(expression).bind(ids)
     dense = mask.dense(2, 300, 300)

@@ -1,4 +1,4 @@
-"""`lowprec bench gemm`, `linear` and `train`, and what they share: timings, ceilings, floors, rivals."""
+"""`lowprec bench gemm`, `linear` and `train`, and their shared parts: timings, ceilings, floors, rivals."""
 
 import contextlib
 import json
@@ -87,14 +87,14 @@ def test_the_three_products_of_a_layer():
 @pytest.mark.parametrize(
     ("recipe", "matrix", "expected"),
     [
-        # 2 bytes read, 1 byte and 1/128 of an fp32 scale written in both directions
+        # 2 bytes are read; 1 byte and 1/128 of an fp32 scale are written in both directions
         ("fp8_blockwise", "x", 64 * 256 * (2 + 2 * (1 + 4 / 128))),
         ("fp8_blockwise", "g", 64 * 128 * (2 + 2 * (1 + 4 / 128))),
         ("fp8_blockwise", "w", 128 * 256 * (2 + 2 * (1 + 4 / 128**2))),
         ("mxfp8", "x", 64 * 256 * (2 + 2 * (1 + 1 / 32))),
         ("fp8_tensorwise", "x", 64 * 256 * 4),
         ("int8", "w", 128 * 256 * 4),
-        ("int8", "g", 64 * 128 * 3),  # wgrad takes it in bf16
+        ("int8", "g", 64 * 128 * 3),  # wgrad takes g in bf16
         ("bf16", "x", 0),
     ],
 )
@@ -111,7 +111,7 @@ def test_the_ceiling_that_fits_a_gemm():
 
 def test_a_ceiling_is_measured_once_and_a_floor_is_work_over_it():
     ceilings = Ceilings(CPU, seconds=0.0)
-    ceiling = ceilings.product(SHAPE, "fp8")  # a CPU has none
+    ceiling = ceilings.product(SHAPE, "fp8")  # a CPU has no ceiling
     assert ceiling is ceilings.product(SHAPE, "bf16")
     assert ceiling.floor(flops(SHAPE)) == pytest.approx(ceiling.time.median)
     copy = ceilings.copy(1 << 16)
@@ -131,7 +131,7 @@ def test_a_share_of_the_floor():
     assert beside["of_floor"] == 0.5
 
 
-def test_a_failure_is_told_in_200_characters_and_the_users_error_passes():
+def test_a_failure_is_reported_in_200_characters_and_a_user_error_passes():
     result, failure = rivals.attempt(broken)
     assert result is None
     assert failure is not None
@@ -152,7 +152,7 @@ def test_gemm(recipe: str):
     for row in result["rows"]:
         assert row["product"] == list(gemm_shape(row["gemm"], SHAPE))
         assert row["failure"] is None
-        assert 0.5e-3 < row["error"] < 2.5e-3  # of rounding to bf16: about 2^-9
+        assert 0.5e-3 < row["error"] < 2.5e-3  # the error of rounding to bf16: about 2^-9
         assert row["error_fp32"] < 1e-6
         assert row["tflops"] == pytest.approx(2e-9 * 64 * 128 * 256 / row["time"]["median"])
         assert row["of_floor"] == pytest.approx(row["floor"]["ms"] / row["time"]["median"])
@@ -187,7 +187,7 @@ def test_gemm_leaves_emulation_out_where_something_is_native_unless_it_is_named(
     assert {row["name"] for row in named["rows"]} == {"torch bf16", "reference"}
 
 
-def test_gemm_tells_what_failed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_gemm_reports_failures(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(gemm, "_torchao_product", broken)
     table = run_command(capsys, "gemm", "--shape", "64x128x256", "--against", "torchao", "--seconds", "0")
     assert "(emulated)" in table
@@ -245,7 +245,7 @@ def test_linear_as_json_and_as_a_table(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert as_they_came[-1].startswith("32x128x128 torchao block: failed: RuntimeError: no kernel image")
 
 
-def test_transformer_engines_layer_gets_the_weight_and_is_told_of_the_first_step(monkeypatch: pytest.MonkeyPatch):
+def test_transformer_engines_layer_gets_the_weight_and_the_first_step(monkeypatch: pytest.MonkeyPatch):
     calls: list[tuple[Any, dict[str, Any]]] = []
 
     class Linear(torch.nn.Linear):

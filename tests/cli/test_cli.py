@@ -37,7 +37,7 @@ def test_each_command_is_a_file_and_a_row():
 
 
 def test_plan_of_a_large_model_builds_no_weights():
-    """875M parameters in fp32 are 3.5 GB: the whole process stays under 2 GB."""
+    """875M parameters in fp32 would be 3.5 GB; the whole process stays under 2 GB."""
     code = (
         "import resource\nfrom lowprec.cli.main import main\n"
         f"main(['plan', {str(CONFIG)!r}, 'model.preset=llama-8b-4l', '--json'])\n"
@@ -52,13 +52,20 @@ def test_plan_of_a_large_model_builds_no_weights():
     assert len(shapes) == 29
 
 
-def test_what_libraries_print_is_not_part_of_the_answer(monkeypatch: pytest.MonkeyPatch):
+def test_output_of_libraries_is_not_part_of_the_answer(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    arguments = [sys.executable, "-m", "lowprec", "plan", str(CONFIG), "--json"]  # an interpreter of its own: they print when imported
+    arguments = [
+        sys.executable,
+        "-m",
+        "lowprec",
+        "plan",
+        str(CONFIG),
+        "--json",
+    ]  # a new interpreter: they print when imported
     result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
     assert json.loads(result.stdout)["device"] == "cpu"
-    assert "WANDB" in result.stderr  # transformers tells of it on stdout
-    assert "Failed to load" not in result.stderr  # torchao of its GPU kernels
+    assert "WANDB" in result.stderr  # transformers prints this on stdout
+    assert "Failed to load" not in result.stderr  # torchao prints this about its GPU kernels
 
 
 def test_the_plan_says_what_schedule_and_guard_will_do():
@@ -113,7 +120,7 @@ def test_bench_quantize_against_torchao_compares_the_bits():
     assert rows["fp8 tiles"]["torchao"] is None
 
 
-def test_bench_refuses_what_it_does_not_know():
+def test_bench_refuses_unknown_arguments():
     for arguments, message in (
         (("--against", "torchoa"), "--against: unknown rival 'torchoa'; did you mean 'torchao'?"),
         (("--shape", "64"), "--shape: expected ROWSxCOLUMNS like 2048x1024, got '64'"),

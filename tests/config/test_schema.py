@@ -57,7 +57,10 @@ def message(data, where: str = "") -> str:
         ({"optimizer": {"learning_rat": 1.0}}, "optimizer.learning_rat: unknown key; did you mean 'learning_rate'?"),
         ({"sources": [{"path": "a"}, {"pth": "b"}]}, "sources.1.pth: unknown key; did you mean 'path'?"),
         ({"zzz": 1}, "zzz: unknown key; known: data, devices, extras, optimizer, sources, steps"),
-        ({"learning_rate": 1.0}, "learning_rate: unknown key; known: data, devices, extras, optimizer, sources, steps"),  # of another place
+        (
+            {"learning_rate": 1.0},
+            "learning_rate: unknown key; known: data, devices, extras, optimizer, sources, steps",
+        ),  # another place's key
         # missing values
         ({"optimizer": {}}, "optimizer.learning_rate: a value is required"),
         ({"sources": [{}]}, "sources.0.path: a value is required"),
@@ -86,7 +89,7 @@ def test_a_mistake_is_one_line(data, expected):
     ],
 )
 def test_in_a_union_the_path_holds_keys_alone(data, expected):
-    """pydantic puts the name of each branch it tried into the place ("devices.int"); a user knows no such key."""
+    """pydantic puts the name of each branch that it tried into the place ("devices.int"); users know no such key."""
     assert message(data) == expected
 
 
@@ -101,7 +104,7 @@ def test_a_configuration_is_a_mapping(data):
     assert message(data) == f"Run: expected a mapping of settings, got {data!r}"
 
 
-def test_what_is_right_passes():
+def test_a_valid_configuration_passes():
     run = parse(Run, {"steps": 3, "optimizer": {"learning_rate": 1}, "data": {"address": "a"}, "devices": [0, 1]})
     assert run.steps == 3
     assert run.optimizer == Optimizer(learning_rate=1.0)
@@ -133,7 +136,7 @@ def test_nearest():
 @pytest.mark.parametrize(
     "text, value",
     [
-        # YAML 1.1 makes booleans of these
+        # YAML 1.1 reads these as booleans
         ("off", "off"),
         ("on", "on"),
         ("no", "no"),
@@ -142,7 +145,7 @@ def test_nearest():
         ("NO", "NO"),
         ("true", True),
         ("False", False),
-        # and strings of these
+        # YAML 1.1 reads these as strings
         ("1e-3", 1e-3),
         ("1E5", 1e5),
         ("-2e+4", -2e4),
@@ -154,7 +157,7 @@ def test_nearest():
         ("1.2.3", "1.2.3"),
         ("e5", "e5"),
         ("1e", "1e"),
-        # words that merely begin with a boolean or a number
+        # words that only begin with a boolean or a number
         ("truest", "truest"),
         ("False-start", "False-start"),
         ("true/false", "true/false"),
@@ -185,7 +188,7 @@ def test_not_a_number():
     assert math.isnan(load("key: .nan", "here")["key"])
 
 
-def test_what_is_no_yaml_is_one_line():
+def test_invalid_yaml_is_one_line():
     for text in ("key: [1, 2", "a: b: c", "key: !!python/object/apply:os.getcwd []", "a: 1\na: 2"):
         with pytest.raises(UserError) as error:
             load(text, "run.yaml")
@@ -204,7 +207,7 @@ def test_what_is_no_yaml_is_one_line():
     ],
     ids=repr,
 )
-def test_what_is_written_is_read_back(value):
+def test_written_data_is_read_back(value):
     got = load(dump({"key": value}), "here")["key"]
     assert (got, type(got)) == (value, type(value))
 
@@ -226,7 +229,7 @@ def test_any_plain_data_is_read_back(value):
     [
         ("a: 1\nb: 2\na: 3", "a", "line 3, column 1"),
         ("a: {b: 1, 'b': 2}", "b", "line 1, column 11"),
-        ("1: a\n0x1: b", "0x1", "line 2, column 1"),  # the same number
+        ("1: a\n0x1: b", "0x1", "line 2, column 1"),  # both keys are the same number
         ("a: &a {b: 1}\nc: {<<: *a, b: 2, b: 3}", "b", "line 2, column 19"),  # beside a merge key
         ("{<<: {a: 1}, <<: {b: 2}}", "<<", "line 1, column 14"),
     ],

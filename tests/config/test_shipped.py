@@ -47,7 +47,7 @@ def test_a_bare_name_is_found_anywhere():
 
 
 def test_a_file_of_the_working_directory_comes_first():
-    Path("llama-tiny-cpu").mkdir()  # a folder is no configuration
+    Path("llama-tiny-cpu").mkdir()  # a folder is not a configuration
     assert shipped.find("llama-tiny-cpu") == TINY
     Path("llama-tiny-cpu.yaml").touch()
     assert shipped.find("llama-tiny-cpu") == Path("llama-tiny-cpu.yaml")
@@ -59,7 +59,7 @@ def test_paths_stay_as_they_are():
     for path in ("runs/x/config.yaml", "mine.yml", "accelerate/fsdp2"):
         assert shipped.find(path) == Path(path)
     Path("folder").mkdir()
-    assert shipped.find("folder") == Path("folder")  # whose reader refuses it
+    assert shipped.find("folder") == Path("folder")  # the reader of the file refuses it
 
 
 def test_an_unknown_name_is_one_line_with_the_nearest():
@@ -69,7 +69,7 @@ def test_an_unknown_name_is_one_line_with_the_nearest():
     assert refusal("configs/llama-tiny-cpu.yaml") == "configs/llama-tiny-cpu.yaml: no such file; the shipped one is 'llama-tiny-cpu'"
 
 
-def test_init_lists_the_names_and_what_they_are(init: Callable[..., tuple[str, str]]):
+def test_init_lists_names_and_descriptions(init: Callable[..., tuple[str, str]]):
     lines = init()[0].splitlines()
     assert [line.split()[0] for line in lines] == shipped.names()
     assert "A 2M-parameter Llama" in lines[shipped.names().index("llama-tiny-cpu")]

@@ -1,4 +1,4 @@
-"""The choice of a backend, and the backends that run on a CPU against float64."""
+"""The choice of a GEMM backend; the backends that run on a CPU are compared with float64."""
 
 import math
 from fractions import Fraction
@@ -66,7 +66,7 @@ def test_an_emulated_product_says_why_no_faster_backend_took_it(a, b, why):
 
 def test_a_backend_that_is_asked_for_by_name():
     assert select(TILE, BLOCK, "cpu", "reference")[0] is BACKENDS["reference"]
-    assert select(FP32_SPEC, FP32_SPEC, "cpu", "reference")[0] is BACKENDS["reference"]  # auto would take torch
+    assert select(FP32_SPEC, FP32_SPEC, "cpu", "reference")[0] is BACKENDS["reference"]  # auto would choose torch
     assert select(FP32_SPEC, FP32_SPEC, "cpu", "torch")[0] is BACKENDS["torch"]
 
 
@@ -189,7 +189,7 @@ def test_narrow_sums_are_those_of_the_definition(bits, promote_every):
 
 
 def test_promotion_restores_what_fourteen_bits_lose():
-    """K = 4096 (arXiv 2412.19437, 3.3.2: nearly 2% at the most). Promotion every 128 keeps the error of a sum of 128."""
+    """The sums have K = 4096 (arXiv 2412.19437, 3.3.2: nearly 2% at the most). Promotion every 128 keeps the error of a sum of 128."""
     a, b = (round_to_format(gaussian(24, 4096, seed), E4M3) for seed in (0, 1))
     exact = a.double() @ b.double().t()
 

@@ -1,4 +1,4 @@
-"""Which modules are compiled: the repeated blocks, in place."""
+"""compile_blocks compiles the repeated blocks of a model, in place."""
 
 from collections.abc import Callable, Iterator
 
@@ -15,7 +15,7 @@ from lowprec.training.control.controller import PrecisionController
 from tests.builders import tiny_llama
 
 pytestmark = [
-    # Both come from inside PyTorch: from importing Dynamo and Inductor, and from Dynamo looking at a block's input.
+    # Both come from inside PyTorch: the import of Dynamo and Inductor, and .grad of a block's input.
     pytest.mark.filterwarnings(r"ignore:`torch\.jit\.script_method` is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings(r"ignore:The \.grad attribute of a Tensor that is not a leaf:UserWarning"),
 ]
@@ -30,14 +30,14 @@ def compiled_modules(model: nn.Module) -> set[str]:
 
 
 class Mixture(nn.Module):
-    """Blocks that hold a longer list (of experts) than there are blocks."""
+    """A model whose blocks hold a list (of experts) that is longer than the list of blocks."""
 
     def __init__(self, no_split=None):
         super().__init__()
         if no_split:
             self._no_split_modules = no_split
         self.blocks = nn.ModuleList(Block() for _ in range(2))
-        self.adapters = nn.ModuleList([nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)])  # not of one class
+        self.adapters = nn.ModuleList([nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)])  # a list of several classes
 
 
 class Block(nn.Module):
@@ -81,7 +81,7 @@ def test_errors(monkeypatch):
     assert compile_blocks(three_blocks(), "blocks", "cuda").compiled == 3
 
 
-# A backend that only traces keeps this fast; the real one is tested where it is used, on CUDA.
+# A backend that only traces keeps this fast; the GPU tests use the real one.
 def test_one_trace_serves_all_layers():
     torch._dynamo.reset()
     model = three_blocks()
@@ -108,7 +108,7 @@ def test_one_trace_serves_all_layers():
 
 @pytest.fixture
 def kernels() -> Iterator[Callable[[], list[bool]]]:
-    """How they are chosen: whether by shape alone, and pointwise ones by timing them."""
+    """Yield a function that returns how kernels are chosen: by shape alone, and pointwise ones by timing."""
     with inductor.patch({"deterministic": False, "triton.autotune_pointwise": True}):
         yield lambda: [inductor.deterministic, inductor.triton.autotune_pointwise]
     torch.use_deterministic_algorithms(False)
@@ -122,9 +122,7 @@ def start_a_run():
 
 
 @pytest.mark.parametrize("act", [compile_deterministically, start_a_run, lambda: compile_blocks(three_blocks(), "blocks", "cuda")])
-def test_where_deterministic_algorithms_are_asked_for_no_kernel_is_chosen_by_timing(
-    kernels: Callable[[], list[bool]], act: Callable[[], object]
-):
+def test_no_kernel_is_chosen_by_timing_under_deterministic_algorithms(kernels: Callable[[], list[bool]], act: Callable[[], object]):
     act()
     assert kernels() == [False, True]
     torch.use_deterministic_algorithms(True)

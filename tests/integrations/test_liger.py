@@ -1,4 +1,4 @@
-"""Which of Liger's kernels are chosen. Nothing here runs them: they need CUDA."""
+"""The choice of Liger's kernels. No test here runs them: they need CUDA."""
 
 import importlib.util
 from typing import Any
@@ -62,7 +62,7 @@ def test_off():
 
 
 def obstacle(model, match: str, **settings) -> None:
-    """ "auto" applies nothing and says why; "on" is an error with the same words."""
+    """ "auto" applies nothing and gives the reason; "on" raises an error with the same words."""
     plan = plan_liger(model, "auto", **(EAGER | settings))
     assert plan.applied == ()
     assert all(match in reason for reason in reasons(plan).values())
@@ -124,7 +124,7 @@ def test_heads_that_the_fused_loss_does_not_compute():
     assert "has no lm_head" in reasons(plan_liger(LlamaModel(tiny_config(**SIZES)), "auto", **EAGER))["fused_linear_cross_entropy"]
 
 
-def test_what_the_architecture_does_not_have():
+def test_kernels_that_the_architecture_can_not_use():
     gelu = plan_liger(llama(hidden_act="gelu"), "auto", **EAGER)
     assert "swiglu" not in gelu.applied
     assert "is gelu, not silu" in reasons(gelu)["swiglu"]
@@ -146,7 +146,7 @@ def test_planning_and_off_change_nothing():
 
 
 def test_only_the_instance_is_patched(monkeypatch):
-    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb)  # put back afterwards
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb)  # restored after the test
     before = dict(vars(modeling_llama))
     model, other = llama(), llama()
     assert apply_liger(model, "auto", **EAGER).applied == ALL
@@ -164,6 +164,6 @@ def test_fused_loss_alone_keeps_the_logits_of_evaluation():
     expected = model(ids, labels=ids)
     plan = apply_liger(model, "auto", **(EAGER | {"compiled_blocks": True}))
     assert plan.applied == ("fused_linear_cross_entropy",)
-    out = model(ids, labels=ids)  # outside of training Liger's forward calls lm_head, on any device
+    out = model(ids, labels=ids)  # outside training, Liger's forward calls lm_head, on any device
     torch.testing.assert_close(out.logits, expected.logits)
     torch.testing.assert_close(out.loss, expected.loss)

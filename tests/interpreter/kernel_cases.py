@@ -1,10 +1,11 @@
-"""The plain Triton kernels against the reference, through Triton's interpreter. `test_interpreter.py` runs this file.
+"""The plain Triton kernels agree with the reference when Triton's interpreter runs them. `test_interpreter.py` runs this file.
 
-Quantising is compared bit for bit. What the interpreter does otherwise than a GPU, and is compared accordingly:
+Quantising is compared bit for bit. The interpreter differs from a GPU in three ways, and the comparisons allow for them:
 
-* fp32 -> fp8: e4m3's NaN becomes 384. Codes are compared outside blocks whose scale is NaN; dequantised values, everywhere.
-* fp32 -> bf16: cut, not rounded (`cut`). bf16 subnormals are read and written wrongly, and bf16 numbers multiplied as integers: no test.
-* numpy warns where a GPU divides by zero in silence.
+* fp32 -> fp8: e4m3's NaN becomes 384. Codes are compared outside blocks whose scale is NaN; dequantised values are compared everywhere.
+* fp32 -> bf16: the value is cut, not rounded (`cut`). No test covers bf16 subnormals, which are read and written wrongly, or products of
+  bf16 numbers, which are multiplied as integers.
+* Division by zero: numpy warns, a GPU does not.
 """
 
 from collections.abc import Callable
@@ -41,7 +42,7 @@ KEY = torch.tensor([123, -456])
 MAGNITUDES = (1e-40, 1e-38, 1e-30, 1e30, 3e38)
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {"rows": lambda x: x.contiguous(), "columns": lambda x: x.t().contiguous().t()}
-"""The same matrix in two memory orders: its blocks lie along the memory's rows, or go down its columns."""
+"""The two memory orders of a matrix: its blocks lie along the rows of memory, or go down its columns."""
 both_layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 
 
@@ -53,7 +54,7 @@ def words(value: object) -> str | None:
 
 
 def wide(rows: int, cols: int, seed: int = 0) -> Tensor:
-    """Values over some fifteen binades, with zeros, a whole block of them among them."""
+    """Return values over some fifteen binades, with zeros, including a whole block of zeros."""
     x = heavy_tailed(rows, cols, seed) * torch.exp(3 * gaussian(rows, cols, seed + 1))
     x[rows // 2 :, ::7] = 0.0
     x[:1, :40] = 0.0
@@ -61,13 +62,13 @@ def wide(rows: int, cols: int, seed: int = 0) -> Tensor:
 
 
 def with_magnitude(magnitude: float, rows: int, cols: int, seed: int = 0) -> Tensor:
-    """Gaussian, the largest element being `magnitude`."""
+    """Return Gaussian values, scaled so that the largest magnitude is `magnitude`."""
     x = gaussian(rows, cols, seed)
     return x / x.abs().max() * magnitude
 
 
 def edges(rows: int, cols: int, *, finite: bool = False) -> Tensor:
-    """The named edge cases at the top left, rows of all magnitudes below them, ordinary values beside them."""
+    """Return a matrix with the named edge cases at the top left, rows of all magnitudes below them, ordinary values beside them."""
     x = wide(rows, cols, seed=5)
     cases = torch.cat([case.row for case in EDGE_BLOCKS if case.finite or not finite])
     x[: len(cases), : cases.shape[1]] = cases
@@ -80,7 +81,7 @@ def edges(rows: int, cols: int, *, finite: bool = False) -> Tensor:
 
 
 def assert_same(got: Tensor, expected: Tensor) -> None:
-    """The same bits, the sign of zero too; NaN where NaN is expected."""
+    """Assert that two tensors have the same bits, including the sign of zero; NaN only needs to meet NaN."""
     assert got.shape == expected.shape
     assert got.dtype == expected.dtype
     a, b = got.float().contiguous(), expected.float().contiguous()
@@ -90,7 +91,7 @@ def assert_same(got: Tensor, expected: Tensor) -> None:
 
 
 def cut(x: Tensor) -> Tensor:
-    """fp32 -> bf16 toward zero."""
+    """Return x converted from fp32 to bf16 by rounding toward zero."""
     return (x.contiguous().view(torch.int32) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
 
 
@@ -159,7 +160,7 @@ def test_emulation_of_stochastic_rounding(text, layout):
 
 @both_layouts
 def test_a_draw_that_equals_the_fraction_rounds_down(layout):
-    """u / 2 under scale 1: e2m1 has steps of 1/2 there, so that each fraction is the draw itself."""
+    """The matrix is u / 2 under scale 1, for which e2m1 has steps of 1/2, so each fraction is the draw itself."""
     x = uniform(KEY, (20, 64)) / 2
     x[:, ::32] = 4.0
     expected = torch.where(x == 4.0, 4.0, 0.0)
@@ -178,7 +179,7 @@ def test_emulation_of_odd_shapes(shape, text, layout):
 @pytest.mark.parametrize("rounding", ["", " stochastic"])
 @pytest.mark.parametrize("shape", [(32, 128), (32, 256), (128, 128)], ids=str)
 def test_emulation_of_whole_tiles(shape, rounding, block, layout):
-    """What needs no mask takes another path: a matrix of whole blocks is read as if it were 256 wide."""
+    """A matrix of whole blocks needs no mask and takes another path: it is read as if it were 256 wide."""
     assert_emulates(layout(edges(*shape)), f"e4m3[1x{block} fp32{rounding}]", KEY if rounding else None)
 
 
@@ -236,7 +237,7 @@ def test_emulation_to_bf16_converts_the_fp32_result(text, layout):
 
 @pytest.fixture
 def plain_triton(monkeypatch):
-    """The plain kernel, which writes to memory that is not zero."""
+    """Select the plain kernel, and give it memory for its results that is not zero."""
     fresh = triton_quantize._empty_results
 
     def used(*args) -> list[Tensor]:
@@ -258,7 +259,7 @@ every_tile_spec = pytest.mark.parametrize("element, scale", TILE_SPECS)
 
 
 def both(element: str, scale: str, kinds: tuple[int, int]) -> Directions:
-    """What to make of a matrix and of its transpose. Kinds: 0 nothing, 1 blocks of 1x128, 2 of 128x128."""
+    """Return what to make of a matrix and of its transpose. Kinds: 0 nothing, 1 blocks of 1x128, 2 of 128x128."""
     specs = (None if kind == 0 else OperandSpec.parse(f"{element}[{(1, 128)[kind - 1]}x128 {scale}]") for kind in kinds)
     wanted = directions(*specs)
     assert isinstance(wanted, Directions)
@@ -266,14 +267,14 @@ def both(element: str, scale: str, kinds: tuple[int, int]) -> Directions:
 
 
 def dead(q: QTensor) -> Tensor:
-    """Where the block's scale is NaN."""
+    """Return the mask of the elements whose block has the scale NaN."""
     assert q.scale is not None
     rows, cols = q.block
     return q.scale.isnan().repeat_interleave(rows, 0).repeat_interleave(cols, 1)[: q.shape[0], : q.shape[1]]
 
 
 def assert_same_codes(q: QTensor | None, x: Tensor, spec: OperandSpec | None) -> None:
-    """Codes are not compared where the scale is NaN: there they are NaN too, or 384, which the interpreter makes of e4m3's."""
+    """Assert that codes, scales and values equal the reference's. Codes under a scale NaN are NaN, or 384, the interpreter's e4m3 NaN."""
     assert (q is None) == (spec is None)
     if q is None or spec is None:
         return
@@ -346,7 +347,7 @@ def test_both_directions_of_narrow_inputs(dtype):
 @on_plain_triton
 @pytest.mark.parametrize("kinds", [(1, 1), (2, 2), (1, 2), (2, 1)], ids=str)
 def test_codes_are_padded_with_zeros(kinds):
-    """Rows end in zeros up to 16 bytes, as tensor maps ask, but where the last block is dead."""
+    """Rows end in zeros up to 16 bytes, as tensor maps require, unless the last block has the scale NaN."""
     x = wide(150, 200)
     x[3, 199], x[149, 7] = torch.nan, torch.inf
     for q, width, padded in zip(quantize_both(x, both("e4m3", "fp32", kinds)), (200, 150), (208, 160), strict=True):
@@ -371,7 +372,7 @@ def test_scales_of_tiles_lie_as_gemms_read_them():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("kinds", [(1, 1), (2, 2), (1, 0), (0, 2)], ids=str)
 def test_silu_of_one_times_the_other(kinds, dtype):
-    """silu by the fp32 operations of the kernel, its exponential being numpy's; rounded to the dtype before it is multiplied."""
+    """silu is computed by the kernel's fp32 operations with numpy's exponential, and rounded to the dtype before it is multiplied."""
     gate, up = (3 * gaussian(150, 200, 1)).to(dtype), wide(150, 200).clamp(-100, 100).to(dtype)
     gate[0, :3], gate[5, 9], up[140, 100] = torch.tensor([-200.0, 300.0, 0.0]), torch.nan, torch.inf
     wide_gate = gate.float().numpy()
@@ -473,7 +474,7 @@ def test_zeros_and_empty_products(b_block):
 @both_scales_of_b
 @pytest.mark.parametrize("scale", ["fp32", "e8m0"])
 def test_the_backend_multiplies_what_the_quantiser_makes(scale, b_block):
-    """Codes with padded rows, in which a dead block leaves NaNs beyond its end, and scales in the order of memory."""
+    """Codes have padded rows, in which a dead block leaves NaNs beyond its end, and scales have the order of memory."""
     x, w = heavy_tailed(33, 201, 0), gaussian(140, 201, 1)
     x[3, 200] = torch.nan
     wanted_a, wanted_b = both("e4m3", scale, (1, 0)), both("e4m3", scale, (1 if b_block == 1 else 2, 0))

@@ -1,6 +1,6 @@
-"""The plain Triton kernels on a CPU: `kernel_cases.py`, in a process whose Triton interprets.
+"""The plain Triton kernels pass `kernel_cases.py` on a CPU, in a process in which Triton interprets.
 
-Triton decides between compiling and interpreting when it is first imported, so these tests need a process of their own. By hand:
+Triton decides between compiling and interpreting when it is first imported, so these tests need their own process. To run them by hand:
 
     TRITON_INTERPRET=1 python -m pytest tests/interpreter/kernel_cases.py
 """

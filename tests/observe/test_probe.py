@@ -1,4 +1,4 @@
-"""Probe: its figures against a computation by hand, and that a probed step trains as any other."""
+"""The figures of a Probe agree with a computation by hand, and a probed step trains like any other."""
 
 import copy
 import math
@@ -47,7 +47,7 @@ def hooks(model: nn.Module) -> int:
 
 
 def outliers(rows: int, columns: int, seed: int) -> Tensor:
-    """Values over many binades, zeros among them, and one far above the rest in the last row."""
+    """Return values over many binades, with zeros, and one value far above the rest in the last row."""
     generator = torch.Generator().manual_seed(seed)
     t = torch.randn(rows, columns, generator=generator) * torch.exp2(torch.randint(-24, 1, (rows, columns), generator=generator))
     t[:, ::7] = 0
@@ -59,7 +59,7 @@ def outliers(rows: int, columns: int, seed: int) -> Tensor:
 
 
 def direct(t: Tensor, spec: Any, key: Tensor | None = None) -> tuple[float, float, float]:
-    """SQNR [dB], underflow and saturation of a whole matrix."""
+    """Return SQNR [dB], underflow and saturation of a whole matrix."""
     if spec is None:
         return math.inf, 0.0, 0.0
     q = quantize(t, spec, key=key, saturation=True)
@@ -83,17 +83,21 @@ def test_figures_are_those_of_a_direct_computation(recipe: str):
         spec = module.recipe.gemm(gemm)
         if spec.hadamard is not None:
             t = spec.hadamard.apply(t)
-        # The draws are the probe's own, from the key zero.
+        # The probe draws its own numbers, from the key zero.
         sqnr, underflow, saturated = direct(t, getattr(spec, side), torch.zeros(2, dtype=torch.int64))
         assert getattr(found, f"sqnr_{name}") == pytest.approx(sqnr, rel=1e-9)
         assert getattr(found, f"underflow_{name}") == pytest.approx(underflow, rel=1e-12)
         assert getattr(found, f"saturated_{name}") == pytest.approx(saturated, rel=1e-12)
 
 
-def test_what_the_figures_are_of_known_operands():
+def test_figures_of_known_operands():
     module = layer("fp8_blockwise")
     x = torch.zeros(128, 128)
-    x[:, 0], x[:, 1], x[:, 2] = 448.0, 2.0**-12, 0.03125  # scale 1: e4m3's largest, a quarter of its smallest, one that it holds
+    x[:, 0], x[:, 1], x[:, 2] = (
+        448.0,
+        2.0**-12,
+        0.03125,
+    )  # scale 1: e4m3's largest value, a quarter of its smallest, one that it holds
     watched = Probe(module)
     with watched.sampling():
         module(x)
@@ -101,10 +105,10 @@ def test_what_the_figures_are_of_known_operands():
     assert found.underflow_x == 1 / 128
     assert found.sqnr_x == pytest.approx(20 * math.log10(math.hypot(448, 2.0**-12, 0.03125) / 2.0**-12))
     assert found.saturated_x == 0.0
-    assert (found.sqnr_g, found.underflow_g, found.saturated_g) == (math.inf, 0.0, 0.0)  # no backward
+    assert (found.sqnr_g, found.underflow_g, found.saturated_g) == (math.inf, 0.0, 0.0)  # there was no backward
 
 
-def test_what_is_not_finite_shows():
+def test_values_that_are_not_finite_show():
     module = layer("fp16")
     x = torch.ones(4, 128)
     x[0, :2] = 1e5
@@ -121,7 +125,7 @@ def test_what_is_not_finite_shows():
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_large_operands_are_measured_by_their_leading_rows(recipe: str, monkeypatch: pytest.MonkeyPatch):
-    """The last row's outlier, which is not among them, still makes the scale where one scale spans all rows."""
+    """The last row's outlier is not measured, but it still sets the scale if one scale spans all rows."""
     monkeypatch.setattr(probe, "SAMPLE", 129 * 128)
     module, x = layer(recipe), outliers(300, 128, 1)
     spec = module.recipe.fprop.a
@@ -136,7 +140,7 @@ def test_large_operands_are_measured_by_their_leading_rows(recipe: str, monkeypa
 
 
 def test_x_is_measured_as_the_layer_takes_it():
-    """Cast by autocast, and the product of SwiGLU where the layer makes it."""
+    """The layer takes x cast by autocast, or the product of SwiGLU if the layer makes it."""
     module, x, gate = layer("mxfp8"), torch.randn(64, 128), torch.randn(64, 128)
     watched, spec = Probe(module), library.get("mxfp8").fprop.a
     with watched.sampling(), torch.autocast("cpu", torch.bfloat16):
@@ -168,7 +172,7 @@ def train(model: Any, *, probed: bool, steps: int = 3) -> tuple[list[float], dic
 @pytest.mark.parametrize("recipe", ["fp8_delayed", "nvfp4", "mxfp4_quartet", "qat_int8dyn_int4"])
 @pytest.mark.parametrize("checkpointing", [None, True, False], ids=["plain", "reentrant", "not reentrant"])
 def test_training_is_the_same_bits_with_a_probe(recipe: str, checkpointing: bool | None):
-    """Amax histories and rounding counters are in the state dict."""
+    """Amax histories and rounding counters are compared as well: they are in the state dict."""
     first = llama(recipe)
     if checkpointing is not None:
         first.gradient_checkpointing_enable({"use_reentrant": checkpointing})
@@ -196,8 +200,8 @@ def test_checkpointing_changes_no_figure(reentrant: bool):
     assert all(20 < value < 40 for found in results[0].values() for value in (found.sqnr_x, found.sqnr_w, found.sqnr_g))
 
 
-def test_names_and_what_one_step_is():
-    """Of accumulated micro-batches the first counts; evaluation does not."""
+def test_a_probed_step_has_the_names_of_layers_and_the_first_micro_batch():
+    """A step is named by the model's names; the first of accumulated micro-batches is measured, and evaluation is not."""
     model = llama("mxfp4")
     names = [name for name, module in model.named_modules() if isinstance(module, LowPrecisionLinear)]
     watched = Probe(model)
@@ -270,11 +274,11 @@ def test_frozen_layers_have_no_gradient_to_measure():
     assert all(found.sqnr_x < 40 for found in watched.layers.values())
 
 
-# All from inside PyTorch: Dynamo looking at an input that is no leaf, Dynamo instantiating an autograd Function.
+# All come from inside PyTorch: .grad of an input that is not a leaf, an autograd Function that Dynamo instantiates.
 @pytest.mark.filterwarnings(r"ignore:The \.grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.filterwarnings(r"ignore:.*torch\.autograd\.function\.Function.* should not be instantiated:DeprecationWarning")
 def test_compiled_blocks_are_measured_in_an_eager_step():
-    """The step after it runs compiled again."""
+    """The step after the eager one runs compiled again."""
     eager = llama("fp8_blockwise", layers=1)
     model = copy.deepcopy(eager)
     calls = 0
@@ -309,7 +313,7 @@ def test_compiled_blocks_are_measured_in_an_eager_step():
 
 @pytest.mark.parametrize("recipe", ["fp8_blockwise", "mxfp4_quartet"])
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
-def test_of_experts_the_one_with_the_most_tokens_is_measured(kind: str, recipe: str):
+def test_the_expert_with_the_most_tokens_is_measured(kind: str, recipe: str):
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 64, "num_local_experts": 3}
     module: Any = MixtralExperts(MixtralConfig(**sizes)) if kind == "mixtral" else GptOssExperts(GptOssConfig(**sizes))
@@ -318,7 +322,7 @@ def test_of_experts_the_one_with_the_most_tokens_is_measured(kind: str, recipe: 
             parameter.copy_(torch.randn_like(parameter) / 8)
     convert(module.train(), recipe)
     x, chosen = outliers(96, 128, 1), torch.zeros(96, 1, dtype=torch.int64)
-    chosen[:56], chosen[56:90] = 2, 1  # the third has 56 tokens, the first 6
+    chosen[:56], chosen[56:90] = 2, 1  # the third expert has 56 tokens, the first 6
     taken: list[Tensor] = []
     module.low_precision["down_proj"].register_full_backward_hook(lambda _, __, gradients: taken.append(gradients[0]))
     watched = Probe(module)
@@ -339,7 +343,7 @@ def test_of_experts_the_one_with_the_most_tokens_is_measured(kind: str, recipe: 
         sqnr, underflow, _ = direct(t.contiguous(), source, torch.zeros(2, dtype=torch.int64))
         assert getattr(watched.layers[name], f"sqnr_{operand}") == pytest.approx(sqnr, rel=1e-9)
         assert getattr(watched.layers[name], f"underflow_{operand}") == pytest.approx(underflow, rel=1e-12)
-    assert hooks(module) == 1  # the test's own
+    assert hooks(module) == 1  # the remaining hook is the test's own
 
 
 def test_a_mixture_trains_the_same_bits_with_a_probe():

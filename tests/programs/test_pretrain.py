@@ -1,4 +1,4 @@
-"""trainers/pretrain.py: a configured run, as `lowprec train` does it."""
+"""trainers/pretrain.py runs a configured training, as `lowprec train` does."""
 
 import json
 import subprocess

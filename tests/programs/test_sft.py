@@ -1,4 +1,4 @@
-"""trainers/sft.py: all weights or adapters, chats or texts, from YAML or from the command line alone; misuse is one line."""
+"""trainers/sft.py trains all weights or adapters on chats or texts, from YAML or the command line alone; misuse is one line."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Every named recipe through LowPrecisionLinear: which operand each of the three GEMMs multiplies, and how good the result is."""
+"""Every named recipe runs through LowPrecisionLinear: each of the three GEMMs multiplies the right operands, with the stated quality."""
 
 import math
 
@@ -39,8 +39,10 @@ every_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 
 
 def operands(make, shape: tuple[int, int, int], seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return random x [M, K], w [N, K] of the size of an initialised weight, bias [N], and the gradient of y [M, N]: ones would hide
-    mistakes."""
+    """Return random x [M, K], w [N, K] of the size of an initialised weight, bias [N], and the gradient of y [M, N].
+
+    The gradient is random because ones would hide mistakes.
+    """
     m, n, k = shape
     return make(m, k, seed), make(n, k, seed + 1) / k**0.5, make(1, n, seed + 2)[0], make(m, n, seed + 3)
 
@@ -103,7 +105,7 @@ def reference_operands(recipe: Recipe, x: Tensor, w: Tensor, g: Tensor) -> dict[
 
 
 def cut(recipe: Recipe, x: Tensor, w: Tensor) -> dict[str, Tensor]:
-    """Return where the straight-through gradient is zero: dx if x is differentiated as fprop's fake-quantised x (so wgrad.b), dw likewise."""
+    """Return where the straight-through gradient is zero: of dx if wgrad.b is fprop's fake-quantised x, and of dw likewise."""
     hadamard = recipe.fprop.hadamard
     masks = {}
     for gemm, source, t, spec in (("dgrad", recipe.wgrad.b, x, recipe.fprop.a), ("wgrad", recipe.dgrad.b, w, recipe.fprop.b)):
@@ -118,8 +120,10 @@ def cut(recipe: Recipe, x: Tensor, w: Tensor) -> dict[str, Tensor]:
 @every_recipe
 @pytest.mark.parametrize("shape", [RECIPE_SHAPE, *ODD_SHAPES], ids=str)
 def test_each_gemm_multiplies_the_operands_that_its_recipe_says(recipe, shape):
-    """The layer is compared with float64 products of dequantised operands. The bound is that of fp32 accumulation alone, so no other
-    operand passes."""
+    """The layer is compared with float64 products of dequantised operands.
+
+    The bound is that of fp32 accumulation alone, so no other operand passes.
+    """
     x, w, bias, g = operands(DISTRIBUTIONS["heavy_tailed"], shape)
     got, masks = run(recipe, x, w, bias, g), cut(recipe, x, w)
     for gemm, (a, b) in reference_operands(recipe, x, w, g).items():
@@ -132,11 +136,11 @@ def test_each_gemm_multiplies_the_operands_that_its_recipe_says(recipe, shape):
             expected, bound = expected.masked_fill(masks[gemm], 0), bound.masked_fill(masks[gemm], 0)
             if recipe.fprop.hadamard is None:
                 assert (got[gemm][masks[gemm]] == 0).all()
-        if gemm != "fprop" and recipe.fprop.hadamard is not None:  # back through fprop's transform
+        if gemm != "fprop" and recipe.fprop.hadamard is not None:  # the gradient goes back through fprop's transform
             inverse = matrix(recipe.fprop.hadamard).t()
             groups = [part.unflatten(1, (-1, len(inverse))) for part in (expected, bound)]
             expected = (groups[0] @ inverse).flatten(1)[:, : x.shape[1]]
-            # each of its log2(n) levels of additions and the scaling round once
+            # each of the transform's log2(n) levels of additions rounds once, and so does the scaling
             roundings = 2.0**-24 * (len(inverse).bit_length() + 1)
             bound = ((groups[1] + roundings * groups[0].abs()) @ inverse.abs()).flatten(1)[:, : x.shape[1]]
         error = (got[gemm].double() - expected).abs()
@@ -145,11 +149,11 @@ def test_each_gemm_multiplies_the_operands_that_its_recipe_says(recipe, shape):
     assert ((got["bias"].double() - g.double().sum(0)).abs() <= fp32_accumulation_bound(ones, g.t())[0]).all()
 
 
-def test_the_reference_tells_the_recipes_apart():
+def test_the_reference_distinguishes_the_recipes():
     """The test above could not fail if its bound were loose: no recipe's operands pass for another's, in any of the three GEMMs."""
     x, w, _, g = operands(DISTRIBUTIONS["heavy_tailed"], RECIPE_SHAPE)
     products = {name: reference_operands(recipe, x, w, g) for name, recipe in RECIPES.items() if name in library.names()}
-    # The same values but for what underflows, since both scales are powers of two; and recipes that share operands by definition.
+    # These pairs differ only in what underflows, since both scales are powers of two, or share operands by definition.
     twins = [{"fp8_blockwise_ue8m0", "mxfp8"}, {"fp8_tensorwise", "fp8_delayed"}]
     shared = {
         "fprop": [{"bf16", "mxfp4_aws"}, {"fp8_rowwise", "fp8_rowwise_wgrad_hp"}, {"fp8_blockwise", "fp8_blockwise_wgrad2d"}],
@@ -165,7 +169,7 @@ def test_the_reference_tells_the_recipes_apart():
                     continue
                 c, d = other_ops[gemm]
                 if "mxfp4_quartet" in (name, other) and gemm != "fprop":
-                    continue  # its gradients are still to be transformed back: no product to compare
+                    continue  # its gradients are not transformed back yet: there is no product to compare
                 distance = (a.double() @ b.double().t() - c.double() @ d.double().t()).abs()
                 assert (distance > bound).any(), f"{gemm}: {name} and {other} are within the bound of one another"
 
@@ -174,7 +178,7 @@ def test_the_reference_tells_the_recipes_apart():
 @pytest.mark.parametrize("name", library.names())
 def test_quality_against_high_precision(name, distribution):
     x, w, _, g = operands(DISTRIBUTIONS[distribution], SQNR_SHAPE)
-    got = run(library.get(name), x, w, None, g)  # a bias, which is exact, would flatter y
+    got = run(library.get(name), x, w, None, g)  # an exact bias would make y look better
     xd, wd, gd = x.double(), w.double(), g.double()
     exact = {"fprop": xd @ wd.t(), "dgrad": gd @ wd, "wgrad": gd.t() @ xd}
     for (gemm, reference), floor in zip(exact.items(), SQNR_FLOORS_DB[name][distribution], strict=True):
@@ -198,7 +202,7 @@ def test_every_named_recipe_has_floors():
     assert all(set(floors) == set(DISTRIBUTIONS) for floors in SQNR_FLOORS_DB.values())
 
 
-# Quantisation-aware training, against autograd through a fake-quantiser that is written out.
+# Quantisation-aware training is compared with autograd through a fake-quantiser that is written out.
 
 
 def round_straight_through(x: Tensor) -> Tensor:
@@ -206,8 +210,10 @@ def round_straight_through(x: Tensor) -> Tensor:
 
 
 def fake_int8_per_token(x: Tensor) -> Tensor:
-    """Return an asymmetric fake-quantised x, per row. Scale and zero point are constants to autograd, and torch.clamp's own gradient is the
-    mask."""
+    """Return an asymmetric fake-quantised x, per row.
+
+    Scale and zero point are constants to autograd, and torch.clamp's own gradient is the mask.
+    """
     with torch.no_grad():
         low, high_ = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0)
         scale = (high_ - low) / 255
@@ -223,14 +229,14 @@ def fake_int4_per_group(w: Tensor) -> Tensor:
     return (torch.clamp(round_straight_through(groups * (1 / scale)), -8, 7) * scale).flatten(1)
 
 
-# round_straight_through computes x + (round(x) - x), which is round(x) to within an ulp of a code (<= 128), and its gradient meets
-# (1 / scale) * scale, one to within two roundings. Both are relative errors of an operand, of a few 2^-24.
+# round_straight_through computes x + (round(x) - x), which is round(x) to within an ulp of a code (<= 128). Its gradient meets
+# (1 / scale) * scale, which is one to within two roundings. Both are relative errors of an operand, of a few 2^-24.
 QAT_OPERAND_ERROR = 4 * 2.0**-24
 
 
 def test_qat_gradients_equal_autograd_through_an_explicit_fake_quantiser():
     x, w, _, g = operands(DISTRIBUTIONS["gaussian"], (64, 48, 96))
-    # A row whose both ends round up, so that 128 is cut (see the quantiser's tests): amax of int8 saturates only there.
+    # Both ends of this row round up, so that 128 is cut (see the quantiser's tests): amax of int8 saturates only in such a row.
     x[5] = x[5].clamp(-1, 1)
     x[5, 0], x[5, 1] = -1.5, 253.5
     got = run(library.get("qat_int8dyn_int4"), x, w, None, g)
@@ -241,7 +247,9 @@ def test_qat_gradients_equal_autograd_through_an_explicit_fake_quantiser():
 
     masks = cut(library.get("qat_int8dyn_int4"), x, w)
     assert masks["dgrad"].nonzero().tolist() == [[5, 1]]
-    assert 0.01 < masks["wgrad"].float().mean() < 0.02  # +amax of about 40% of the groups of 32, as 79% are cut where it is positive
+    assert (
+        0.01 < masks["wgrad"].float().mean() < 0.02
+    )  # +amax is cut in about 40% of the groups of 32, in 79% of those where it is positive
     for gemm in ("dgrad", "wgrad"):
         assert expected[gemm] is not None
         assert torch.equal(expected[gemm] == 0, masks[gemm])
@@ -259,7 +267,7 @@ def test_qat_is_exact_where_nothing_is_rounded():
     x = torch.randint(-128, 128, (8, 32), generator=generator).float()
     x[:, 0], x[:, 1] = -128.0, 127.0
     w = torch.randint(-7, 8, (6, 32), generator=generator).float()
-    w[:, 0], w = -7.5, w  # scale 1; -7.5 becomes -8, the one value that moves
+    w[:, 0], w = -7.5, w  # scale 1; -7.5 becomes -8, the only value that changes
     g = torch.randint(-4, 5, (8, 6), generator=generator).float()
     got = run(library.get("qat_int8dyn_int4"), x, w, None, g)
     served = w.clone()
@@ -270,7 +278,7 @@ def test_qat_is_exact_where_nothing_is_rounded():
 
 
 def test_healing_fprop_changes_fprop_alone():
-    """{base: fp8_blockwise, fprop: bf16}: y is bf16's, the gradients are fp8_blockwise's, bit for bit."""
+    """With {base: fp8_blockwise, fprop: bf16}, y is bf16's and the gradients are fp8_blockwise's, bit for bit."""
     x, w, bias, g = operands(gaussian, RECIPE_SHAPE)
     healed, base, bf16 = (run(RECIPES[name], x, w, bias, g) for name in ("blockwise, fprop in bf16", "fp8_blockwise", "bf16"))
     assert torch.equal(healed["fprop"], bf16["fprop"])

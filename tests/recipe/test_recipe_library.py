@@ -1,4 +1,4 @@
-"""Recipes as data: names, the forms of a configuration, equations, and what is refused."""
+"""Recipes as data: names, forms of a configuration, equations, and refusals."""
 
 import pytest
 
@@ -181,7 +181,7 @@ def test_single_fields_of_a_gemm_can_be_changed():
 
 
 def test_a_published_recipe_can_be_written_out():
-    """NVFP4's wgrad from its notation, but for the published signs, which have no number."""
+    """NVFP4's wgrad is written in its notation, except the published signs, which have no number."""
     g, x = "e2m1[1x16 e4m3 stochastic]", "e2m1[1x16 e4m3]"
     written = library.resolve({"base": "fp32", "wgrad": {"a": g, "b": x, "hadamard": 16}})
     assert (written.wgrad.a, written.wgrad.b) == (library.get("nvfp4").wgrad.a, library.get("nvfp4").wgrad.b)
@@ -206,7 +206,7 @@ def test_a_published_recipe_can_be_written_out():
         ({"a": "from_fprop"}, "for b of dgrad and wgrad only"),
     ],
 )
-def test_what_a_gemm_may_not_be(fprop, words):
+def test_invalid_gemms_are_refused(fprop, words):
     with pytest.raises(UserError, match=words) as caught:
         library.resolve({"base": "bf16", "fprop": fprop})
     assert "\n" not in str(caught.value)
