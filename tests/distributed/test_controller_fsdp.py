@@ -1,4 +1,4 @@
-"""Two processes under FSDP2 whose precision changes: by phases, and by a breach that one rank sees. The ranks measure different errors."""
+"""Two processes under FSDP2 change their precision by phases, and by a breach that one rank sees. The ranks measure different errors."""
 
 import json
 from pathlib import Path
@@ -79,4 +79,4 @@ def test_ranks_decide_alike(tmp_path: Path):
     assert first["sqnr"] == second["sqnr"] == {name: min(own, second["own"][name]) for name, own in first["own"].items()}
     assert first["own"] != second["own"]
     told = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
-    assert told == first["events"]  # written by the first rank alone
+    assert told == first["events"]  # only the first rank writes events

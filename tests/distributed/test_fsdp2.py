@@ -29,7 +29,7 @@ MODEL = nn.Linear(4, 4)
 
 @pytest.fixture(autouse=True)
 def fresh_state() -> Iterator[None]:
-    """Accelerate keeps its state for the whole process."""
+    """Start with a fresh state: Accelerate keeps it for the whole process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -48,7 +48,7 @@ def test_weights_are_gathered_in_16_bits_and_gradients_summed_in_fp32(name: str,
     state = SimpleNamespace(fsdp_plugin=_plugin(name))
     assert sum_in_fp32(state, MODEL)
     assert state.fsdp_plugin.mixed_precision_policy == MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    assert not sum_in_fp32(state, MODEL)  # done
+    assert not sum_in_fp32(state, MODEL)  # the second call finds nothing to do
 
 
 def test_gradients_of_bf16_weights_are_summed_in_fp32_without_mixed_precision():
@@ -151,7 +151,7 @@ def test_runs_that_can_be_sharded(monkeypatch: pytest.MonkeyPatch):
     check_can_shard(_args(False, "cuda", RANKS))
 
 
-def test_runs_whose_shards_would_be_offloaded(monkeypatch: pytest.MonkeyPatch):
+def test_offloaded_shards_are_recognised(monkeypatch: pytest.MonkeyPatch):
     args = _args(True, "cuda", RANKS)
     assert not offloads(args)
     args.fsdp_plugin_args["cpu_offload"] = True
@@ -215,7 +215,7 @@ def test_a_loss_scale_is_not_offloaded(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_trainer_that_does_not_shard_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")  # Accelerate sets it
-    monkeypatch.setattr(TrainingArguments, "parallel_mode", RANKS)  # alone, it refuses
+    monkeypatch.setattr(TrainingArguments, "parallel_mode", RANKS)  # without FSDP this mode alone is refused
     with caplog.at_level("WARNING", logger="lowprec"):
         small_trainer(tmp_path, LowPrecisionCallback("fp8_blockwise"), fsdp=True)
     assert "fsdp: Accelerate shards on GPUs only; here each process has the whole model" in caplog.text
@@ -226,7 +226,7 @@ BF16 = library.get("bf16")
 
 @pytest.mark.parametrize("launched", [False, True])
 def test_bf16_weights_that_are_sharded_train_without_autocast(launched: bool, monkeypatch: pytest.MonkeyPatch):
-    """Accelerate would make them fp32 under autocast."""
+    """Accelerate would convert them to fp32 under autocast."""
     settings: dict[str, Any] = {} if launched else {"fsdp": True}
     if launched:
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")

@@ -1,4 +1,4 @@
-"""Delayed scaling on two ranks: both scale by the amaxes of both, so the histories of one rank, in the checkpoint, serve both."""
+"""Delayed scaling on two ranks: both scale by the amaxes of both ranks, so the histories in the checkpoint, of one rank, serve both."""
 
 import json
 from pathlib import Path

@@ -11,7 +11,7 @@ from torch import nn
 from lowprec.training.optim.adamw import OptimizerConfig, build
 from tests.processes import run_ranks
 
-# [33, 256]: rows of whole blocks, uneven shards. [64, 33]: blocks cross rows, uneven shards, so fp32. [128, 64]: blocks cross rows, even shards.
+# [33, 256]: whole blocks in a row, uneven shards. [64, 33]: blocks cross rows, uneven shards, so fp32. [128, 64]: likewise, even shards.
 SHAPES = ((256, 33), (33, 64), (64, 128), (128, 8))
 CASES = (("fp32", "8bit"), ("bf16", "8bit"), ("bf16", "4bit"), ("bf16", "bf16"))
 
@@ -115,7 +115,7 @@ def ranks(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("way", ["broadcast", "read by all", "sharded"])
 @pytest.mark.parametrize("case", CASES)
-def test_a_sharded_run_goes_on_bit_for_bit(case: tuple[str, str], way: str, ranks: list[dict[str, Any]]):
+def test_a_sharded_run_resumes_bit_for_bit(case: tuple[str, str], way: str, ranks: list[dict[str, Any]]):
     """The checkpoint is read by the first rank and broadcast (Accelerate on several GPUs), read by every rank (on one GPU), or sharded."""
     for rank in ranks:
         equal, untrained = rank[" ".join(case)][way]
@@ -142,7 +142,7 @@ def test_the_gathered_state_is_that_of_one_process(case: tuple[str, str], folder
         optimizer.step()
     mine = optimizer.state_dict()["state"]
     for number, (name, parameter) in enumerate(model.named_parameters()):
-        if name == "1.weight":  # quantised here, but not in uneven shards, whose bounds its blocks would cross
+        if name == "1.weight":  # quantised here, but not in uneven shards, because its blocks would cross their bounds
             continue
         theirs = gathered["state"][name]
         expected = {key: (value.shape, value.dtype) for key, value in mine[number].items()}

@@ -69,7 +69,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_the_loss_is_handed_out_as_it_was_computed(dtype: str, found: dict[str, Any]):
+def test_the_loss_is_returned_as_it_was_computed(dtype: str, found: dict[str, Any]):
     assert found[f"{dtype} True"]["dtype"] == "torch.float32"
     assert found[f"{dtype} True"]["loss"] == pytest.approx(2.501, rel=1e-7)
     assert abs(found[f"{dtype} False"]["loss"] - 2.501) > 9e-4

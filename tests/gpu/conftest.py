@@ -1,4 +1,4 @@
-"""On a GPU machine the packages are the machine's own, not those that constraints.txt pins: their warnings are no failures of ours."""
+"""A GPU machine has its own packages, not those that constraints.txt pins, so warnings of these packages are not failures."""
 
 from pathlib import Path
 

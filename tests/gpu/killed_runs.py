@@ -1,7 +1,7 @@
-"""Runs that are killed and go on, and the same without: what tests of resuming on GPUs compare.
+"""Runs that are killed and resume, and the same runs without an interruption: tests of resuming on GPUs compare the two.
 
-A run that goes on equals one that nothing interrupted bit for bit, since both take deterministic kernels (`trainer.full_determinism`, which
-is torch.use_deterministic_algorithms): without, the backward of attention adds up in an order that differs from run to run.
+A resumed run equals an uninterrupted one bit for bit, since both use deterministic kernels (`trainer.full_determinism`, which is
+torch.use_deterministic_algorithms). Without them, the backward of attention sums in an order that differs from run to run.
 """
 
 import json
@@ -19,11 +19,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 STEPS, SAVED, KILLED, OVERFLOWS = 12, 5, 8, 4
-"""A loop's step OVERFLOWS has, under fp16, a gradient that is infinite in the last rank's part of a weight alone."""
+"""In a loop under fp16, step OVERFLOWS has a gradient that is infinite only in the last rank's part of one weight."""
 SCALING = {"init_scale": 1024, "growth_interval": 3}
-"""The scale grows in the run, and steps since it last did so are part of the checkpoint after step 5."""
+"""The scale grows in the run, and the checkpoint after step 5 holds the number of steps since it last grew."""
 
-# `lowprec`, killed in step KILLED + 1 if it is told so: a kill from outside comes too late or too early on one GPU or another.
+# `lowprec`, which kills itself in step KILLED + 1 on request: a kill from outside would come too late or too early, depending on the GPU.
 _COMMAND = """
 import os, signal, sys
 from transformers import Trainer
@@ -127,7 +127,7 @@ FSDP2 = ("trainer.fsdp=true", "trainer.fsdp_config={version: 2, reshard_after_fo
 
 @dataclass(frozen=True)
 class Case:
-    """A run: `lowprec train` with these overrides, or the loop above with this mixed precision; by what it is started."""
+    """A run by `launcher`: `lowprec train` with the overrides `arguments`, or the loop above with the mixed precision `arguments`."""
 
     arguments: tuple[str, ...]
     launcher: tuple[str, ...] = ()
@@ -140,13 +140,13 @@ class Case:
 
 @contextmanager
 def start_all(cases: dict[str, Case], folders: pytest.TempPathFactory) -> Iterator[dict[str, Future]]:
-    """Each run's folders (`whole_and_resumed`), as they come. The runs take their turns on the GPUs, side by side, which changes no bit."""
+    """Yield the futures of each run's folders (`whole_and_resumed`). The runs share the GPUs side by side, which changes no bit."""
     with ThreadPoolExecutor(2 * len(cases)) as pool:
         yield {name: pool.submit(whole_and_resumed, case, folders.mktemp(name), pool) for name, case in cases.items()}
 
 
 def whole_and_resumed(case: Case, folder: Path, pool: ThreadPoolExecutor) -> tuple[Path, Path]:
-    """The folders of a run that nothing interrupts and of one that is killed and goes on."""
+    """Return the folders of an uninterrupted run and of one that is killed and resumes."""
     whole = pool.submit(start, case, folder / "whole", "never")
     killed = start(case, folder / "resumed", str(KILLED))
     assert killed.returncode != 0
@@ -171,9 +171,9 @@ def start(case: Case, folder: Path, killed: str = "never") -> subprocess.Complet
         arguments += ["trainer.resume_from_checkpoint=true"] if killed == "resume" else []
     path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    # Deterministic products of cuBLAS want this before the first of them; every run has it, so that all take the same algorithms.
+    # cuBLAS needs this before its first deterministic product; every run has it, so that all use the same algorithms.
     environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    environment["TORCHINDUCTOR_CACHE_DIR"] = str(script.with_suffix(".compiled"))  # as on another machine: each run chooses its kernels
+    environment["TORCHINDUCTOR_CACHE_DIR"] = str(script.with_suffix(".compiled"))  # each run chooses its kernels, as on a new machine
     command = [sys.executable, *case.launcher, str(script), *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
 
@@ -205,17 +205,17 @@ def records(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     return [record for line in lines if "loss" in (record := json.loads(line))]
 
 
-def _told(found: list[dict[str, Any]]) -> list[str]:
-    """What does not depend on the clock, as text: a norm that is NaN equals itself there."""
+def _without_times(found: list[dict[str, Any]]) -> list[str]:
+    """Return the fields that do not depend on the clock, as text, because a NaN norm equals itself only as text."""
     keys = ("step", "loss", "grad_norm", "loss_scale", "skipped_steps", "phase", "rate", "guard_recoveries")
     return [json.dumps({key: record[key] for key in keys if key in record}) for record in found]
 
 
 def check_equal(case: Case, whole: Path, resumed: Path, name: str = "metrics.jsonl") -> None:
-    """Losses, gradients and loss scales of every step, and the weights or the validation loss in the end; and that it learned."""
-    expected, found = _told(records(whole, name)), _told(records(resumed, name))
+    """Assert equal losses, gradients and loss scales in every step, equal weights or validation loss in the end, and a falling loss."""
+    expected, found = _without_times(records(whole, name)), _without_times(records(resumed, name))
     assert len(expected) == STEPS
-    if case.loop:  # whose file nobody cuts back to the checkpoint
+    if case.loop:  # nothing cuts a loop's file back to the checkpoint
         del found[SAVED:KILLED]
     assert found == expected
     result = "result.json" if case.loop else "summary.json"
@@ -227,7 +227,7 @@ def check_equal(case: Case, whole: Path, resumed: Path, name: str = "metrics.jso
     assert losses[-1] < losses[0] - 0.3
     scales = [record.get("loss_scale") for record in records(whole, name)]
     if case.scaled:
-        assert len(set(scales)) > 2  # it grew in the run, so that a checkpoint has something to forget
+        assert len(set(scales)) > 2  # the scale grew in the run, so the checkpoint must hold it
     else:
         assert set(scales) == {None}
     if case.loop and case.scaled:

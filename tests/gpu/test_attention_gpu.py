@@ -1,8 +1,8 @@
-"""Masks on CUDA: FlexAttention against the dense matrix, and inside a Llama, eager and compiled.
+"""Masks on CUDA: FlexAttention is compared with the dense matrix, and inside a Llama, eager and compiled.
 
-How close is close enough. In bf16 no kernel is exact, so FlexAttention is not compared with another bf16 kernel but both with
-softmax written out in fp64 on the same bf16 inputs: its error must not exceed twice that of SDPA with the dense matrix, or one
-rounding unit of bf16 (2^-8), whichever is larger. Errors are relative, in the Frobenius norm.
+No kernel is exact in bf16, so FlexAttention is not compared with another bf16 kernel: both are compared with softmax written out in
+fp64 on the same bf16 inputs. The error of FlexAttention must not exceed twice that of SDPA with the dense matrix, or one rounding unit
+of bf16 (2^-8), whichever is larger. Errors are relative, in the Frobenius norm.
 """
 
 import copy
@@ -17,7 +17,7 @@ from tests.builders import tiny_llama
 
 pytestmark = [
     pytest.mark.gpu,
-    # The compiler's own warnings about itself (TF32 is off, .grad of a non-leaf, deprecated torch.jit, ...).
+    # All are the compiler's warnings about itself (TF32 is off, .grad of a non-leaf, deprecated torch.jit, ...).
     pytest.mark.filterwarnings("ignore::UserWarning:torch"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
     pytest.mark.filterwarnings("ignore::FutureWarning:torch"),
@@ -40,7 +40,7 @@ MASKS = [
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
-    # Every mask, shape and model is one more variant of the same compiled functions, and their number is limited.
+    # Every mask, shape and model is one more variant of the same compiled functions, and the number of variants is limited.
     torch._dynamo.reset()
     torch.manual_seed(0)
     yield
@@ -48,7 +48,7 @@ def _fresh_compiler():
 
 
 def document_ids(batch: int, length: int) -> torch.Tensor:
-    """Documents whose borders lie neither on tiles nor at the same place in two rows. [B, S]"""
+    """Return ids of documents whose borders lie neither on tiles nor at the same place in two rows, [B, S]."""
     rows = [(torch.arange(length) + 17 * row) // (60 + 31 * row) for row in range(batch)]
     return torch.stack(rows).cuda()
 
@@ -72,7 +72,7 @@ def dense_sdpa(q, k, v, visible):
 
 
 def with_gradients(function, tensors, weight) -> list[torch.Tensor]:
-    """[out, dq, dk, dv] in fp64."""
+    """Return [out, dq, dk, dv] in fp64."""
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
     out = function(*leaves)
     out.backward(weight.to(out.dtype))
@@ -156,7 +156,7 @@ def llama():
 
 
 def step(model, ids, lengths) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """(loss, gradients) of one training step, on the CPU."""
+    """Return (loss, gradients) of one training step, on the CPU."""
     device = next(model.parameters()).device
     model.zero_grad(set_to_none=True)
     batch = {"input_ids": ids.to(device), "labels": ids.to(device), "position_ids": positions(lengths).to(device)}
@@ -173,7 +173,7 @@ def assert_same_step(got, expected):
 
 @pytest.fixture
 def block_masks(monkeypatch) -> list:
-    """The BlockMasks that the model's mask function made."""
+    """Return a list to which each BlockMask that the model's mask function makes is added."""
     made = []
     build = hf.build_block_mask
 
@@ -209,7 +209,7 @@ def test_llama_with_compiled_blocks(expression, checkpointing, block_masks):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert compile_blocks(model, "blocks", "cuda").compiled == 2
     graphs = []
-    for lengths in PACKINGS[:1] + PACKINGS[2:]:  # all of them packed: the kind of mask, and so the graph, is the same
+    for lengths in PACKINGS[:1] + PACKINGS[2:]:  # all rows are packed, so the kind of mask and the graph are the same
         ids = torch.randint(2, VOCAB, (1, 300))
         assert_same_step(step(model, ids, lengths), step(reference, ids, lengths))
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])

@@ -1,4 +1,4 @@
-"""Experts of mixtures in native FP8 give what they give emulated on a CPU."""
+"""Experts of mixtures give the same results in native FP8 as emulated on a CPU."""
 
 import copy
 from typing import Any
@@ -27,7 +27,7 @@ def test_products_are_the_cpus(kind: Any, recipe: str):
         for parameter in module.parameters():
             parameter.copy_(torch.randn_like(parameter) * (0.1 if parameter.dim() == 2 else parameter.shape[-1] ** -0.5))
     chosen = torch.stack([torch.randperm(4)[:2] for _ in range(333)])
-    chosen[chosen == 2] = 4  # one expert without tokens, some tokens of another rank's
+    chosen[chosen == 2] = 4  # one expert has no tokens, some tokens belong to another rank's expert
     x, weights, g = torch.randn(333, 256).bfloat16(), torch.rand(333, 2), torch.randn(333, 256).bfloat16()
     found = []
     for device in ("cpu", "cuda"):
@@ -39,7 +39,7 @@ def test_products_are_the_cpus(kind: Any, recipe: str):
         y.backward(g.to(device))
         found.append([t.detach().double().cpu() for t in (y, tokens.grad, *(parameter.grad for parameter in here.parameters()))])
     for cpu, gpu in zip(*found, strict=True):
-        assert sqnr_db(cpu, gpu) > 35  # the up projection's result is rounded to bf16, which may take the down projection's next code
+        assert sqnr_db(cpu, gpu) > 35  # bf16 rounds the up projection's result, which may change a code of the down projection
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -1,4 +1,4 @@
-"""FP8 on a GPU: fused quantisers bit for bit, every native GEMM backend and the layer against the reference."""
+"""FP8 on a GPU: fused quantisers agree bit for bit with the reference; so do native GEMM backends and layers, up to rounding."""
 
 import itertools
 
@@ -76,8 +76,8 @@ def test_both_directions_from_one_read(spec: str, kinds: tuple[int, int], dtype:
 
 
 @hopper
-def test_many_tiles_in_a_row_are_right_however_the_loads_come_in():
-    """Two warp groups share the buffers; enough tiles that they overtake each other, and quick ones."""
+def test_many_tiles_are_right_for_any_order_of_loads():
+    """Two warp groups share the buffers; there are enough tiles, and quick ones, that the groups overtake each other."""
     x = torch.randn(16384, 8192, device="cuda", dtype=torch.bfloat16)
     for kinds in ((1, 1), (2, 2), (1, 0)):
         choice = {1: OperandSpec.parse(TILES[0]), 2: OperandSpec.parse(BLOCK_OF[TILES[0]]), 0: None}
@@ -106,7 +106,7 @@ def test_scales_of_every_mantissa_are_correctly_rounded():
     spec = OperandSpec.parse("e4m3[1x128 fp32]")
     for exponent in (1, 127, 200):
         amax = (torch.arange(2**23, dtype=torch.int32, device="cuda") + (exponent << 23)).view(torch.float32)
-        # One magnitude a tile; its code is 448 or what 1 / scale makes of it, so that a wrong reciprocal shows.
+        # Each tile has one magnitude; its code is 448 or what 1 / scale makes of it, so that a wrong reciprocal shows.
         x = amax.reshape(-1, 8).repeat_interleave(128, 1)[:4096]
         a, _ = both(x, spec, None)
         assert a is not None
@@ -114,7 +114,7 @@ def test_scales_of_every_mantissa_are_correctly_rounded():
 
 
 @hopper
-def test_swiglu_is_quantised_as_if_it_had_been_written():
+def test_fused_swiglu_equals_quantising_its_result():
     gate, up = (torch.randn(1000, 520, device="cuda", dtype=torch.bfloat16) * 3 for _ in range(2))
     tile = OperandSpec.parse("e4m3[1x128 fp32]")
     a, b = both(up, tile, tile, times_silu_of=gate)
@@ -122,7 +122,7 @@ def test_swiglu_is_quantised_as_if_it_had_been_written():
     assert a is not None
     assert b is not None
     close = (a.dequantize() - quantize(h, tile).dequantize()).norm() / h.float().norm()
-    assert close < 1e-3  # silu's division may differ in its last bit, and by that a bf16 result in its
+    assert close < 1e-3  # silu's division may differ in the last bit, and with it the last bit of a bf16 result
     assert (b.dequantize().t() - h).norm() / h.float().norm() < 0.04
 
 
@@ -239,7 +239,7 @@ def test_whole_scales_on_cublaslt(name: str, kind: str):
         for out_dtype in (torch.float32, torch.bfloat16):
             ours = BACKENDS["scaled_mm"].mm(a, b, out_dtype)
             assert ours.dtype == out_dtype
-            # A single product may lie halfway between two of bf16's numbers, 0.39% from either.
+            # A single product may lie halfway between two bf16 numbers, 0.39% from either.
             rounding = (exact.to(out_dtype).float() - exact).norm()
             assert (ours.float() - exact).norm() <= max(3e-3 * exact.norm(), 1.001 * rounding) + 1e-30, (gemm, M, N, K)
 
@@ -311,7 +311,7 @@ def test_native_layers_give_what_the_reference_gives(recipe: str, dtype: torch.d
     assert device.fprop_backend.name != "reference"
     for tokens in (256, 77, 1):
         x, g = torch.randn(tokens, 384, device="cuda", dtype=dtype), torch.randn(tokens, 264, device="cuda", dtype=dtype)
-        # cuBLASLt gives products of per-row scales in bf16 only
+        # cuBLASLt returns products of per-row scales in bf16 only
         for a, b in zip(gradients(ours, x, g), gradients(reference, x, g), strict=True):
             assert a.dtype == b.dtype
             assert (a.float() - b.float()).norm() <= (

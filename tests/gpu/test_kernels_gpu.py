@@ -1,4 +1,4 @@
-"""Liger's kernels and compiled blocks in a tiny Llama on CUDA, against the model without them."""
+"""Liger's kernels and compiled blocks in a tiny Llama on CUDA train as the model without them does."""
 
 import copy
 
@@ -12,7 +12,7 @@ pytest.importorskip("liger_kernel")
 
 pytestmark = [
     pytest.mark.gpu,
-    # The compiler's own warnings about itself (TF32 is off, .grad of a non-leaf, deprecated torch.jit, ...).
+    # All are the compiler's warnings about itself (TF32 is off, .grad of a non-leaf, deprecated torch.jit, ...).
     pytest.mark.filterwarnings("ignore::UserWarning:torch"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
     pytest.mark.filterwarnings("ignore::FutureWarning:torch"),
@@ -28,7 +28,7 @@ VOCAB = 256
 def _fresh(monkeypatch):
     from transformers.models.llama import modeling_llama
 
-    # Liger's rotary embedding replaces this one for the whole process; monkeypatch puts it back.
+    # Liger's rotary embedding replaces the model's for the whole process; monkeypatch restores it.
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb)
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -49,7 +49,7 @@ def step(model, ids) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 
 def assert_same_step(got, expected, *, limit: float):
-    """Loss and every gradient within the relative error `limit` (Frobenius norm)."""
+    """Assert that the loss and every gradient agree within the relative error `limit` (Frobenius norm)."""
     torch.testing.assert_close(got[0], expected[0], rtol=limit, atol=0)
     for name, grad in expected[1].items():
         relative = ((got[1][name] - grad).norm() / grad.norm()).item()
@@ -63,7 +63,7 @@ def ids() -> torch.Tensor:
 
 @pytest.fixture
 def head_calls():
-    """Counts the calls of a model's lm_head."""
+    """Return a function that counts the calls of a model's lm_head."""
     calls = []
 
     def count(model):
@@ -85,8 +85,8 @@ def test_all_kernels_train_as_without(ids, head_calls):
 
 
 def test_all_kernels_in_bf16(ids):
-    # Neither is exact in bf16: both are measured against the same weights in fp32, and Liger may be off by twice as much as
-    # transformers, or by two rounding units of bf16 (2^-8 each), whichever is larger.
+    # Neither is exact in bf16: both are compared with the same weights in fp32. Liger's error may be twice that of transformers, or two
+    # rounding units of bf16 (2^-8 each), whichever is larger.
     model = llama().bfloat16()
     exact = step(copy.deepcopy(model).float(), ids)
     plain = step(model, ids)

@@ -1,4 +1,4 @@
-"""What needs two CUDA devices: ranks that talk through NCCL, under FSDP2 and DDP, killed and gone on, and next to one device alone."""
+"""Tests that need two CUDA devices: ranks that talk through NCCL, under FSDP2 and DDP, are killed, resume, and equal one device alone."""
 
 import json
 from collections.abc import Iterator
@@ -40,7 +40,7 @@ ALONE = {
     "ddp": Case(("precision.recipe=fp8_delayed", "optimizer.moments=8bit")),
     "offloaded": Case(("precision.recipe=fp8_blockwise",)),
 }
-"""The same rows in every step, by one process on one of the GPUs."""
+"""Runs of one process on one GPU, with the same rows in every step as those of `CASES`."""
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def alone(runs: dict[str, Future], tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future]]:
-    """The folder of each run of `ALONE` and what it printed; side by side, too."""
+    """Yield the future of each run of `ALONE`: its folder and its output. The runs share the GPUs side by side."""
     with ThreadPoolExecutor(len(ALONE)) as pool:
         folders = {name: tmp_path_factory.mktemp("alone") / name for name in ALONE if name in runs}
         yield {name: pool.submit(lambda name=name: (folders[name], start(ALONE[name], folders[name]))) for name in folders}
@@ -60,7 +60,7 @@ def alone(runs: dict[str, Future], tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("name", CASES)
-def test_a_killed_run_goes_on_bit_for_bit(runs: dict[str, Future], name: str):
+def test_a_killed_run_resumes_bit_for_bit(runs: dict[str, Future], name: str):
     whole, resumed = runs[name].result()
     check_equal(CASES[name], whole, resumed)
     if CASES[name].loop:
@@ -69,7 +69,7 @@ def test_a_killed_run_goes_on_bit_for_bit(runs: dict[str, Future], name: str):
 
 @pytest.mark.parametrize("name", ["loop-fp16", "loop-bf16"])
 def test_ranks_decide_alike(runs: dict[str, Future], name: str):
-    """Of an overflow in one rank's part of a gradient, too."""
+    """The ranks also agree about an overflow that is in one rank's part of a gradient."""
     whole, _ = runs[name].result()
     keys = ("step", "loss_scale", "skipped_steps", "phase", "guard_recoveries", "guard_raised_layers")
     first, second = (
@@ -77,12 +77,12 @@ def test_ranks_decide_alike(runs: dict[str, Future], name: str):
     )
     assert first == second
     losses = [[record["loss"] for record in records(whole, file)] for file in ("metrics.jsonl", "metrics-1.jsonl")]
-    assert losses[0] != losses[1]  # of different rows
+    assert losses[0] != losses[1]  # the ranks train on different rows
 
 
 @pytest.mark.parametrize("name", ALONE)
 def test_two_train_as_one_on_their_rows(runs: dict[str, Future], alone: dict[str, Future], name: str):
-    """Up to roundings: gradients are summed over ranks, FSDP2 gathers weights in 16 bits, and delayed scales go by each rank's own rows."""
+    """The runs agree up to roundings: ranks sum their gradients, FSDP2 gathers 16-bit weights, delayed scales use each rank's own rows."""
     folder, result = alone[name].result()
     assert result.returncode == 0, result.stderr[-4000:]
     assert ("one process trains on one GPU of" in result.stderr) == (torch.cuda.device_count() > 1)
@@ -98,7 +98,7 @@ def test_two_train_as_one_on_their_rows(runs: dict[str, Future], alone: dict[str
 
 @pytest.mark.parametrize("name", ALONE)
 def test_the_finished_model_is_whole(runs: dict[str, Future], name: str):
-    """Whatever the checkpoints are like: weights of all ranks under their usual names, and nothing of what only training needs."""
+    """The model has the weights of all ranks under their usual names, without training state, for every kind of checkpoint."""
     whole, resumed = runs[name].result()
     weights, again = (load_file(folder / "model" / "model.safetensors") for folder in (whole, resumed))
     assert all(torch.equal(weights[key], again[key]) for key in weights)

@@ -1,4 +1,4 @@
-"""What needs a CUDA device: runs that are killed and go on, under AMP and FSDP2; the guard; phases of compiled blocks."""
+"""Tests that need a CUDA device: killed runs that resume, under AMP and FSDP2; the guard; phases of compiled blocks."""
 
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -49,8 +49,8 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_killed_run_goes_on_bit_for_bit(runs: dict[str, Future], name: str):
-    """In the Trainer by `lowprec train`, there under FSDP2, and in an Accelerate loop under FSDP2."""
+def test_a_killed_run_resumes_bit_for_bit(runs: dict[str, Future], name: str):
+    """The runs are the Trainer by `lowprec train`, also under FSDP2, and an Accelerate loop under FSDP2."""
     check_equal(CASES[name], *runs[name].result())
 
 
@@ -82,7 +82,7 @@ def _trainer(folder: Path, model: Any, *callbacks: TrainerCallback, **settings: 
 
 
 class NaNGradient(TrainerCallback):
-    """The gradient of one layer's weight is NaN in the step after some number of steps."""
+    """Makes the gradient of one layer's weight NaN in the step after `step` steps."""
 
     def __init__(self, model: Any, step: int) -> None:
         self.step, self.active = step, False
@@ -100,7 +100,7 @@ def test_the_guard_goes_back_to_a_snapshot_in_pinned_memory(recipe: str, tmp_pat
     held: list[torch.Tensor] = []
 
     class Look(TrainerCallback):
-        """Before the run is over, and the snapshots' memory is free."""
+        """Notes the tensors of the snapshots before the run ends and frees their memory."""
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             snapshots = callback.controller.recovery.snapshots._snapshots
@@ -117,12 +117,12 @@ def test_the_guard_goes_back_to_a_snapshot_in_pinned_memory(recipe: str, tmp_pat
     assert all(part.is_pinned() for part in on_device)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
-    assert losses[-1] + 0.3 < losses[17] < losses[0] - 1  # from the state of step 15 it learns on
+    assert losses[-1] + 0.3 < losses[17] < losses[0] - 1  # the model continues to learn from the state of step 15
 
 
 @pytest.mark.parametrize("max_norm", [None, 1.0])
 def test_amp_has_the_scales_of_torchs_grad_scaler(max_norm: float | None):
-    """With a fused optimizer, which torch lets look for overflows itself; two gradients overflow, and growing finds the limit."""
+    """torch lets the fused optimizer look for overflows itself; two gradients overflow, and growing finds the limit."""
     scaling = LossScalingConfig(init_scale=2.0**14, growth_interval=2)
     batches = torch.randint(0, 256, (12, 4, 64), generator=torch.Generator().manual_seed(1)).cuda()
 
@@ -165,14 +165,14 @@ def test_amp_has_the_scales_of_torchs_grad_scaler(max_norm: float | None):
     assert mine[1][7]
     assert not mine[1][0]
     assert len(set(mine[0])) > 2
-    # The attention's backward is free to sum in any order here, and Adam's first steps are the signs of gradients about zero: a weight may
-    # move the other way by as much as the rate in each step.
+    # The backward of attention may sum in any order here, and Adam's first steps are the signs of gradients near zero: in a step a weight
+    # may move in the other direction by as much as the rate.
     assert (mine[2] - theirs[2]).abs().max() <= 2 * 1e-3 * len(batches)
     assert torch.nn.functional.cosine_similarity(mine[2].flatten(), theirs[2].flatten(), dim=0) > 0.99
 
 
 def test_compiled_blocks_are_compiled_once_more_for_a_phase(tmp_path: Path):
-    """One compilation serves all blocks; none is needed when a phase's recipe comes again."""
+    """One compilation serves all blocks; a recipe that comes again in a later phase needs none."""
     model = _llama()
     compile_blocks(model, "blocks", "cuda")
     graphs: list[int] = []

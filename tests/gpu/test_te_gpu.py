@@ -1,4 +1,4 @@
-"""Transformer Engine beside our own: quantisers bit for bit, layers, delayed scaling, sharding and compiling on a GPU."""
+"""Transformer Engine agrees with our code on a GPU: quantisers bit for bit, layers, delayed scaling, sharding and compiling."""
 
 import copy
 from collections.abc import Callable
@@ -25,13 +25,13 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 SHAPES = ((256, 512), (208, 400), (16, 144))
 LARGEST_ERROR = 0.01
-"""Relative, of a layer's results: both multiply the same codes, but for some that fp32 scales round to a neighbour."""
+"""Relative error of a layer's results: both multiply the same codes, except for a few that fp32 scales round to a neighbour."""
 MOST_CODES_THAT_DIFFER = 1e-3
-"""With fp32 scales; 0.02 to 0.05% are measured."""
+"""Share of codes that may differ with fp32 scales; 0.02 to 0.05% are measured."""
 
 
 def matrix(rows: int, cols: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """No block of zeros, whose scales differ; rows of many magnitudes."""
+    """Make a matrix with rows of many magnitudes and no block of zeros, whose scales would differ."""
     return (heavy_tailed(rows, cols, seed=0) * 2.0 ** torch.linspace(-12, 12, rows)[:, None]).cuda().to(dtype)
 
 
@@ -47,7 +47,7 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
 
 
 def results(layer: Callable[[Tensor], Tensor], x: Tensor, g: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
-    """y, dx and the gradients of the parameters."""
+    """Return y, dx and the gradients of the parameters."""
     x = x.detach().requires_grad_()
     y = layer(x)
     grads = torch.autograd.grad(y, [x, *parameters], g.to(y.dtype))
@@ -139,7 +139,7 @@ def test_master_weights_under_autocast(recipe: str):
 
 
 def test_delayed_scaling_from_the_second_step_on():
-    """In the first, its scales are 1."""
+    """The scales are 1 in the first step."""
     needs("fp8_delayed")
     theirs, ours = layers("fp8_delayed")
     for number in range(4):
@@ -149,7 +149,7 @@ def test_delayed_scaling_from_the_second_step_on():
             assert max(relative_error(a, b) for a, b in pairs) < LARGEST_ERROR
     state = theirs.state_dict()["_extra_state"]
     x_amaxes = torch.stack([batch(256, seed=2 * number)[0].abs().max() for number in range(4)]).float().cpu()
-    # What the last pass saw waits in the first row for the next one.
+    # The first row holds the amax of the last pass for the next one.
     torch.testing.assert_close(torch.cat((state[-3:, 0], state[1:2, 0])), x_amaxes)
     torch.testing.assert_close(state[0, 0], 448 / x_amaxes[:-1].max())
     assert (state[1:, [0, 1, 3]].count_nonzero(0) == 4).all()
@@ -164,7 +164,7 @@ def test_delayed_scaling_resumes():
         x, g = batch(256, seed=2 * number)
         results(first, x, g, list(first.parameters()))
     for layer in first:
-        if isinstance(layer, DelayedTELinear):  # no layer's update reaches another's history
+        if isinstance(layer, DelayedTELinear):  # a layer's update does not change another layer's history
             assert (layer.state_dict()["_extra_state"][1:, :2].count_nonzero(0) == 3).all()
     again.load_state_dict(first.state_dict())
     for number in range(3, 5):
@@ -175,7 +175,7 @@ def test_delayed_scaling_resumes():
         assert torch.equal(value, again.state_dict()[name]), name
 
 
-# The plan, and what is around a layer
+# The plan, and the program around a layer
 
 
 def test_conversion_through_the_plan_trains():
@@ -224,7 +224,7 @@ def test_compiled(recipe: str):
 
 @pytest.mark.parametrize("recipe", ["fp8_blockwise_ue8m0", "fp8_tensorwise", "fp8_delayed"])
 def test_sharded(recipe: str, tmp_path: Path):
-    """FSDP2 on one rank: parameters are sharded and gathered as on many."""
+    """FSDP2 on one rank shards and gathers parameters as on many ranks."""
     needs(recipe)
     net = model()
     convert(net, {"recipe": recipe, "backend": "te"})

@@ -32,13 +32,13 @@ pytestmark = pytest.mark.gpu
 TEXTS = [f"{number}: " + "the quick brown fox jumps over the lazy dog. " * 2 for number in range(32)]
 PRECISION = {"recipe": "fp8_blockwise", "skip_slow": False}
 TIMED = {"deterministic": False, "triton.autotune_pointwise": True}
-"""How TorchInductor chooses kernels by itself."""
+"""The settings by which TorchInductor chooses kernels by default."""
 ROWS = [list(text.encode())[:64] for text in TEXTS]
 
 
 @pytest.fixture
 def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms ask for it
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms require it
     torch.use_deterministic_algorithms(True)
     with inductor.patch(TIMED):
         yield
@@ -100,7 +100,7 @@ def test_a_probe_measures_what_it_measures_on_a_cpu(recipe: str):
 
 @torch.no_grad()
 def logits(model: Any, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    with torch.autocast("cuda", dtype):  # as the Trainer runs it
+    with torch.autocast("cuda", dtype):  # the Trainer uses autocast, too
         return model.eval()(input_ids=torch.tensor(ROWS[7:8], device="cuda")).logits.float()
 
 
@@ -130,7 +130,7 @@ def test_adapters_train_on_a_converted_model_and_are_saved(tmp_path: Path):
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("autocast", ["bf16", "fp16"])
 def test_supervised_fine_tuning(autocast: str, tmp_path: Path):
-    """In two phases under a guard, evaluated, saved, gone on with, and loaded."""
+    """The run has two phases and a guard; it is evaluated and saved, resumes, and its checkpoint is loaded."""
     trl = pytest.importorskip("trl")
     data = Dataset.from_dict({"text": TEXTS})
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer(), eos_token=END, bos_token=END, pad_token=END)
@@ -165,7 +165,7 @@ def test_supervised_fine_tuning(autocast: str, tmp_path: Path):
 
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch"])
 def test_overflows_are_skipped_steps_and_no_breach(optim: str, tmp_path: Path):
-    """Of the Trainer's usual optimizer, which is fused: torch lets it look for overflows itself, and Accelerate hears of none."""
+    """The Trainer's default optimizer is fused: torch lets it look for overflows itself, and Accelerate does not hear of them."""
     rows: Any = [{"input_ids": row, "labels": row} for row in ROWS]
     settings: dict[str, Any] = {
         "max_steps": 20,
@@ -191,7 +191,7 @@ def test_overflows_are_skipped_steps_and_no_breach(optim: str, tmp_path: Path):
 
 @pytest.fixture
 def timed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The kernels that TorchInductor takes for being the fastest of some, from now on; nothing is known of earlier timings."""
+    """Yield the list of kernels that TorchInductor chooses by timing from now on; earlier timings are unknown to it."""
     found: list[str] = []
     choose = CachingAutotuner.autotune_to_one_config
 
@@ -217,7 +217,7 @@ def test_no_kernel_of_a_step_is_chosen_by_timing(weights: Any, moments: Any, tim
         optimizer = build(config, [parameter]) if ours else theirs([parameter])
         torch.compiler.reset()
         optimizer.step()
-        assert bool(timed) != ours  # torchao's own step: what times its kernels is seen here
+        assert bool(timed) != ours  # torchao's own step times its kernels, so the test would notice
 
 
 @pytest.mark.usefixtures("deterministic")

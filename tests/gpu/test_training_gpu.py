@@ -1,4 +1,4 @@
-"""What needs a CUDA device: every recipe there, AMP with loss scaling, compiled blocks, FSDP2, a whole run."""
+"""Tests that need a CUDA device: every recipe, AMP with loss scaling, compiled blocks, FSDP2, a whole run."""
 
 import json
 import os
@@ -28,7 +28,7 @@ COMPILED = (
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A corpus of one file of text per document."""
+    """Make a corpus with one text file per document."""
     folder = tmp_path / "corpus"
     folder.mkdir()
     for number in range(40):
@@ -72,7 +72,7 @@ def test_hadamard_transforms_are_the_cpus_bit_for_bit(size: int):
 @pytest.mark.parametrize("name", lowprec.recipes.names())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_linear_gives_what_it_gives_on_a_cpu(name: str, dtype: torch.dtype):
-    """Emulated: FP8 units sum more coarsely, and test_fp8_gpu.py compares them with this."""
+    """The layers are emulated: FP8 units sum more coarsely, and test_fp8_gpu.py compares them with this emulation."""
     torch.manual_seed(0)
     backend = "reference" if name.startswith("fp8") else "auto"
     here = LowPrecisionLinear.from_linear(torch.nn.Linear(300, 200), lowprec.recipes.get(name), backend)
@@ -96,14 +96,14 @@ def test_linear_gives_what_it_gives_on_a_cpu(name: str, dtype: torch.dtype):
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 def test_compiled_linear(name: str, autocast: torch.dtype | None):
     torch.manual_seed(0)
-    # Without a bias: adding one hides what a compiled forward can do to gradients (tests/nn/test_compiled_layers.py).
+    # The layer has no bias: adding one hides an error of compiled forwards in gradients (tests/nn/test_compiled_layers.py).
     linear = LowPrecisionLinear.from_linear(torch.nn.Linear(512, 384, bias=False, device="cuda"), lowprec.recipes.get(name))
     x, g = torch.randn(256, 512, device="cuda"), torch.randn(256, 384, device="cuda")
-    # The inputs are bf16 numbers: Inductor keeps fp32 where eager code rounds to bf16 first, and would quantise something else.
+    # The inputs are bf16 numbers: Inductor keeps fp32 where eager code rounds to bf16 first, and would quantise other values.
     x, g = x.bfloat16().float(), g.bfloat16().float()
-    # What is left are sums in another order (100 dB). Under autocast a compiled backward is traced in the autocast of its forward, so that
-    # it multiplies the dequantised operands in bf16: roundings of two operands (55.6 dB each), of the output, and, of quartet's, before
-    # and after it is transformed back, on both sides: 55.6 - 10 log10(6) = 47.8 dB.
+    # The remaining differences are sums in another order (100 dB). Under autocast a compiled backward is traced in the autocast of its
+    # forward, so it multiplies the dequantised operands in bf16: roundings of two operands (55.6 dB each), of the output, and, for quartet,
+    # before and after the transform back, on both sides: 55.6 - 10 log10(6) = 47.8 dB.
     floor = 47.5 if autocast else 90.0
     start = {key: value.clone() for key, value in linear.state_dict().items()}
     results = []
@@ -142,8 +142,8 @@ def test_compiled_blocks_of_a_converted_llama(name: str):
     _, exact = gradient(None, "off", False)
     eager_loss, eager = gradient(name, "off", True)
     compiled_loss, compiled = gradient(name, "blocks", True)
-    # Compiled code keeps fp32 between fused operations where eager code rounds to bf16, which flips some codes: the two differ by about
-    # the noise of quantisation, but neither may be further from the exact gradient than the other.
+    # Compiled code keeps fp32 between fused operations where eager code rounds to bf16, which changes some codes: the two differ by about
+    # the noise of quantisation, but compiled code may not be further from the exact gradient.
     assert compiled_loss == pytest.approx(eager_loss, rel=2e-3)
     assert similarity(compiled, exact) > similarity(eager, exact) - 0.01
     assert similarity(compiled, exact) > (0.8 if name.endswith("fp4") else 0.99)
@@ -158,7 +158,7 @@ def _lowprec(*arguments: str, nproc: int = 0, **environment: str) -> subprocess.
 
 
 def _run(folder: Path, tmp_path: Path, *overrides: str, nproc: int = 0) -> tuple[list[dict], dict, dict]:
-    """(metrics, summary, plan) of ten steps of the tiny model."""
+    """Return (metrics, summary, plan) of ten steps of the tiny model."""
     output = tmp_path / "run"
     result = _lowprec(
         "train",
@@ -239,7 +239,7 @@ _FSDP2 = ("trainer.fsdp=true", "trainer.fsdp_config={version: 2, reshard_after_f
 
 
 def test_fsdp2_through_accelerate_equals_one_process(folder: Path, tmp_path: Path):
-    """Without autocast: under it, Accelerate's FSDP2 gathers weights and returns the loss in bf16, and the two would not be comparable."""
+    """The runs have no autocast: under it, Accelerate's FSDP2 gathers weights and returns the loss in bf16, which is not comparable."""
     plain, _, _ = _run(folder, tmp_path / "plain", "precision.recipe=fp8_blockwise", "trainer.bf16=false")
     sharded, _, plan = _run(folder, tmp_path / "sharded", "precision.recipe=fp8_blockwise", "trainer.bf16=false", *_FSDP2, nproc=1)
     assert plan["totals"]["native"] + plan["totals"]["emulated"] == 21
