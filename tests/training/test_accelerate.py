@@ -64,7 +64,7 @@ class Loop:
         self.controller = controller(self.accelerator)
         self.losses: list[float] = []
         self.seen: list[dict[str, Any]] = []
-        """For every batch: the recipe of its forward pass, and the scalars after its step."""
+        """Recipe of the forward pass and scalars after the step, for every batch."""
 
     def load(self, checkpoint: Path, batches: int) -> None:
         self.accelerator.load_state(str(checkpoint))
@@ -100,7 +100,7 @@ class Loop:
         self.module.get_submodule(LAYER).weight.register_hook(hook)
 
 
-def test_what_was_given_comes_back_prepared_in_order():
+def test_prepare_returns_its_arguments_in_order():
     loop = Loop("fp8_blockwise")
     assert [type(part).__name__ for part in loop.prepared] == [
         "LlamaForCausalLM",
@@ -128,7 +128,7 @@ def test_a_scheduler_may_be_made_after_preparing():
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_phases_change_after_whole_optimizer_steps(accumulate: int, tmp_path: Path):
-    tokens = 2 * 64  # in a forward pass
+    tokens = 2 * 64  # tokens in a forward pass
     schedule = [
         {"until": "2 steps", "recipe": "bf16"},
         {"until": f"{4 * accumulate * tokens} tokens", "recipe": "mxfp8"},
@@ -148,7 +148,7 @@ def test_phases_change_after_whole_optimizer_steps(accumulate: int, tmp_path: Pa
 def test_the_last_batch_of_a_loader_ends_a_step_that_is_not_full():
     """Accelerate applies the gradients of an incomplete step at the end of a loader."""
     loop = Loop({"schedule": [{"until": "1 steps", "recipe": "bf16"}, {"recipe": "mxfp8"}]}, accumulate=20)
-    loop.train(30)  # of 30
+    loop.train(30)  # the loader has 30 batches
     assert [entry["recipe"] for entry in loop.seen] == ["bf16"] * 20 + ["mxfp8"] * 10
     assert loop.accelerator._custom_objects[0].step == 2
 
@@ -185,7 +185,7 @@ SAVED = (2, 4, 5, 7)
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
-    """(folder of checkpoints, losses, final state of the model, `seen`, state of the controller) of a run without interruption."""
+    """Train without an interruption; return (folder of checkpoints, losses, final state of the model, `seen`, state of the controller)."""
     folder = tmp_path_factory.mktemp("checkpoints")
     loop = Loop(RESUMED, accumulate=2, scaler=True, directory=folder)
 
@@ -199,7 +199,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("step", SAVED)
-def test_a_resumed_run_goes_on_bit_for_bit(whole: Any, step: int, tmp_path: Path):
+def test_a_resumed_run_continues_bit_for_bit(whole: Any, step: int, tmp_path: Path):
     folder, losses, state, seen, kept = whole
     (tmp_path / "events.jsonl").write_text((folder / "events.jsonl").read_text())
     torch.manual_seed(step)  # other random numbers than in the first run
@@ -208,14 +208,14 @@ def test_a_resumed_run_goes_on_bit_for_bit(whole: Any, step: int, tmp_path: Path
     loop.train(2 * STEPS, begin=2 * step)
     assert loop.losses == losses[2 * step :]
     assert loop.seen == seen[2 * step :]
-    assert loop.controller.state_dict() == kept  # the guard's statistics, too
+    assert loop.controller.state_dict() == kept  # the guard's statistics are included
     mine = loop.module.state_dict()
     assert mine.keys() == state.keys()
     assert all(torch.equal(mine[name], value) for name, value in state.items())
     assert (tmp_path / "events.jsonl").read_text() == (folder / "events.jsonl").read_text()
 
 
-def test_what_is_resumed_has_state_and_a_scale_that_grows(whole: Any):
+def test_the_resumed_run_has_state_and_a_scale_that_grows(whole: Any):
     """The test above needs recipes that keep state, and a scale that grows."""
     _, _, state, seen, _ = whole
     assert {entry["recipe"] for entry in seen} == {"bf16", "mxfp4_aws", "fp8_delayed"}
@@ -224,7 +224,7 @@ def test_what_is_resumed_has_state_and_a_scale_that_grows(whole: Any):
     assert state[f"{LAYER}.amax_history_fprop_a"].any()
 
 
-def test_a_raised_layer_stays_raised_when_a_run_goes_on(tmp_path: Path):
+def test_a_raised_layer_stays_raised_when_a_run_resumes(tmp_path: Path):
     loop = Loop({"recipe": "mxfp4", "guard": GUARD}, steps=None)
     loop.poison(7)
     loop.train(8)
@@ -260,7 +260,7 @@ def test_settings_of_loss_scaling_that_have_changed_hold_in_a_resumed_run(tmp_pa
     assert resumed.train(3, begin=2).seen[-1]["loss_scale"] == 1024
 
 
-def test_a_step_that_makes_the_optimizers_state_is_none():
+def test_a_step_that_makes_the_optimizers_state_is_not_counted():
     """torch.distributed.checkpoint takes such a step with a sharded optimizer that has no state yet."""
     from torch.distributed.checkpoint.state_dict import _init_optim_state
 
@@ -297,7 +297,7 @@ def _run(precision: Any = "fp8_blockwise", model: Any = None, optimizer: Any = N
         ({"optimizer": DataLoader([1])}, "prepare takes the model's optimizer after the model, got DataLoader"),
     ],
 )
-def test_wrong_input_is_one_line_and_leaves_the_model_alone(arguments: dict[str, Any], message: str):
+def test_wrong_input_is_one_line_and_changes_no_model(arguments: dict[str, Any], message: str):
     model = tiny_llama()
     with pytest.raises(UserError) as caught:
         _run(**{"model": model, **arguments})
@@ -402,7 +402,7 @@ def test_two_processes_stay_in_step_when_one_of_them_meets_a_nan(tmp_path: Path)
     assert len((tmp_path / "events.jsonl").read_text().splitlines()) == 4  # written once
 
 
-def test_the_example_goes_on_as_it_would_have(tmp_path: Path):
+def test_the_example_resumes_exactly(tmp_path: Path):
     """The second process resumes from the checkpoint that the first one wrote at step 15 of 30."""
 
     def example(*arguments: str) -> dict[int, str]:

@@ -135,7 +135,7 @@ def test_a_rule_that_matches_nothing_fails_before_training(tmp_path: Path):
 
 
 @pytest.mark.parametrize("recipe", ["mxfp4_aws", "fp8_delayed"])
-def test_a_finished_model_is_saved_without_what_the_recipe_keeps_and_a_checkpoint_with_it(recipe: str, tmp_path: Path):
+def test_a_finished_model_is_saved_without_recipe_state_and_a_checkpoint_with_it(recipe: str, tmp_path: Path):
     trainer = small_trainer(tmp_path, LowPrecisionCallback(recipe), max_steps=4, save_strategy="steps", save_steps=2)
     trainer.train()
     trainer.save_model(str(tmp_path / "model"))

@@ -56,7 +56,7 @@ def test_one_callback_in_two_trainers_one_after_the_other(tmp_path: Path):
     assert callback.controller.recoveries == 0
 
 
-def test_a_finished_model_takes_back_what_it_gave(tmp_path: Path):
+def test_a_finished_model_loads_its_own_state_dict(tmp_path: Path):
     trainer = small_trainer(tmp_path, LowPrecisionCallback("fp8_delayed"), max_steps=2)
     trainer.train()
     state = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
@@ -66,8 +66,8 @@ def test_a_finished_model_takes_back_what_it_gave(tmp_path: Path):
     assert all(torch.equal(buffer, kept[name]) for name, buffer in trainer.model.named_buffers())
 
 
-def test_a_finished_model_that_goes_on_is_saved_with_its_state(tmp_path: Path):
-    """It is trained in a Trainer without the callback, and in a loop of one's own."""
+def test_a_finished_model_that_trains_again_is_saved_with_its_state(tmp_path: Path):
+    """It is trained in a Trainer without the callback, and in a loop of the user's own."""
     saves = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
     trainer = small_trainer(tmp_path / "1", LowPrecisionCallback("fp8_delayed"), **saves)
     trainer.train()
@@ -109,7 +109,7 @@ def test_a_model_that_model_init_makes(recipe: str, tmp_path: Path):
         assert losses(again)[4] == losses(first)[4]
 
 
-def test_a_loss_that_the_model_does_not_return_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_model_that_returns_no_loss_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.WARNING, logger="lowprec"):
         callback = LowPrecisionCallback({"recipe": "mxfp8", "guard": GUARD})
         small_trainer(tmp_path, callback, max_steps=3, label_smoothing_factor=0.1).train()
@@ -118,7 +118,7 @@ def test_a_loss_that_the_model_does_not_return_is_told_of(tmp_path: Path, caplog
 
 
 def test_a_probe_that_is_not_read_is_taken_away(monkeypatch: pytest.MonkeyPatch):
-    """Its hooks are removed, and its setting of the compiler."""
+    """The probe's hooks and its setting of the compiler are removed."""
     model = tiny_llama()
     controller = PrecisionController({"recipe": "mxfp8", "probe_every": 2})
     controller.convert(model)
@@ -175,7 +175,7 @@ def test_quantisation_errors_are_in_the_state():
 
 
 def test_ranks_that_measured_other_layers_reduce_the_same(monkeypatch: pytest.MonkeyPatch):
-    """An expert may have had tokens on one rank alone."""
+    """An expert may have had tokens on one rank only."""
     model, reduced = tiny_llama(), []
     controller = PrecisionController({"recipe": "mxfp8", "guard": True})
     controller.convert(model, "cpu")

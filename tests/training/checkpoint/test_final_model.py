@@ -29,7 +29,7 @@ def _has_state(model: nn.Module) -> bool:
     return any(map(is_state, model.state_dict()))
 
 
-def test_following_twice_is_following_once():
+def test_a_second_call_of_follow_returns_the_same_flag():
     model = _finished()
     assert follow(model) is finished_flag(model)
     assert (len(model._state_dict_hooks), len(model._forward_pre_hooks), len(model._load_state_dict_pre_hooks)) == (1, 1, 1)

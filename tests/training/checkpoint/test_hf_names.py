@@ -104,7 +104,7 @@ def test_every_weight_has_its_bits_in_its_own_dtype(dtype: torch.dtype, tmp_path
         assert torch.equal(value, other.state_dict()[name]), name
 
 
-def test_what_has_its_names_or_can_not_have_them_is_left_alone(tmp_path: Path):
+def test_weights_with_the_models_own_names_or_unknown_ones_are_not_renamed(tmp_path: Path):
     model = mixtral()
     accept_original_names(model)
     own = copy.deepcopy(model.state_dict())
@@ -168,7 +168,7 @@ def test_a_resumed_run_with_another_recipe_builds_no_second_model(kind: str, tmp
     assert not built
 
 
-def test_a_model_of_somebodys_own_has_no_other_names():
+def test_a_users_own_model_has_no_other_names():
     model = OwnModel(tiny_config())
     accept_original_names(model)
     state = model.state_dict()

@@ -203,7 +203,7 @@ def test_fp32_trains_as_without_the_callback(tmp_path: Path):
 SAVES: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
 
 
-def assert_went_on(first: Trainer, again: Trainer, step: int) -> None:
+def assert_resumed(first: Trainer, again: Trainer, step: int) -> None:
     """Check that `again`, which resumed after `step`, is the same run as `first`, bit for bit."""
     assert logged(again)[step:] == logged(first)[step:]
     buffers = dict(first.model.named_buffers())
@@ -222,7 +222,7 @@ def test_a_resumed_run_of_adapters_is_the_same_run(precision: str, place: str, t
         checkpoint = checkpoint.rename(tmp_path / "kept")
     again = plain(tmp_path if place == "here" else tmp_path / "other", precision=precision, **SAVES)
     again.train(resume_from_checkpoint=str(checkpoint))
-    assert_went_on(first, again, 3)
+    assert_resumed(first, again, 3)
 
 
 class Killed(BaseException):
@@ -250,7 +250,7 @@ def test_killed_around_the_end_of_a_checkpoint_of_adapters(when: str, tmp_path: 
     if when == "after":
         again = plain(tmp_path, precision="fp8_delayed", **SAVES)
         again.train(resume_from_checkpoint=True)
-        assert_went_on(whole, again, 3)
+        assert_resumed(whole, again, 3)
 
 
 def test_adapters_go_back_to_a_checkpoint_elsewhere(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -285,7 +285,7 @@ def test_adapters_of_a_finished_run_are_saved_alone(tmp_path: Path):
     assert any(map(is_state, trainer.model.get_base_model().state_dict()))
 
 
-def test_adapters_without_what_the_recipe_kept_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_adapters_without_recipe_state_resume_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     saves = {"save_strategy": "steps", "save_steps": 3, "max_steps": 4}
     plain(tmp_path, precision="fp8_delayed", **saves).train()
     (tmp_path / "checkpoint-3" / "lowprec_state.safetensors").unlink()

@@ -97,7 +97,7 @@ def test_a_slow_rise_is_seen_too():
     assert found.reason.endswith("of the last 64 steps")
 
 
-def test_gradients_that_are_not_finite_tell_nothing_against_the_weights():
+def test_gradients_that_are_not_finite_do_not_blame_the_weights():
     nan = {"layers": {"first": NAN}, "grad_norm": NAN}
     assert _breach(_guard(), **nan).began_well
     assert _breach(_guard(), **nan, loss=0.0).began_well
@@ -127,7 +127,7 @@ def test_an_infinite_ratio_switches_its_check_off():
     assert constant.observe(_observation(99, loss=5.0, grad_norm=9.0)) is None
 
 
-def test_gradients_that_were_zero_are_no_yardstick():
+def test_zero_gradients_set_no_median():
     guard = Guard(GuardConfig())
     for step in range(20):
         assert guard.observe(_observation(step, grad_norm=0.0, layers=dict.fromkeys(LAYERS, 0.0))) is None
@@ -186,9 +186,9 @@ def test_breaches_and_skipped_steps_do_not_enter_the_statistics():
     assert guard.state_dict() != before
 
 
-def test_which_layers_are_to_blame():
+def test_the_blamed_layers_and_their_order():
     guard = _guard()
-    # If not finite: from the output to the input. If finite: by the ratio to the layer's own median.
+    # Values that are not finite: from the output to the input. Finite values: by the ratio to the layer's own median.
     assert _breach(guard, layers={"embed": NAN, "first": INF, "second": NAN}).layers == ("second", "first", "embed")
     assert _breach(guard, grad_norm=1e4, layers={"second": 9e3, "first": 30.0, "head": 1.5}).layers == ("second", "first")
     assert _breach(guard, loss=9.0, sqnr={"first": 20.0, "second": 12.0}).layers == ("second", "first")
@@ -203,7 +203,7 @@ def test_a_layer_is_compared_with_itself():
 
 
 @pytest.mark.parametrize("restart", [3, 20, 40, 55])
-def test_a_guard_restored_from_json_tells_the_same(restart: int):
+def test_a_guard_restored_from_json_reports_the_same(restart: int):
     draw = random.Random(restart)
     steps = []
     for step in range(80):

@@ -144,7 +144,7 @@ def test_an_exploding_loss(tmp_path: Path, clean: float):
     assert told[0]["layers"]
 
 
-def test_what_comes_again_goes_up_the_ladder_and_then_stops_the_run(tmp_path: Path):
+def test_repeated_breaches_go_up_the_ladder_and_then_stop_the_run(tmp_path: Path):
     with pytest.raises(TrainingStopped, match="after 3 recoveries") as caught:
         run(tmp_path, GUARD, NaNGradient, *range(40, 60))
     assert "\n" not in str(caught.value)
@@ -156,7 +156,7 @@ def test_what_comes_again_goes_up_the_ladder_and_then_stops_the_run(tmp_path: Pa
     assert restored[1].startswith("weights and optimizer of step 30")  # the newer snapshot did not help
 
 
-def test_the_precision_that_was_raised_holds_in_later_phases_where_it_is_higher(tmp_path: Path):
+def test_a_raised_precision_holds_in_later_phases_of_lower_precision(tmp_path: Path):
     model = tiny_llama()
     schedule = [{"until": "30 steps", "recipe": "mxfp4"}, {"until": "35 steps", "recipe": "bf16"}, {"recipe": "mxfp8"}]
     callback = LowPrecisionCallback({"schedule": schedule, "guard": {**GUARD, "ladder": ["mxfp4", "fp8_blockwise"]}})
@@ -185,7 +185,7 @@ def test_the_step_of_a_breach_is_not_saved(first: bool, tmp_path: Path):
     assert model.get_submodule(LAYER).weight.isfinite().all()
 
 
-def test_another_run_knows_nothing_of_the_one_before(tmp_path: Path):
+def test_a_second_run_starts_without_the_events_of_the_first(tmp_path: Path):
     model = tiny_llama()
     callback = LowPrecisionCallback({"recipe": "mxfp4", "guard": GUARD})
     trainer = small_trainer(tmp_path, callback, NaNGradient(model, 15), model=model, max_steps=18)

@@ -42,7 +42,7 @@ def run(folder: Path, fault: type[Fault] | None, *steps: int, resume: Any = None
     return trainer, [Path(path).name for path in taken[1:]]
 
 
-def test_the_end_of_an_epoch_saves_nothing_of_a_course_that_is_given_up(tmp_path: Path):
+def test_the_end_of_an_epoch_saves_nothing_after_a_breach(tmp_path: Path):
     settings = {"save_strategy": "epoch", "eval_strategy": "epoch", "evaluated": prose(4), "save_total_limit": 1, "max_steps": -1}
     trainer, taken = run(tmp_path, NaNGradient, 29, num_train_epochs=2, **settings)
     assert taken == ["checkpoint-25"]
@@ -58,7 +58,7 @@ def test_a_checkpoint_that_was_bad_already_is_not_gone_back_to(tmp_path: Path):
     assert trainer.model.get_submodule(LAYER).weight.isfinite().all()
 
 
-def test_the_same_trouble_goes_further_back(tmp_path: Path):
+def test_a_repeated_breach_goes_further_back(tmp_path: Path):
     _, taken = run(tmp_path, NaNGradient, 12, 13, 14)  # one breach in each
     assert taken == ["checkpoint-8", "checkpoint-4", "checkpoint-4"]  # there is no older one
     _, taken = run(tmp_path / "again", type("Lasting", (NaNGradient,), {"on_step_begin": _always_at_12}), 12, max_steps=13, save_steps=3)
@@ -97,7 +97,7 @@ def test_no_checkpoint_yet(tmp_path: Path):
 
 
 @pytest.mark.parametrize("by", ["callback", "trainer"])
-def test_a_run_begun_after_one_that_stopped_to_go_back_knows_nothing_of_it(by: str, tmp_path: Path):
+def test_a_run_after_one_that_stopped_to_go_back_starts_afresh(by: str, tmp_path: Path):
     model = tiny_llama()
     callback = LowPrecisionCallback({"recipe": "mxfp4", "guard": REPLAY})
     settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4, "max_steps": 6, "data": prose(100)}
@@ -118,7 +118,7 @@ def test_a_run_begun_after_one_that_stopped_to_go_back_knows_nothing_of_it(by: s
     assert events(tmp_path) == []
 
 
-def test_a_replay_by_the_trainer_itself_keeps_what_it_has_learnt(tmp_path: Path):
+def test_a_replay_by_the_trainer_itself_keeps_raised_layers_and_events(tmp_path: Path):
     model = tiny_llama()
     callback = LowPrecisionCallback({"recipe": "mxfp4", "guard": REPLAY})
     settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4, "max_steps": 10, "data": prose(100)}
@@ -131,7 +131,7 @@ def test_a_replay_by_the_trainer_itself_keeps_what_it_has_learnt(tmp_path: Path)
     assert events(tmp_path)
 
 
-def test_a_replay_to_the_very_beginning_keeps_what_it_has_learnt(tmp_path: Path):
+def test_a_replay_to_the_very_beginning_keeps_raised_layers(tmp_path: Path):
     """The checkpoint was written before the first step."""
 
     class SavesAtOnce(TrainerCallback):
@@ -152,6 +152,6 @@ def test_a_replay_to_the_very_beginning_keeps_what_it_has_learnt(tmp_path: Path)
     assert callback.controller.raised
 
 
-def test_resuming_without_a_checkpoint_is_no_run_from_scratch(tmp_path: Path):
+def test_resuming_without_a_checkpoint_is_an_error(tmp_path: Path):
     with pytest.raises(ValueError, match=r"No valid checkpoint found in output directory \("):
         run(tmp_path, None, resume=True)

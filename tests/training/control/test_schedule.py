@@ -54,7 +54,7 @@ def test_phases_end_where_they_say():
     assert make_schedule(parse_precision("bf16").schedule, 8).phase(5) == 0
 
 
-def test_a_short_run_leaves_phases_out(caplog: pytest.LogCaptureFixture):
+def test_a_short_run_skips_phases(caplog: pytest.LogCaptureFixture):
     with caplog.at_level("WARNING", logger="lowprec"):
         assert ends(["100 steps", "100%"], 10) == (10, 10)
     assert "phase 2 never runs" in caplog.text
@@ -71,7 +71,7 @@ def test_a_short_run_leaves_phases_out(caplog: pytest.LogCaptureFixture):
         (["1B tokens", "100%"], 100, "schedule.0.until: 1B tokens can't be converted to steps"),
     ],
 )
-def test_what_shows_only_in_the_run_is_refused(untils: list[str], total_steps: int | None, message: str):
+def test_errors_that_show_only_in_the_run_are_refused(untils: list[str], total_steps: int | None, message: str):
     with pytest.raises(UserError) as caught:
         ends(untils, total_steps)
     assert message in str(caught.value)
@@ -182,6 +182,6 @@ def test_a_phase_compiles_once(tmp_path: Path):
 
 
 @pytest.mark.parametrize("text", ["1234567 tokens", "1.5B tokens", "7.25%", "12.3456789%", "123456789 steps"])
-def test_what_a_phase_says_of_its_end_reads_back_the_same(text: str):
+def test_the_end_of_a_phase_reads_back_the_same(text: str):
     until = Until.parse(text)
     assert Until.parse(str(until)) == until

@@ -77,7 +77,7 @@ def test_buffers_of_a_recipe_come_back():
     assert layer.rounding_state[2].item() == passes  # pyright: ignore[reportIndexIssue]
 
 
-def test_buffers_that_came_or_went_with_a_recipe_are_left_alone():
+def test_buffers_added_or_removed_with_a_recipe_are_not_changed():
     model = _model("mxfp4_aws")
     optim = OPTIMIZERS["adamw"](model.parameters())
     snapshots = Snapshots()
@@ -138,7 +138,7 @@ def test_state_of_a_parameter_that_had_none_is_dropped_and_lost_state_is_made_ag
     assert torch.equal(optim.state[one]["exp_avg"], moment)
 
 
-def test_the_learning_rate_goes_on_and_other_settings_come_back():
+def test_the_learning_rate_is_kept_and_other_settings_are_restored():
     model = _model()
     optim = torch.optim.AdamW(model.parameters(), lr=0.1, betas=(0.9, 0.95))
     snapshots = Snapshots()
@@ -175,7 +175,7 @@ def test_the_newest_are_kept_and_later_ones_dropped():
         Snapshots().restore(layer, optim)
 
 
-def test_a_run_that_went_back_replaces_what_it_had():
+def test_a_run_that_went_back_replaces_its_snapshots():
     snapshots, layer, optim = _weight_snapshots((10, 20), keep=2)
     nn.init.constant_(layer.weight, 0.5)
     snapshots.take(10, layer, optim)
@@ -244,7 +244,7 @@ def test_accelerates_optimizer_and_the_scaler():
 @pytest.mark.parametrize("lost", [False, True])
 def test_quantised_optimizer_state_comes_back(kind: str, lost: bool):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torchao's import
+        warnings.simplefilter("ignore")  # torchao warns when it is imported
         optimizers = pytest.importorskip("torchao.optim")
     model = _model()
     optim = getattr(optimizers, kind)(model.parameters(), lr=1e-2)

@@ -138,7 +138,7 @@ def test_an_untouched_trainer_whose_wandb_comes_first(tmp_path: Path, offline: N
     assert summary["lowprec/plan_summary"] == callback.plan.summary()
 
 
-def test_a_breach_is_told_line_by_line_and_the_plan_shows_what_was_raised(tmp_path: Path, offline: None):
+def test_a_breach_is_logged_line_by_line_and_the_plan_shows_raised_layers(tmp_path: Path, offline: None):
     model = tiny_llama()
     precision = {"recipe": "mxfp4", "guard": {"snapshot_every": 2, "warmup": 2}}
     trainer = small_trainer(tmp_path, LowPrecisionCallback(precision), NaNGradient(model, 4), model=model, max_steps=6, report_to="wandb")

@@ -1,4 +1,4 @@
-"""Documents, split, token files and examples, each against the text they came from."""
+"""Documents, split, token files and examples agree with the text that they came from."""
 
 import json
 import os
@@ -25,14 +25,14 @@ WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "
 
 
 def text_of(seed: int, words: int = 40) -> str:
-    """Some text that differs for every seed."""
+    """Return text that differs for every seed."""
     picks = np.random.default_rng(seed).choice(WORDS, size=words)
     return f"{seed}: " + " ".join(picks) + " é日🎉\n"
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder of 60 text files."""
+    """Make a folder of 60 text files and return its path."""
     source = tmp_path / "text"
     source.mkdir()
     for seed in range(60):
@@ -54,7 +54,7 @@ def documents(config: DataConfig, split: str | None = None) -> list[str]:
 
 
 def expected_tokens(config: DataConfig, data: LoadedData, split: str) -> np.ndarray:
-    """The token stream, by the tokenizer's own encoder and one document at a time."""
+    """Return the token stream, made by the tokenizer's own encoder, one document at a time."""
     stream: list[int] = []
     for text in documents(config, split):
         ids = data.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
@@ -115,7 +115,7 @@ def test_duplicates_and_undecodable_and_empty_files_are_dropped(folder: Path, ca
 
 def test_max_bytes_counts_text_and_cuts_the_last_document(folder: Path, cache: Path):
     everything = "".join(documents(config(folder, cache)))
-    for limit in (1000, 1001, 1002):  # one of these falls inside a character sooner or later
+    for limit in (1000, 1001, 1002):  # one of these limits falls inside a character
         text = "".join(documents(config(folder, cache, max_bytes=limit)))
         assert everything.startswith(text)
         assert limit - 3 <= len(text.encode()) <= limit
@@ -140,7 +140,7 @@ def test_tables_text_and_globs_hold_the_same_documents(folder: Path, cache: Path
     for name in ("a.jsonl", "b.json", "c[1].parquet", "*.parquet", "."):
         assert documents(config(rows / name, cache, text_column="body")) == texts, name
     assert documents(config(folder / "0[0-4]*.txt", cache)) == texts[:50]
-    # A list is read in its order, and what two of its members share comes once.
+    # A list is read in its order; a document that two members share comes once.
     assert documents(config(folder, cache, source=[str(folder / "01*.txt"), str(folder)])) == texts[10:20] + texts[:10] + texts[20:]
 
 
@@ -181,7 +181,7 @@ def test_hub_dataset_gets_its_name_configuration_and_split(cache: Path, monkeypa
     first = load_data(settings)
     assert calls == [(("org/name", "small"), {"split": "validation", "streaming": True})]
     load_data(settings)
-    assert len(calls) == 1  # from the cache, without asking the hub
+    assert len(calls) == 1  # the second call uses the cache and does not ask the hub
     for change in ({"hub_config": "large"}, {"hub_split": "train"}):
         assert load_data(settings.model_copy(update=change)).stats["cache"] != first.stats["cache"]
 
@@ -194,7 +194,7 @@ def test_unreachable_hub_is_one_line(cache: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(UserError) as error:
         load_data(DataConfig(source="python-stdlb", cache_dir=str(cache)))
     one_line(error, "data.source", "python-stdlb", "Couldn't reach it", "did you mean 'python-stdlib'?")
-    assert not list(cache.iterdir())  # nothing half done
+    assert not list(cache.iterdir())  # no unfinished entry is left
 
 
 # ---- tokenizers ---------------------------------------------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ def save_tokenizer(backend, path: Path, **special: str) -> str:
 
 
 def sentencepiece_like(prepend: bool):
-    """The parts of Gemma's tokenizer or, with a space put in front of every text, Llama 2's."""
+    """Make the parts of Gemma's tokenizer or, with a space put in front of every text, Llama 2's."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     vocab = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"▁": 256, "a": 257, "▁a": 258, "é": 259, "</s>": 260}
@@ -349,13 +349,13 @@ def test_cache_is_reused_and_invalidated(folder: Path, cache: Path):
     path = Path(first.stats["cache"])
     assert path.parent == cache
     before = {file.name: file.stat().st_mtime_ns for file in path.iterdir()}
-    again = load_data(config(folder, cache, seq_len=16, packing=False))  # how examples are cut is not part of the key
+    again = load_data(config(folder, cache, seq_len=16, packing=False))  # the cut into examples is not part of the key
     assert {file.name: file.stat().st_mtime_ns for file in path.iterdir()} == before
     assert again.stats["cache"] == str(path)
 
     changed = folder / "000.txt"
     changed.write_bytes(changed.read_bytes().upper())
-    os.utime(changed, ns=(1, 1))  # same size as before: only the time differs
+    os.utime(changed, ns=(1, 1))  # the size is the same, only the time differs
     assert load_data(settings).stats["cache"] != str(path)
     for change in ({"max_bytes": 2000}, {"validation_fraction": 0.3}, {"tokenizer": "bpe"}, {"source": str(folder / "00*.txt")}):
         assert load_data(settings.model_copy(update=change)).stats["cache"] not in {str(path), load_data(settings).stats["cache"]}
@@ -378,7 +378,7 @@ def test_two_builders_at_once(folder: Path, cache: Path):
     entry = cache / "entry"
 
     def build(unfinished: Path) -> None:
-        entry.mkdir()  # another process finishes while this one is at work
+        entry.mkdir()  # another process finishes before this one
         (entry / "made-by").write_text("the other")
         (unfinished / "made-by").write_text("this one")
 

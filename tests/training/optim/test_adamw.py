@@ -82,7 +82,7 @@ def test_each_pair_of_formats_trains(weights: str, moments: str):
 
 @pytest.mark.usefixtures("eager")
 def test_in_fp32_weights_and_bf16_moments_only_the_moments_are_rounded():
-    """Against torch.optim.AdamW with the same bf16 rounding of the moments after each step."""
+    """The run is compared with torch.optim.AdamW whose moments are rounded to bf16 after each step."""
     config = OptimizerConfig(moments="bf16")
     model = _model(config)
     reference = copy.deepcopy(model)
@@ -130,7 +130,7 @@ def test_small_updates_add_up_in_bf16_weights():
     assert mean == pytest.approx(1 - _STEPS * _PER_STEP, abs=5 * deviation)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # of inductor's, about its own caches
+@pytest.mark.filterwarnings("ignore::UserWarning")  # inductor warns about its own caches
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_small_updates_add_up_when_compiled():
     ours = nn.Parameter(torch.ones(64, 128, dtype=torch.bfloat16))
@@ -223,7 +223,7 @@ def test_the_state_of_another_optimizer_is_refused():
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("shape", [(16, 256), (64, 63)])
 def test_moments_of_other_blocks_are_refused(shape: tuple[int, int]):
-    """The blocks are others, or the parameter has no whole blocks."""
+    """The moments have other blocks, or the parameter has no whole blocks."""
     states = []
     for size in ((64, 64), shape):
         weight = nn.Parameter(torch.ones(size))

@@ -105,7 +105,7 @@ def test_a_run_that_resumes_does_not_overwrite_a_model_of_the_users_own(resume: 
     assert run_directory.locate("x.yaml", trainer) == (tmp_path, tmp_path / "checkpoint-4")
 
 
-def test_a_model_beside_runs_that_save_none_stays(tmp_path: Path):
+def test_a_model_is_not_deleted_if_its_run_saves_no_model(tmp_path: Path):
     run = _finished(tmp_path / "run", save_strategy="no")
     with pytest.raises(UserError, match="is not the model of a run"):
         run_directory.prepare("x.yaml", {"output_dir": str(run), "overwrite_output_dir": True})
@@ -114,7 +114,7 @@ def test_a_model_beside_runs_that_save_none_stays(tmp_path: Path):
     assert run_directory.prepare("x.yaml", {"output_dir": str(run), "save_strategy": "no"}) == (run, None)
 
 
-def test_overwriting_deletes_what_runs_wrote_and_nothing_else(tmp_path: Path):
+def test_overwriting_deletes_the_files_of_runs_and_nothing_else(tmp_path: Path):
     run = _finished(tmp_path / "run")
     for name in ("torn-checkpoint-6", "checkpoint-best", "mine"):
         (run / name).mkdir()
@@ -123,7 +123,7 @@ def test_overwriting_deletes_what_runs_wrote_and_nothing_else(tmp_path: Path):
     assert _names(run) == {"checkpoint-best", "mine"}
 
 
-def test_what_a_run_reads_is_not_deleted(tmp_path: Path):
+def test_inputs_of_a_run_are_not_deleted(tmp_path: Path):
     run, store = _finished(tmp_path / "run"), _folder(tmp_path / "store")
     (run / "checkpoint-5").symlink_to(store)
     (tmp_path / "link").symlink_to(run)

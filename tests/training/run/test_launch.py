@@ -1,4 +1,4 @@
-"""The Accelerate launch files: Accelerate can read each one, and the command in its first comment trains."""
+"""Accelerate can read each launch file, and the command in the file's first comment trains."""
 
 import json
 import os
@@ -24,7 +24,7 @@ FILES = sorted(FOLDER.glob("*.yaml"))
 
 
 def command_of(file: Path) -> list[str]:
-    """The words of the command in the comment on top of a file."""
+    """Return the words of the command in the first comment of a file."""
     comment = [line.removeprefix("#").strip() for line in file.read_text().splitlines() if line.startswith("#")]
     return next(line for line in comment if line.startswith("accelerate launch")).split()
 
@@ -35,13 +35,13 @@ def run(*command: str) -> None:
 
 
 def small(corpus: Path, output: Path, batch: int) -> list[str]:
-    """The overrides of a run of three steps, the shipped configuration cut down."""
+    """Return the overrides that cut the shipped configuration down to a run of three steps."""
     settings: dict[str, Any] = {"trainer__max_steps": 3, "trainer__warmup_steps": 0, "trainer__output_dir": str(output)}
     return [*overrides(corpus, **settings), "precision.recipe=fp32", "device=cpu", f"trainer.per_device_train_batch_size={batch}"]
 
 
 def test_two_processes_on_the_cpu_train_as_one_on_their_batches(tmp_path: Path):
-    """In fp32, gradients depend on how rows are shared among processes only by the order of the sums."""
+    """In fp32, the distribution of rows among processes changes only the order of the sums of gradients."""
     corpus, two, one = make_corpus(tmp_path / "corpus"), tmp_path / "two", tmp_path / "one"
     _, _, *arguments = command_of(FOLDER / "cpu.yaml")
     run("accelerate.commands.launch", *arguments, *small(corpus, two, 4), "trainer.save_steps=2")
@@ -51,7 +51,7 @@ def test_two_processes_on_the_cpu_train_as_one_on_their_batches(tmp_path: Path):
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
     norms = [[record["grad_norm"] for record in read_metrics(folder) if "grad_norm" in record] for folder in (two, one)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
-    assert len(read_metrics(two)) == len(read_metrics(one))  # the main process alone writes them
+    assert len(read_metrics(two)) == len(read_metrics(one))  # only the main process writes metrics
     assert losses(two)[3] < losses(two)[1]
     # Two processes can't share the rows evenly; no row counts twice.
     assert summaries[0]["val_loss"] == pytest.approx(summaries[1]["val_loss"], rel=1e-6)
@@ -91,7 +91,7 @@ def test_accelerate_reads_every_key(file: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_fsdp2_shards_each_block(monkeypatch: pytest.MonkeyPatch):
-    """The environment that the launcher gives to the processes, and the plugin that Accelerate makes of it."""
+    """The launcher sets the processes' environment, of which Accelerate makes the plugin."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for name, value in prepare_multi_gpu_env(validated(FOLDER / "fsdp2.yaml")).items():
         if name.startswith(("FSDP_", "ACCELERATE_")):
@@ -100,7 +100,7 @@ def test_fsdp2_shards_each_block(monkeypatch: pytest.MonkeyPatch):
     plugin = FullyShardedDataParallelPlugin()
     assert plugin.fsdp_version == 2
     assert plugin.reshard_after_forward is True
-    assert plugin.cpu_offload == OffloadPolicy()  # none
+    assert plugin.cpu_offload == OffloadPolicy()  # no offloading
     model = tiny_llama(num_hidden_layers=3)
     wraps = fsdp2_prepare_auto_wrap_policy(plugin, model)
     assert wraps is not None

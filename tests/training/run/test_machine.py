@@ -1,4 +1,4 @@
-"""The operations that a model takes for a token."""
+"""The number of operations that a model takes for a token."""
 
 from typing import Any
 
@@ -11,14 +11,14 @@ from tests.builders import tiny_llama
 
 SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 ATTENTION = 4 * 32 * 32
-"""Weights of a layer's q, k, v and o."""
+"""Number of weights of a layer's q, k, v and o."""
 NORMS = 2 * 2 * 32 + 32
 
 
 def test_operations_of_a_token():
     with torch.device("meta"):
         model = tiny_llama(**SIZES)
-    weights = 2 * (ATTENTION + 3 * 32 * 48) + NORMS + 64 * 32  # the head; the embedding is looked up
+    weights = 2 * (ATTENTION + 3 * 32 * 48) + NORMS + 64 * 32  # with the head; the embedding is only looked up
     assert flops_per_token(model, 128) == 6 * weights + 12 * 2 * 32 * 128
 
 

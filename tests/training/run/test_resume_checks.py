@@ -1,4 +1,4 @@
-"""Checks of a run that resumes: it has the same model and optimizer, and steps left."""
+"""A run that resumes is checked: it needs the same model and optimizer, and steps that are left."""
 
 import json
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def config(vocab_size: int = 256, layers: int = 1) -> LlamaConfig:
 
 
 def checkpoint_of(run: Path, data: dict[str, Any] | None = None, *, step: int = 4, optimizer: bool = True) -> Path:
-    """A checkpoint of a run with the configuration `data`."""
+    """Make a checkpoint of a run with the configuration `data` and return its path."""
     path = run / f"checkpoint-{step}"
     path.mkdir(parents=True)
     (path / "trainer_state.json").write_text(json.dumps({"global_step": step}))
@@ -80,13 +80,13 @@ def test_another_model(tmp_path: Path):
     checkpoint = checkpoint_of(tmp_path, {"model": {"path": "model"}})
     config().save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text((tmp_path / "model" / "config.json").read_text().replace("256", "512"))
-    same = {"model": {"path": "model"}}  # in the same words
+    same = {"model": {"path": "model"}}  # the configuration has the same words
     with pytest.raises(UserError, match="is of another model: vocab_size is 256 there, 512 here"):
         resume_checks.check_same_model(checkpoint, build_config(ModelConfig(path=str(tmp_path / "model")), 256), same)
     resume_checks.check_same_model(checkpoint, config(vocab_size=512), same, any_vocabulary=True)
     with pytest.raises(UserError, match="num_hidden_layers is 1 there, 2 here"):
         resume_checks.check_same_model(checkpoint, config(layers=2), same)
-    (checkpoint / "config.json").unlink()  # a sharded one
+    (checkpoint / "config.json").unlink()  # a sharded checkpoint has no configuration
     with pytest.raises(UserError, match="is of another model"):
         resume_checks.check_same_model(checkpoint, None, {"model": {"preset": "llama-tiny"}})
 
@@ -105,7 +105,7 @@ def test_another_model(tmp_path: Path):
 def test_another_optimizer(before: dict[str, Any], now: dict[str, Any], message: str, tmp_path: Path):
     with pytest.raises(UserError, match=message):
         resume_checks.check_same_optimizer(checkpoint_of(tmp_path / "a", before), now)
-    resume_checks.check_same_optimizer(checkpoint_of(tmp_path / "b", before, optimizer=False), now)  # it begins anew
+    resume_checks.check_same_optimizer(checkpoint_of(tmp_path / "b", before, optimizer=False), now)  # the optimizer begins anew
 
 
 def test_the_same_optimizer_in_other_words(tmp_path: Path):
@@ -120,7 +120,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of half an epoch."""
+    """Train for half an epoch and return the run's directory."""
     output = tmp_path_factory.mktemp("runs") / "first"
     lowprec(*command(corpus, output, precision__recipe="mxfp4"), check=True)
     return output

@@ -25,7 +25,7 @@ def _train(corpus: Path, *, cwd: Path = ROOT, **settings: object) -> subprocess.
 
 @pytest.fixture(scope="module")
 def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A run of twelve steps with checkpoints at 6 and 12, in a directory chosen for it."""
+    """Train twelve steps with checkpoints at 6 and 12, in a directory that the run chose; return the directory and the process."""
     cwd = tmp_path_factory.mktemp("cwd")
     result = _train(corpus, cwd=cwd, trainer__max_steps=12, trainer__save_steps=6)
     return cwd / "runs" / "llama-tiny-cpu" / "001", result
@@ -147,7 +147,7 @@ def test_an_empty_corpus_is_refused(tmp_path: Path, refused: Callable[..., str])
 
 
 def test_killed_and_resumed_is_the_same_run_bit_for_bit(corpus: Path, finished: tuple[Path, object], tmp_path: Path):
-    """SIGKILL after a checkpoint; the resumed run's losses equal those of a run that was never interrupted."""
+    """A run is killed by SIGKILL after a checkpoint; the resumed run's losses equal those of an uninterrupted run."""
     whole, output = finished[0], tmp_path / "killed"
     arguments = ["train", str(CONFIG), *overrides(corpus, trainer__max_steps=12, trainer__save_steps=6, trainer__output_dir=str(output))]
     process = start("-m", "lowprec", *arguments)

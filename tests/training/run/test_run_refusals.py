@@ -35,7 +35,7 @@ def command(corpus: Path, output: Path | None, *more: str, **settings: Any) -> l
 
 @pytest.fixture(scope="module")
 def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two finished runs of four steps: a in mxfp4_aws, b in fp8_blockwise."""
+    """Train two runs of four steps, a in mxfp4_aws and b in fp8_blockwise, and return their directory."""
     folder = tmp_path_factory.mktemp("runs")
     for name, recipe in (("a", "mxfp4_aws"), ("b", "fp8_blockwise")):
         lowprec(*command(corpus, folder / name, precision__recipe=recipe, trainer__max_steps=4), check=True)
@@ -77,7 +77,7 @@ def test_refusals_beside_finished_runs_change_nothing(runs: Path, corpus: Path, 
         # no place to write
         (command(corpus, runs / "a" / "config.yaml"), "config.yaml is a file"),
         (command(corpus, runs / "a" / "config.yaml" / "sub"), "config.yaml is a file"),
-        # a setting that no run can have, and a directory that would be overwritten
+        # a setting that no run can have, while the directory would be overwritten
         (command(corpus, runs / "b", "trainer.overwrite_output_dir=true", "trainer.report_to=wandbb"), "wandbb"),
         (command(corpus, runs / "b", "trainer.overwrite_output_dir=true", "trainer.per_device_eval_batch_size=0"), "from 1, got 0"),
     ]
@@ -219,7 +219,7 @@ def test_a_run_that_resumes_with_another_configuration_logs_it(corpus: Path, tmp
     assert "resume_from_checkpoint" not in (run / "config.yaml").read_text()
     assert list(losses(run)) == [1, 2, 3, 4, 5, 6]
     again = lowprec(*command(corpus, run, "trainer.resume_from_checkpoint=true", "trainer.max_steps=8"), check=True)
-    assert "another configuration" in again.stderr  # more steps
+    assert "another configuration" in again.stderr  # the resumed run has more steps
     assert (run / "config-6.yaml").is_file()
     once_more = [f"trainer.resume_from_checkpoint={run}/checkpoint-6", "trainer.max_steps=7"]
     past = (run / "config-6.yaml").read_text()
