@@ -5,8 +5,8 @@
     {"run": arguments, "cwd": ..., "env": ..., "stdout": path, "stderr": path}  ->  {"pid": ...}
     {"poll": pid}                                                               ->  {"code": null while it runs, else its exit code}
 
-`arguments` are those of the Python interpreter: `-m MODULE ...`, `-c CODE ...` or `FILE ...`. A child is as a fresh interpreter in all but
-the modules that are imported already: it has its own directory, environment and output, and nothing of an earlier program.
+`arguments` are those of the Python interpreter: `-m MODULE ...`, `-c CODE ...` or `FILE ...`. A child behaves as a new interpreter does,
+except that modules are imported already: it has its own directory, environment and output, and no state of an earlier program.
 """
 
 import atexit
@@ -82,12 +82,12 @@ def child(request: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    # stdin and stdout are the protocol's; what imports print goes to stderr.
+    # stdin and stdout carry the protocol; output of the imports goes to stderr.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     preload()
     gc.collect()
-    gc.freeze()  # the children's garbage collections leave what was imported shared
+    gc.freeze()  # the children's garbage collections leave the imported objects shared
     codes: dict[int, int | None] = {}
     for line in sys.stdin:
         request = json.loads(line)

@@ -1,4 +1,4 @@
-"""Programs in processes of their own: the command, scripts and ranks, each forked from a server that has imported torch and transformers."""
+"""Programs run in processes of their own, each forked from a server that has imported torch and transformers: commands, scripts, ranks."""
 
 import atexit
 import json
@@ -14,7 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT = 240.0
-"""Seconds that a program may take."""
+"""Number of seconds that a program may take."""
 
 
 class _Server:
@@ -76,7 +76,7 @@ class Program:
             self.wait()
 
     def wait(self, timeout: float = TIMEOUT) -> subprocess.CompletedProcess[str]:
-        """Return the exit code and what was printed; raise TimeoutExpired, and end the program, after `timeout` seconds."""
+        """Return the exit code and the output; raise TimeoutExpired, and end the program, after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while (code := self.poll()) is None:
             if time.monotonic() > deadline:
@@ -104,7 +104,7 @@ def lowprec(*arguments: str, cwd: Path = ROOT, check: bool = False) -> subproces
 
 
 def run_ranks(script: str, folder: Path, *arguments: str, processes: int = 2) -> None:
-    """Run a Python program, written to `folder`, in processes that find each other as torchrun's do; each on one core."""
+    """Run a Python program, written to `folder`, in processes that find each other as those of torchrun do; each uses one core."""
     from torch.distributed import TCPStore
 
     file = folder / "script.py"
@@ -116,7 +116,7 @@ def run_ranks(script: str, folder: Path, *arguments: str, processes: int = 2) ->
     deadline = time.monotonic() + TIMEOUT
     while None in (codes := [rank.poll() for rank in ranks]) and not any(codes) and time.monotonic() < deadline:
         time.sleep(0.01)
-    for rank in ranks:  # where one has failed, the others wait for it
+    for rank in ranks:  # if one rank has failed, the others wait for it
         rank.kill()
     results = [rank.wait() for rank in ranks]
     assert codes == [0] * processes, "\n".join(result.stderr[-4000:] for result in results)

@@ -27,7 +27,7 @@ def make_corpus(folder: Path, documents: int = 40) -> Path:
 
 
 def overrides(corpus: Path, **settings: Any) -> list[str]:
-    """The overrides of a small run on `corpus`; double underscores in keywords stand for dots."""
+    """Return the overrides of a small run on `corpus`; double underscores in keywords stand for dots."""
     given = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in settings.items()]
     return [*SMALL, f"data.source={corpus}", f"data.cache_dir={corpus.parent / 'cache'}", *given]
 
@@ -37,21 +37,21 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def losses(run: Path) -> dict[int, float]:
-    """The training loss by step, in full precision."""
+    """Return the training loss by step, in full precision."""
     return {record["step"]: record["loss"] for record in read_metrics(run) if "loss" in record}
 
 
 def wandb_history(log: Path) -> list[dict[str, Any]]:
-    """The logged rows of a wandb offline run.
+    """Return the logged rows of a wandb offline run.
 
-    The file is LevelDB's log format after a header of 7 bytes: blocks of 32 KiB, in them records of (crc32, length, type) and data, where
-    a type other than 1 (whole) says first, middle or last part.
+    The file has LevelDB's log format after a header of 7 bytes: blocks of 32 KiB with records of (crc32, length, type) and data. A type
+    other than 1 (whole) marks the first, a middle or the last part.
     """
     from wandb.proto import wandb_internal_pb2
 
     data, at, parts, rows = log.read_bytes(), 7, b"", []
     while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:  # no room for a record's header: the block is padded
+        if 32768 - at % 32768 < 7:  # there is no room for a record's header: the block is padded
             at += 32768 - at % 32768
             continue
         length, kind = struct.unpack_from("<HB", data, at + 4)

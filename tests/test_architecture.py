@@ -34,7 +34,7 @@ PATH = r"`([\w./-]+/[\w./-]*)`"
 
 
 def picture(number: int) -> list[tuple[str, ...]]:
-    """The names on the left of a picture of parts, from the bottom up."""
+    """Return the names on the left of a picture of parts, from the bottom up."""
     block = re.findall(r"^```\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)[number]
     return [tuple(line.split("  ")[0].split(", ")) for line in reversed(block.splitlines())]
 
@@ -59,7 +59,7 @@ def test_paths_and_tables_of_a_row_exist(what: str):
 
 
 def assigned(path: Path) -> set[str]:
-    """The names that a file assigns at its top level."""
+    """Return the names that a file assigns at its top level."""
     names: set[str] = set()
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
@@ -68,7 +68,7 @@ def assigned(path: Path) -> set[str]:
 
 
 def subclasses(base: type, *modules: ModuleType) -> set[type]:
-    """The classes below `base` that can have instances and are defined in these modules or, of a package, in its files."""
+    """Return the classes below `base` that can have instances and that these modules, or the files of a package among them, define."""
     files = list(modules)
     for module in modules:
         if hasattr(module, "__path__"):
@@ -91,7 +91,7 @@ def test_each_recipe_is_a_row_with_its_bounds():
     assert [recipe.name for recipe in library._RECIPES] == library.names()
     assert set(library.names()) == set(SQNR_FLOORS_DB)
     assert all(isinstance(recipe, Recipe) for recipe in library._RECIPES)
-    assert instances(Recipe, library) == []  # none beside the table
+    assert instances(Recipe, library) == []  # no recipe is defined outside the table
 
 
 def test_each_gemm_backend_is_a_file_and_an_entry():

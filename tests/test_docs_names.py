@@ -15,13 +15,13 @@ NAME = re.compile(r"(?<![\w./-])lowprec(?:\.[A-Za-z_]\w*)+")
 
 
 def code_of(page: Path) -> str:
-    """The text in backticks of a page, one piece a line. The fenced blocks are left out: other tests run them."""
+    """Return the text in backticks of a page, one piece a line. Fenced blocks are left out: other tests run them."""
     prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     return "\n".join(" ".join(piece.split()) for piece in re.findall(r"`([^`]+)`", prose))
 
 
 def exists(name: str) -> bool:
-    """Whether `name` is a module, or an attribute of the longest part of it that is one."""
+    """Return True if `name` is a module, or an attribute of the longest part of it that is a module."""
     parts = name.split(".")
     for length in range(len(parts), 0, -1):
         try:

@@ -35,7 +35,7 @@ def test_command(page: str, command: str, tmp_path: Path):
         (target,) = arguments
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         return
-    # Run elsewhere, so that nothing is written into the source tree.
+    # The command runs in another directory, so that nothing is written into the source tree.
     arguments = [str(ROOT / argument) if (ROOT / argument).is_file() else argument for argument in arguments]
     if program == "lowprec":
         shortened = SHORT if arguments[0] == "train" else []

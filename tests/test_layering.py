@@ -32,7 +32,7 @@ ORDER = (
     ("__main__",),
     ("testing",),
 )
-# The same inside `training`, the largest part.
+# The order inside `training`, the largest part.
 TRAINING = (
     ("file_names", "log"),
     ("checkpoint", "data", "optim"),
@@ -47,7 +47,7 @@ HEAVY = ("torch", "transformers", "numpy", "pydantic", "ruamel", "triton")
 
 
 def imports(path: Path, package: Path) -> list[tuple[int, str]]:
-    """(line, full module name) of every import in a file, those inside functions and `if TYPE_CHECKING` too."""
+    """Return (line, full module name) of every import in a file, including those inside functions and `if TYPE_CHECKING`."""
     found = []
     inside = [package.name, *path.relative_to(package).with_suffix("").parts]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -62,7 +62,7 @@ def imports(path: Path, package: Path) -> list[tuple[int, str]]:
 
 
 def violations(package: Path) -> list[str]:
-    """Every import in `package` that goes against the order, as 'file:line imports module: why'."""
+    """Return every import in `package` that goes against the order, as 'file:line imports module: why'."""
     wrong = []
     for path in sorted(package.rglob("*.py")):
         relative = path.relative_to(package)
@@ -82,7 +82,7 @@ def violations(package: Path) -> list[str]:
 
 
 def upward(own: Sequence[str], other: Sequence[str]) -> str | None:
-    """Why a module may not import another one, both given by the parts of their names below `lowprec`; None if it may."""
+    """Return the reason why a module may not import another one, both as parts of their names below `lowprec`; None if it may."""
     if list(other) == ["__version__"]:
         return None
     part, imported = own[0], other[0] if other else ""
@@ -109,7 +109,7 @@ def test_imports_go_one_way():
 
 
 def circles(package: Path) -> list[str]:
-    """Pairs of modules that reach each other by imports, those inside functions and `if TYPE_CHECKING` too."""
+    """Return the pairs of modules that reach each other by imports, including imports inside functions and `if TYPE_CHECKING`."""
     files = {".".join([package.name, *path.relative_to(package).with_suffix("").parts]): path for path in package.rglob("*.py")}
     taken = {}
     for name, path in files.items():
@@ -125,7 +125,7 @@ def circles(package: Path) -> list[str]:
 
 
 def imported_names(path: Path) -> list[tuple[str, str]]:
-    """(module, name) of every `from module import name`, which may itself be a module."""
+    """Return (module, name) of every `from module import name`; the name may itself be a module."""
     nodes = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom)]
     return [(node.module or "", alias.name) for node in nodes for alias in node.names]
 

@@ -29,7 +29,7 @@ class Installed:
         (self.folder / "trainers").mkdir(parents=True)
         (self.folder / "trainers" / "__init__.py").write_text("raise ImportError('the trainers of the project itself')\n")
         outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        # The project comes first on the path of console commands, too.
+        # The project also comes first on the path of console commands.
         self.variables = {**outside, "PYTHONPATH": str(self.folder), "WANDB_MODE": "offline"}
         self.bin = folder / "env" / "bin"
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
@@ -39,8 +39,8 @@ class Installed:
         venv.create(folder / "env", symlinks=True, with_pip=False)
         install = ["--python", str(self.bin / "python"), "install", "--no-deps", "--no-index", str(self.wheel)]
         subprocess.run([*pip, *install], env=outside, check=True, capture_output=True, timeout=120)
-        # Only now, so that pip does not take this interpreter's lowprec for an installed one. A folder that a .pth file names has no
-        # effect by its own .pth files, by which an editable install would show the source tree.
+        # The path is added only now, so that pip does not see this interpreter's lowprec as an installed one. Python does not read the .pth
+        # files of a folder that a .pth file names, so an editable install there does not show the source tree.
         (site_packages,) = (folder / "env" / "lib").glob("python*/site-packages")
         (site_packages / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
 

@@ -49,7 +49,7 @@ def run(model: nn.Module) -> Tensor:
     return model(torch.arange(12).view(2, 6)).logits.detach()
 
 
-# What is decided
+# Decisions
 
 
 def test_every_linear_but_the_head_takes_the_recipe():
@@ -86,7 +86,7 @@ def test_a_tied_head_stays_too():
     assert len(plan.converted) == 7
 
 
-def test_a_head_without_transformers_is_told_by_its_tie_or_its_name():
+def test_a_head_without_transformers_is_recognised_by_its_tie_or_its_name():
     tied = nn.ModuleDict({"embed": nn.Embedding(10, 8), "body": nn.Linear(8, 8), "out": nn.Linear(8, 10, bias=False)})
     tied["out"].weight = tied["embed"].weight
     convert(tied, "bf16")
@@ -173,7 +173,7 @@ def test_the_first_rule_that_matches_decides():
     plan = convert(model, {"recipe": "fp8_rowwise", "rules": rules})
     got = converted(model)
     assert not any(name.startswith("model.layers.1.") for name in got)
-    assert got["model.layers.10.mlp.up_proj"] == "fp8_rowwise"  # layers.1 is no rule for layers.10
+    assert got["model.layers.10.mlp.up_proj"] == "fp8_rowwise"  # the rule for layers.1 does not match layers.10
     assert got["model.layers.2.mlp.down_proj"] == "mxfp8"
     assert got["model.layers.3.mlp.down_proj"] == "fp8_blockwise(fprop=bf16)"
     by_name = {layer.name: layer.rule for layer in plan.layers}
@@ -260,7 +260,7 @@ def test_strict_accepts_what_is_native_or_meant_to_stay_in_high_precision():
     assert [layer.status for layer in plan.layers] == ["native", "kept in high precision", "kept in high precision"]
 
 
-# What is kept
+# Names, weights and checkpoints stay
 
 
 def test_parameters_names_and_hooks_survive():

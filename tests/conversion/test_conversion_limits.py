@@ -86,7 +86,7 @@ FAST = (128, 4, 256)
         (nn.TransformerEncoderLayer(*FAST, batch_first=True, norm_first=True, activation="gelu"), True),
     ],
 )
-def test_they_are_converted_where_torch_calls_them(module: nn.TransformerEncoderLayer, fast: bool):
+def test_encoder_layers_are_converted_if_torch_calls_their_forward(module: nn.TransformerEncoderLayer, fast: bool):
     plan = {layer.name: layer for layer in convert(module, "mxfp4").layers}
     assert plan["linear1"].blocked == plan["linear2"].blocked == fast
     assert plan["linear1"].converted == plan["linear2"].converted == (not fast)

@@ -58,7 +58,7 @@ def gradients(model: Any) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-# What is decided
+# Decisions
 
 
 def test_base_layers_are_converted_and_adapters_are_not():
@@ -90,7 +90,7 @@ def test_strict_does_not_mind_adapters():
         (r"lm_head", ["base_model.model.lm_head"]),
     ],
 )
-def test_rules_know_layers_by_the_name_that_they_have_without_peft(rule: str, names: list[str]):
+def test_rules_match_the_names_of_layers_without_peft(rule: str, names: list[str]):
     model = with_adapters()
     convert(model, {"recipe": "none", "rules": [{"modules": rule, "recipe": "mxfp8"}]})
     assert converted(model) == dict.fromkeys(names, "mxfp8")
@@ -207,7 +207,7 @@ def test_merged_weights_are_quantised_anew():
     assert torch.equal(logits(merged), logits(fresh))
 
 
-def test_revert_gives_back_the_model_that_was_there():
+def test_revert_restores_the_model_that_was_there():
     model = with_adapters()
     names, before = [*model.state_dict()], logits(model)
     convert(model, {"recipe": "nvfp4", "rules": [{"modules": r".*\.lora_A\..*", "recipe": "mxfp8"}]})
@@ -226,7 +226,7 @@ def test_adapters_may_be_added_to_a_converted_model():
     assert torch.equal(logits(first), logits(second))
 
 
-def test_a_saved_adapter_knows_nothing_of_the_conversion(tmp_path: Path):
+def test_a_saved_adapter_holds_no_recipe_state(tmp_path: Path):
     """A recipe that keeps state adds buffers to base layers: they are no part of an adapter."""
     model = with_adapters()
     model.save_pretrained(tmp_path / "plain")

@@ -115,7 +115,7 @@ def test_converting_does_what_the_plan_says(monkeypatch: pytest.MonkeyPatch):
         {"recipe": "bf16", "rules": [{"modules": "small|large", "recipe": "fp8_blockwise"}]},
     ],
 )
-def test_what_was_asked_for_by_name_is_converted(model: Layers, precision: dict):
+def test_layers_requested_by_name_are_converted(model: Layers, precision: dict):
     assert statuses(make_plan(model, precision, device="cuda")) == {"small": "native", "large": "native"}
 
 
@@ -127,12 +127,12 @@ def test_the_tokens_of_a_pass_and_compiling_decide(model: Layers):
     assert statuses(make_plan(model, "fp8_blockwise", device="cuda", compiled=True))["small"] == "native"
 
 
-def test_emulation_is_no_question_of_speed(model: Layers):
+def test_speed_does_not_decide_about_emulation(model: Layers):
     assert set(statuses(make_plan(model, "mxfp4", device="cuda")).values()) == {"emulated"}
     assert set(statuses(make_plan(model, "fp8_blockwise", device="cpu")).values()) == {"native"}
 
 
-def test_experts_stay_in_high_precision_on_a_gpu_unless_they_are_asked_for(monkeypatch: pytest.MonkeyPatch):
+def test_experts_stay_in_high_precision_on_a_gpu_unless_requested(monkeypatch: pytest.MonkeyPatch):
     on_cpu(monkeypatch)
     sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 1, "num_attention_heads": 32, "vocab_size": 64}
     with torch.device("meta"):

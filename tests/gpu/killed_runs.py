@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 STEPS, SAVED, KILLED, OVERFLOWS = 12, 5, 8, 4
-"""In a loop under fp16, step OVERFLOWS has a gradient that is infinite only in the last rank's part of one weight."""
+"""A fp16 loop has a gradient in step OVERFLOWS that is infinite only in the last rank's part of one weight."""
 SCALING = {"init_scale": 1024, "growth_interval": 3}
 """The scale grows in the run, and the checkpoint after step 5 holds the number of steps since it last grew."""
 

@@ -63,7 +63,7 @@ def test_the_loss_is_not_rounded_to_16_bits_under_fsdp2(runs: dict[str, Future],
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("fsdp-weights", torch.bfloat16), ("fsdp-8bit", torch.float32)])
-def test_weights_have_the_dtype_that_was_asked_for_under_fsdp2(runs: dict[str, Future], name: str, dtype: torch.dtype):
+def test_weights_have_the_requested_dtype_under_fsdp2(runs: dict[str, Future], name: str, dtype: torch.dtype):
     whole, _ = runs[name].result()
     for folder in (whole / "model", whole / "checkpoint-10"):
         assert {weight.dtype for weight in load_file(folder / "model.safetensors").values()} == {dtype}

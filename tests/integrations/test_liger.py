@@ -62,7 +62,7 @@ def test_off():
 
 
 def obstacle(model, match: str, **settings) -> None:
-    """ "auto" applies nothing and gives the reason; "on" raises an error with the same words."""
+    """Assert that "auto" applies nothing and gives the reason, and that "on" raises an error with the same words."""
     plan = plan_liger(model, "auto", **(EAGER | settings))
     assert plan.applied == ()
     assert all(match in reason for reason in reasons(plan).values())

@@ -191,7 +191,7 @@ def test_autocast_may_be_off_or_disabled():
         assert module(x).dtype == torch.float32
 
 
-# What is kept for the backward
+# Tensors kept for the backward
 
 
 @every_recipe

@@ -397,7 +397,7 @@ def test_compiled_code_calls_it_between_its_graphs(te: ModuleType, monkeypatch: 
     torch._dynamo.reset()
 
 
-def test_nothing_imports_transformer_engine_until_it_is_asked_for():
+def test_nothing_imports_transformer_engine_until_it_is_used():
     code = "import sys, lowprec.conversion, lowprec.testing.te; print('transformer_engine' in sys.modules, 'torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["False", "False"]
 

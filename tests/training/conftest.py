@@ -1,4 +1,4 @@
-"""Shared by the trainers' tests."""
+"""Fixtures that the tests of training share."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -194,7 +194,7 @@ def test_a_second_run_starts_without_the_events_of_the_first(tmp_path: Path):
     trainer.train()
     assert callback.controller.recoveries == 0
     assert {module.recipe.name for module in model.modules() if isinstance(module, LowPrecisionLinear)} == {"mxfp4"}
-    assert not (tmp_path / "events.jsonl").read_text()  # that was the run before
+    assert not (tmp_path / "events.jsonl").read_text()  # the events of the run before are gone
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_micro_batches_of_a_step():
 
 @pytest.mark.parametrize("of_all_ranks", [False, True])
 def test_the_loss_over_two_ranks(of_all_ranks: bool, monkeypatch: pytest.MonkeyPatch):
-    """If the number of items is that of all ranks, each rank's loss is a share; if it is the rank's own, a mean."""
+    """Each rank's loss is a share if the number of items is that of all ranks; it is a mean if the number is the rank's own."""
     monkeypatch.setattr(watching, "_ranks", lambda: 2)
     monkeypatch.setattr(watching.dist, "all_reduce", lambda sums: sums.mul_(2))  # the other rank saw the same
     model = _model()

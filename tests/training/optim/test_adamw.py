@@ -268,7 +268,7 @@ def test_with_loss_scaling_and_a_recipe():
     assert losses[-1] < losses[0] / 3
 
 
-# What is cast, and what is refused
+# Casts and refusals
 
 
 def test_prepare_weights_casts_parameters_in_place_and_no_buffers():

@@ -46,7 +46,7 @@ def test_the_files_and_output_of_a_run(finished: tuple[Path, subprocess.Complete
     assert (run / "checkpoint-6" / "model.safetensors").is_file()
     assert (run / "checkpoint-12" / "tokenizer.json").is_file()
     assert list(losses(run)) == list(range(1, 13))
-    # What the user sees: the plan, the bar with loss and tokens/s, the result.
+    # The output for the user: the plan, the bar with loss and tokens/s, the result.
     assert "7 of 8 linear layers converted" in result.stderr
     assert "loss=" in result.stderr
     assert "tok/s=" in result.stderr
