@@ -42,8 +42,6 @@ def test_command(page: str, command: str, tmp_path: Path):
         arguments = ["-m", "lowprec", *arguments, *shortened]
     else:
         assert program == "python"
-        if arguments[0].endswith("pretrain.py"):
-            arguments = [*arguments, *SHORT]
     result = run(*arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout

@@ -78,7 +78,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict]:
 
 # Each rank holds 256 of the 512 tokens: whole blocks, so every scale and code of fprop and dgrad is the same as in one process, and so are
 # wgrad's scales. Only the order of the sums differs. That bounds the first loss at 1e-6; in later steps a last bit can flip the rounding of
-# a code. The optimizer is SGD: Adam's first steps are the signs of the gradients, which would amplify such a bit if a gradient is near zero.
+# a code. The optimizer is SGD: Adam's first steps are the signs of the gradients, which would amplify a bit of a gradient near zero.
 @pytest.mark.parametrize(("recipe", "tolerance"), [("fp32", 1e-6), ("bf16", 5e-5), ("fp8_blockwise", 1e-3), ("qat_int8dyn_int4", 1e-3)])
 def test_two_processes_equal_one(trained: tuple[dict, dict], recipe: str, tolerance: float) -> None:
     one, two = (results[f"llama:{recipe}"] for results in trained)
