@@ -67,6 +67,12 @@ def assigned(path: Path) -> set[str]:
     return names
 
 
+def test_files_named_anywhere_exist():
+    named = set(re.findall(r"[\w/]+/\w+\.py", PAGE))
+    assert len(named) > 15
+    assert [path for path in named if not ((ROOT / path).exists() or (ROOT / "lowprec" / path).exists())] == []
+
+
 def subclasses(base: type, *modules: ModuleType) -> set[type]:
     """Return the classes below `base` that can have instances and that these modules, or the files of a package among them, define."""
     files = list(modules)
