@@ -1,5 +1,5 @@
-"""A training loop of one's own on Accelerate, with a precision schedule, a guard, and checkpoints
-that resume exactly.
+"""A training loop on Accelerate, with a precision schedule, a guard, and checkpoints that resume
+exactly.
 
 python trainers/loop.py [RECIPE] [--resume]
 accelerate launch --config_file configs/accelerate/fsdp2.yaml trainers/loop.py

@@ -19,6 +19,7 @@ in fp32. The result is in runs/<config name>/<number>/model: the model, or with 
 
 import contextlib
 import dataclasses
+import os
 import sys
 import time
 import typing
@@ -159,6 +160,8 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         raise UserError(f"SFTTrainer: {error}") from None
     if args.should_save:
         resume_checks.write_config(run_dir, checkpoint, settings)
+    if "wandb" in (args.report_to or ()):
+        os.environ.setdefault("WANDB_DIR", str(run_dir))
     low_precision.put_first(trainer)
     start = time.perf_counter()
     result = low_precision.train(trainer, None if checkpoint is None else str(checkpoint))
