@@ -17,7 +17,7 @@ train: $(PACKAGE)
 	$(BIN)/lowprec train llama-tiny-cpu
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(TESTS)
 	$(BIN)/ruff check .

@@ -1,13 +1,43 @@
 """Settings that all tests share."""
 
 import os
+from pathlib import Path
 
 # Two test processes share two cores (pytest -n 2), so each has one thread. This is set before torch is imported; subprocesses inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+
+# Files that take longest, in this order: `--no-loadscope-reorder` hands them out first, so that both processes end at about the same time.
+LONGEST = (
+    "nn/test_linear.py",
+    "interpreter/test_interpreter.py",
+    "training/run/test_run.py",
+    "nn/test_compiled_layers.py",
+    "test_package.py",
+    "training/control/test_guard_in_training.py",
+    "training/checkpoint/test_resume.py",
+    "cli/test_bench.py",
+    "nn/test_native_path.py",
+    "training/run/test_launch.py",
+    "training/control/test_replay.py",
+    "training/checkpoint/test_trl_peft.py",
+    "training/test_accelerate.py",
+    "training/checkpoint/test_hf_names.py",
+    "observe/test_probe.py",
+    "training/control/test_schedule.py",
+    "test_documentation.py",
+    "cli/test_cli.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tests = Path(__file__).parent
+    rank = {tests / file: number for number, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -9,7 +9,7 @@ import pytest
 from tests.processes import ROOT, run
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-SHORT = ["trainer.max_steps=1", "trainer.per_device_train_batch_size=2", "trainer.per_device_eval_batch_size=32", "data.max_bytes=200000"]
+SHORT = ["trainer.max_steps=1", "trainer.per_device_train_batch_size=2", "trainer.per_device_eval_batch_size=32", "data.max_bytes=60000"]
 
 
 def _blocks(language: str) -> list[tuple[str, str]]:

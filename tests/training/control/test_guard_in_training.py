@@ -14,7 +14,7 @@ from lowprec.nn import LowPrecisionLinear
 from tests.builders import losses, prose, small_trainer, tiny_llama
 
 GUARD = {"snapshot_every": 10, "warmup": 8, "window": 16}
-STEPS = 150
+STEPS = 120
 LAYER = "model.layers.1.mlp.down_proj"
 
 
@@ -71,7 +71,8 @@ def run(folder: Path, guard: Any, fault: type[Fault] | None = None, *steps: int,
     if fault is not None:
         callbacks.append(fault(model, *steps))
     # The learning rate is constant: a run that lost some steps learns as much in each of the later ones.
-    trainer = small_trainer(folder, *callbacks, model=model, max_steps=STEPS, lr_scheduler_type="constant", data=prose(800), **settings)
+    settings = {"max_steps": STEPS, "lr_scheduler_type": "constant", "data": prose(800), **settings}
+    trainer = small_trainer(folder, *callbacks, model=model, **settings)
     callbacks[0].train(trainer)
     return trainer
 
@@ -95,7 +96,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> float:
 
 
 def test_without_a_guard_a_nan_ends_the_run(tmp_path: Path):
-    trainer = run(tmp_path, None, NaNGradient, 40)
+    trainer = run(tmp_path, None, NaNGradient, 40, max_steps=45)
     assert not trainer.model.get_submodule(LAYER).weight.isfinite().all()
 
 
@@ -114,8 +115,8 @@ def test_a_jump_while_the_loss_still_falls(tmp_path: Path):
     assert max(found[step] for step in range(29, 51)) < 1.1 * found[20]
 
 
-@pytest.mark.parametrize("fault", [NaNGradient, NaNBackwards])
-@pytest.mark.parametrize("data", ["skip", "replay"])
+# Where a NaN comes from is found before the data is chosen, so each fault needs no run of its own with either choice.
+@pytest.mark.parametrize(("data", "fault"), [("skip", NaNGradient), ("skip", NaNBackwards), ("replay", NaNGradient)])
 def test_a_nan_in_one_layers_gradients(fault: type[Fault], data: str, tmp_path: Path, clean: float):
     settings = {"save_strategy": "steps", "save_steps": 10, "save_total_limit": 2} if data == "replay" else {}
     trainer = run(tmp_path, {**GUARD, "data": data}, fault, 47, **settings)

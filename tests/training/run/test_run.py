@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.processes import ROOT, lowprec, start
+from tests.processes import ROOT, lowprec, run, start
 from tests.runs import CONFIG, SMALL, losses, make_corpus, overrides, read_metrics, wandb_history
 
 
@@ -195,20 +195,35 @@ def test_wandb_offline_keeps_the_metrics(corpus: Path, tmp_path: Path):
     assert evaluated == [json.loads((output / "summary.json").read_text())["bits_per_byte"]]
 
 
+# TorchInductor takes two minutes for a block's many kernels; tests/nn/test_linear.py compares its code with eager layers.
+_TRACED_BLOCKS = """
+from functools import partialmethod
+from torch import nn
+from lowprec.cli.main import main
+
+nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager")
+main()
+"""
+COMPILED = {"precision__recipe": "fp8_rowwise", "compile": "blocks", "kernels__liger": "off"}
+
+
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "command"),
     [
-        {"precision__recipe": "bf16"},
-        {"precision__recipe": "mxfp4", "attention__mask": "causal & document"},
-        {"precision__recipe": "qat_int8dyn_int4", "data__packing": False},
-        {"precision__recipe": "fp8_rowwise", "compile": "blocks", "kernels__liger": "off"},
-        {"data__tokenizer": "bpe", "data__vocab_size": 300, "trainer__gradient_accumulation_steps": 2},
+        ({"precision__recipe": "bf16"}, ("-m", "lowprec")),
+        ({"precision__recipe": "mxfp4", "attention__mask": "causal & document"}, ("-m", "lowprec")),
+        ({"precision__recipe": "qat_int8dyn_int4", "data__packing": False}, ("-m", "lowprec")),
+        (COMPILED, ("-c", _TRACED_BLOCKS)),
+        pytest.param(COMPILED, ("-m", "lowprec"), marks=pytest.mark.slow),
+        ({"data__tokenizer": "bpe", "data__vocab_size": 300, "trainer__gradient_accumulation_steps": 2}, ("-m", "lowprec")),
     ],
-    ids=lambda settings: "-".join(map(str, settings.values())),
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else {"-m": "command", "-c": "traced"}[value[0]],
 )
-def test_settings_train(settings: dict, corpus: Path, tmp_path: Path):
+def test_settings_train(settings: dict, command: tuple[str, str], corpus: Path, tmp_path: Path):
     output = tmp_path / "run"
-    _train(corpus, trainer__max_steps=8, trainer__output_dir=str(output), **settings)
+    given = overrides(corpus, trainer__max_steps=8, trainer__output_dir=str(output), **settings)
+    result = run(*command, "train", str(CONFIG), *given)
+    assert result.returncode == 0, result.stderr[-4000:]
     by_step = losses(output)
     assert by_step[8] < by_step[1] - 0.3
     plan = json.loads((output / "plan.json").read_text())
