@@ -56,9 +56,9 @@ class ElementFormat:
 
     @property
     def packed(self) -> bool:
-        """Flag: a code is not a whole number of bytes wide, so several codes share bytes (see
-        `packing`)."""
-        return self.bits % 8 != 0
+        """Flag: torch has no dtype for the format, so its codes are kept as bytes, which several
+        codes share if a code is not a whole number of bytes wide (see `packing`)."""
+        return self.storage == torch.uint8
 
     @property
     def emax(self) -> int:

@@ -1,4 +1,4 @@
-"""Packing of codes that are not a whole number of bytes wide: 4, 6 or 12 bits.
+"""Packing of codes into bytes: of 4, 6 or 12 bits, several of which share bytes, or of 8 bits.
 
 A row of codes is one string of bits, lowest bit first: code j of b bits occupies bits
 [b j, b j + b), and byte i holds bits [8 i, 8 i + 8). Two 4-bit codes therefore make one byte with
@@ -60,6 +60,11 @@ def _in_memory_order(x_RK: Tensor) -> tuple[Tensor, int]:
 
 
 def _group(bits: int) -> tuple[int, int]:
-    """Return the numbers of codes and of bytes in the smallest group that fills whole bytes."""
+    """Return the numbers of codes and of bytes in the smallest group that fills whole bytes.
+
+    Raises ValueError for widths whose group has more than 32 bits, such as 5 and 7.
+    """
     width = math.lcm(bits, 8)
+    if width > 32:
+        raise ValueError(f"codes of {bits} bits can't be packed: a group of them has {width} bits")
     return width // bits, width // 8

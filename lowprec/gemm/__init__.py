@@ -74,10 +74,7 @@ def select(
             )
         return BACKENDS[backend], support
     refusals: dict[str, list[str]] = {}
-    for candidate in sorted(
-        BACKENDS.values(),
-        key=lambda candidate: (candidate.name == "reference", candidate.rank(a, b, size)),
-    ):
+    for candidate in sorted(BACKENDS.values(), key=lambda candidate: candidate.rank(a, b, size)):
         support = candidate.supports(a, b, device_type, sums)
         if support.ok:
             return candidate, Support(

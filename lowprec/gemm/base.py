@@ -74,6 +74,10 @@ UNSIZED: Final = Size()
 """The size of a product of which nothing is known."""
 
 
+LAST: Final = 1000
+"""The rank of a backend that takes every product: after all others, whatever their ranks."""
+
+
 class GemmBackend(ABC):
     """One way to multiply two operands. It has no state."""
 

@@ -12,7 +12,15 @@ B = 14 the sums are those of an H100 (docs/numerics.md).
 import torch
 from torch import Tensor
 
-from lowprec.gemm.base import FP32_SUMS, Accumulation, GemmBackend, Operand, Support
+from lowprec.gemm.base import (
+    FP32_SUMS,
+    LAST,
+    Accumulation,
+    GemmBackend,
+    Operand,
+    Size,
+    Support,
+)
 from lowprec.quant import OperandSpec, QTensor
 
 MMA_K = 32
@@ -28,6 +36,9 @@ class ReferenceBackend(GemmBackend):
 
     name = "reference"
     decoded = True
+
+    def rank(self, a: OperandSpec | None, b: OperandSpec | None, size: Size) -> int:
+        return LAST
 
     def supports(
         self,

@@ -9,6 +9,7 @@ import pytest
 from lowprec.cli.main import main
 from lowprec.config import shipped
 from lowprec.errors import UserError
+from lowprec.training.run.config import load_run
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs" / "llama-tiny-cpu.yaml"
@@ -40,6 +41,13 @@ def test_names_are_paths_without_the_suffix():
     assert set(names) == {path.relative_to(ROOT / "configs").with_suffix("").as_posix() for path in (ROOT / "configs").rglob("*.yaml")}
     assert names[-3:] == ["accelerate/cpu", "accelerate/fsdp2", "accelerate/one_gpu"]
     assert all(shipped.about(name) for name in names)
+
+
+@pytest.mark.parametrize("name", [name for name in shipped.names() if not name.startswith("accelerate/")])
+def test_every_shipped_run_is_a_valid_configuration(name: str):
+    run, settings = load_run(shipped.path_of(name), [])
+    assert run.precision.recipe is not None
+    assert settings["model"]
 
 
 def test_a_bare_name_is_found_anywhere():

@@ -166,6 +166,12 @@ def test_e8m0_bytes_are_those_of_ml_dtypes():
 
 
 # A [70, 100] matrix: odd numbers of blocks, bytes and groups along both axes.
+@pytest.mark.parametrize("bits", [5, 7, 9, 10, 11])
+def test_widths_whose_groups_do_not_fit_are_refused(bits):
+    with pytest.raises(ValueError, match=f"codes of {bits} bits can't be packed"):
+        pack(torch.zeros(2, 8, dtype=torch.int16), bits)
+
+
 NBYTES = {
     "e4m3[1x128 fp32]": 70 * 100 + 70 * 4,
     "e4m3[128x128 fp32]": 70 * 100 + 4,

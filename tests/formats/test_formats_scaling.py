@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from lowprec.formats.element import E2M1, E2M3, E3M2, E4M3, E5M2, E5M6, INT4, INT8, ElementFormat
+from lowprec.formats.element import E2M1, E4M3, FORMATS, INT4, INT8, ElementFormat
 from lowprec.formats.scaling import ALL, SMALLEST_FP32_SCALE, BlockScaling, asymmetric_scale, power_of_two_scale, scale_from_amax
 from lowprec.quant import OperandSpec, quantize
 from lowprec.testing import e8m0_scale, heavy_tailed
 from lowprec.testing.cases import LARGEST_FP32, SMALLEST_NORMAL, SMALLEST_SUBNORMAL
 
-FLOATS = (E5M6, E4M3, E5M2, E3M2, E2M3, E2M1)
+FLOATS = [fmt for fmt in FORMATS.values() if fmt.saturates and not fmt.is_integer]
 RULES = ("floor", "ceil", "even", "rceil")
 EXPONENTS = (*range(-149, -110), *range(-30, 31), *range(100, 128))
 

@@ -17,13 +17,10 @@ from lowprec.training.control.blame import LayerNorms
 from lowprec.training.control.signals import (
     SIGNALS,
     Breach,
-    GradientConfig,
-    LossConfig,
     NotFinite,
     Observation,
     Signal,
-    SkippedStepsConfig,
-    SqnrConfig,
+    SignalsConfig,
     is_healthy,
 )
 
@@ -31,8 +28,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 
-# pydantic takes the fields of the last base first.
-class GuardConfig(SqnrConfig, SkippedStepsConfig, GradientConfig, LossConfig):
+class GuardConfig(SignalsConfig):
     """Settings of the guard: the limits of all signals, and what happens after a breach. An
     infinite ratio, or an infinite number of deviations, switches its check off."""
 

@@ -7,9 +7,9 @@ deviation, and a jump could hide in it. So the loss is also compared with the la
 with how far losses usually lie from the few before them. Steps that breach a limit, and steps that
 loss scaling skipped, never enter these statistics.
 
-To add a signal: write a subclass of `Signal` here, its settings in a class beside it, and add it to
-`SIGNALS`. The settings become keys of `precision.guard` when their class is a base of
-`guard.GuardConfig`.
+To add a signal: write a subclass of `Signal` here, its settings in a class beside it, and add the
+one to `SIGNALS`, the other to the bases of `SignalsConfig`, whose fields are keys of
+`precision.guard`.
 """
 
 import math
@@ -294,6 +294,11 @@ class Sqnr(Signal):
             f"below {floor:g} dB{others}",
             layers=tuple(low),
         )
+
+
+# pydantic takes the fields of the last base first.
+class SignalsConfig(SqnrConfig, SkippedStepsConfig, GradientConfig, LossConfig):
+    """The settings of all signals. `guard.GuardConfig` adds those of the guard itself."""
 
 
 SIGNALS = (NotFinite, SkippedSteps, Loss, Gradient, Sqnr)
