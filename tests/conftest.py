@@ -15,23 +15,24 @@ import torch
 # Files that take longest, in this order: `--no-loadscope-reorder` hands them out first, so that both processes end at about the same time.
 LONGEST = (
     "nn/test_linear.py",
-    "interpreter/test_interpreter.py",
     "training/run/test_run.py",
+    "interpreter/test_interpreter.py",
     "nn/test_compiled_layers.py",
-    "test_package.py",
+    "nn/test_native_path.py",
     "training/control/test_guard_in_training.py",
     "training/checkpoint/test_resume.py",
-    "cli/test_bench.py",
-    "nn/test_native_path.py",
     "training/run/test_launch.py",
-    "training/control/test_replay.py",
     "training/checkpoint/test_trl_peft.py",
-    "training/test_accelerate.py",
+    "test_package.py",
+    "nn/test_experts.py",
+    "formats/test_formats_rounding.py",
     "training/checkpoint/test_hf_names.py",
-    "observe/test_probe.py",
-    "training/control/test_schedule.py",
+    "training/test_accelerate.py",
+    "training/control/test_replay.py",
     "test_documentation.py",
     "cli/test_cli.py",
+    "observe/test_probe.py",
+    "quant/test_quantize_nvfp4.py",
 )
 
 

@@ -104,19 +104,24 @@ def lowprec(*arguments: str, cwd: Path = ROOT, check: bool = False) -> subproces
 
 
 def run_ranks(script: str, folder: Path, *arguments: str, processes: int = 2) -> None:
-    """Run a Python program, written to `folder`, in processes that find each other as those of torchrun do; each uses one core."""
-    from torch.distributed import TCPStore
-
+    """Run a Python program, written to `folder`, in processes that find each other as torchrun's do; each on one core."""
     file = folder / "script.py"
     file.write_text(script)
+    run_in_ranks(str(file), *arguments, processes=processes, PYTHONPATH=str(ROOT))
+
+
+def run_in_ranks(*arguments: str, processes: int = 2, **environment: str) -> None:
+    """Run `python *arguments` in processes that find each other as torchrun's do; each on one core."""
+    from torch.distributed import TCPStore
+
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    ranks = [start(str(file), *arguments, **environment, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(processes)]
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
+    ranks = [start(*arguments, **environment, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(processes)]
     deadline = time.monotonic() + TIMEOUT
     while None in (codes := [rank.poll() for rank in ranks]) and not any(codes) and time.monotonic() < deadline:
         time.sleep(0.01)
-    for rank in ranks:  # if one rank has failed, the others wait for it
+    for rank in ranks:  # where one has failed, the others wait for it
         rank.kill()
     results = [rank.wait() for rank in ranks]
     assert codes == [0] * processes, "\n".join(result.stderr[-4000:] for result in results)

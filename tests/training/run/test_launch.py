@@ -40,7 +40,7 @@ def small(corpus: Path, output: Path, batch: int) -> list[str]:
     return [*overrides(corpus, **settings), "precision.recipe=fp32", "device=cpu", f"trainer.per_device_train_batch_size={batch}"]
 
 
-def test_two_processes_on_the_cpu_train_as_one_on_their_batches(tmp_path: Path):
+def test_two_processes_on_the_cpu_train_as_one_on_their_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """In fp32, the distribution of rows among processes changes only the order of the sums of gradients."""
     corpus, two, one = make_corpus(tmp_path / "corpus"), tmp_path / "two", tmp_path / "one"
     _, _, *arguments = command_of(FOLDER / "cpu.yaml")
@@ -57,9 +57,13 @@ def test_two_processes_on_the_cpu_train_as_one_on_their_batches(tmp_path: Path):
     assert summaries[0]["val_loss"] == pytest.approx(summaries[1]["val_loss"], rel=1e-6)
     assert summaries[0]["bits_per_byte"] == pytest.approx(summaries[1]["bits_per_byte"], rel=1e-6)
     assert summaries[0]["data"]["validation"]["examples"] % 2 == 1
-    # They resume from their checkpoint.
+    # They resume from their checkpoint, here in processes that get from the launch file what the launcher hands to its own.
     resume = f"trainer.resume_from_checkpoint={two / 'checkpoint-2'}"
-    run("accelerate.commands.launch", *arguments, *small(corpus, tmp_path / "again", 4), resume)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    given = prepare_multi_gpu_env(validated(FOLDER / "cpu.yaml"))
+    environment = {name: value for name, value in given.items() if name.startswith("ACCELERATE_")}
+    command = ("-m", "lowprec", "train", arguments[-1], *small(corpus, tmp_path / "again", 4), resume)
+    processes.run_in_ranks(*command, **environment, WANDB_MODE="offline")
     assert losses(tmp_path / "again") == {3: losses(two)[3]}
     assert json.loads((tmp_path / "again" / "summary.json").read_text())["val_loss"] == summaries[0]["val_loss"]
 
