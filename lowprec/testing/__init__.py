@@ -17,7 +17,11 @@ from lowprec.testing.oracles import (
     round_by_search,
 )
 from lowprec.testing.shapes import ODD_SHAPES, RECIPE_SHAPE, SQNR_SHAPE
-from lowprec.testing.tolerances import SQNR_CEILING_ABOVE_FLOOR_DB, SQNR_FLOORS_DB
+from lowprec.testing.tolerances import (
+    SQNR_CEILING_ABOVE_FLOOR_DB,
+    SQNR_CEILING_FP32_DB,
+    SQNR_FLOORS_DB,
+)
 
 __all__ = [
     "DISTRIBUTIONS",
@@ -25,6 +29,7 @@ __all__ = [
     "ODD_SHAPES",
     "RECIPE_SHAPE",
     "SQNR_CEILING_ABOVE_FLOOR_DB",
+    "SQNR_CEILING_FP32_DB",
     "SQNR_FLOORS_DB",
     "SQNR_SHAPE",
     "EdgeBlock",

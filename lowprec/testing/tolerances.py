@@ -24,7 +24,8 @@ products then has K partial sums, and the kth one has k/K of the variance of the
     noise / signal = (K / 2) / (12 * 4^p * rho)
 
 which is 127.9, 129.1 and 130.9 dB for SQNR_SHAPE. Kernels that keep several partial sums gain a few
-dB (131 to 134 dB were measured), so fp32 has no ceiling.
+dB (131 to 134 dB were measured). Exact sums that are rounded to fp32 once have 151.9 dB, which no
+fp32 result exceeds: this is the ceiling of fp32.
 
 Saturation (mxfp4's floor rule), integer steps and the mask of the straight-through gradient (QAT's
 wgrad) add noise. Their floors come from measurement: shape SQNR_SHAPE, 5 seeds, the smallest value.
@@ -65,7 +66,11 @@ SQNR_FLOORS_DB: dict[str, dict[str, tuple[float, float, float]]] = {
 
 SQNR_CEILING_ABOVE_FLOOR_DB = 2.0
 """Largest distance of a recipe's SQNR above its floor. If one of two equal operands stays in high
-precision by mistake, the SQNR gains 3 dB. fp32 has no ceiling, because its operands are exact."""
+precision by mistake, the SQNR gains 3 dB. fp32, whose operands are exact, has
+`SQNR_CEILING_FP32_DB` instead."""
+
+SQNR_CEILING_FP32_DB = 152.2
+"""Largest SQNR of the recipe fp32: 0.3 dB above that of exact sums rounded to fp32 once."""
 
 FP32_ROUNDINGS = 3 * 2.0**-24
 """Bound on the relative error of x * (1 / s) * s in fp32, without the rounding to a code. It sums

@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside the weights, and where it is kept.
+"""The parts of a checkpoint beside the weights, and the places where they are kept.
 
 Each part is an object with a name and the pair `state_dict` and `load_state_dict`, which is torch's
 own contract (`torch.distributed.checkpoint.stateful.Stateful`). Who writes the checkpoint decides
