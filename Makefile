@@ -2,6 +2,7 @@
 # make test     lint, type-check and test
 # make lint     lint and type-check alone
 # make gpu      the tests that need a CUDA device
+# make faults   many kills, mutated configurations, damaged files and architectures (an hour)
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints
 PACKAGE := $(VENV)/.installed
 TESTS := $(VENV)/.installed-dev
 
-.PHONY: train test lint gpu clean
+.PHONY: train test lint gpu faults clean
 
 train: $(PACKAGE)
 	$(BIN)/lowprec train llama-tiny-cpu
@@ -26,6 +27,9 @@ lint: $(TESTS)
 
 gpu: $(TESTS)
 	$(BIN)/python -m pytest -m gpu tests/gpu
+
+faults: $(TESTS)
+	$(BIN)/python -m pytest -m faults tests/faults
 
 # Installed once, and again only when what it is installed from has changed.
 $(PACKAGE): pyproject.toml constraints.txt
