@@ -11,7 +11,7 @@ import ast
 from collections.abc import Callable
 
 from lowprec.attention.mask import Mask, causal, document, prefix, sliding_window
-from lowprec.errors import UserError, nearest
+from lowprec.errors import UserError, nearest, shown
 
 _FACTORIES: dict[str, Callable[..., Mask]] = {
     "causal": causal,
@@ -22,6 +22,8 @@ _FACTORIES: dict[str, Callable[..., Mask]] = {
 _TAKES_SIZE = ("prefix", "sliding_window")
 _MAX_EXPRESSION = 1000
 """Maximum number of characters; a longer expression could exhaust the parser's recursion limit."""
+_MOST_OPERATORS = 100
+"""Maximum number of operators, for the recursion over the parsed expression."""
 
 
 def parse(expression: Mask | str) -> Mask:
@@ -38,6 +40,8 @@ def parse(expression: Mask | str) -> Mask:
             "mask: expected an expression such as 'causal & document', got "
             f"{str(expression)[:40]!r}"
         )
+    if sum(expression.count(operator) for operator in "&|~") > _MOST_OPERATORS:
+        raise UserError(f"mask: more than {_MOST_OPERATORS} operators in {shown(expression)}")
     try:
         tree = ast.parse(expression.strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):

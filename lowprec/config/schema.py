@@ -3,10 +3,16 @@
 A configuration is a tree of frozen pydantic models derived from `StrictConfig`. `parse` makes one
 of plain data (from YAML, a dict or the command line). It rewrites pydantic's report into the
 sentence that a user needs: the dotted path, what is wrong, and the nearest known key.
+
+Numbers are finite, unless a field says that infinity has a meaning (`allow_inf_nan=True` beside a
+bound, which no NaN meets). `check_plain` holds the rules of values that have no type of their own:
+text without NUL characters, numbers that fit 64 bits.
 """
 
+import math
 import operator
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
 
@@ -19,7 +25,11 @@ from pydantic import (
     field_validator,
 )
 
-from lowprec.errors import UserError, nearest
+from lowprec.errors import UserError, nearest, shown
+
+_MAX_LEVELS = 50
+"""Deepest nesting of a value."""
+_NO_TEXT = re.compile("[\\0\\ud800-\\udfff]")
 
 
 class StrictConfig(BaseModel):
@@ -35,17 +45,52 @@ class StrictConfig(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse a boolean where a number is expected: to Python, and so to pydantic, true is 1."""
-        if isinstance(value, bool) and info.field_name is not None:
-            hint = cls.model_fields[info.field_name].annotation
-            kinds = {hint, *get_args(hint)}
-            if kinds & {int, float} and bool not in kinds:
-                raise ValueError(f"expected a number, got {str(value).lower()}")
+    def _plain(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse text and numbers that no setting can have, and a boolean where a number is
+        expected."""
+        hint = None if info.field_name is None else cls.model_fields[info.field_name].annotation
+        refuse_boolean(hint, value)
+        if _model_in(hint) is None:  # A section inside checks its own fields, with their names.
+            check_plain(value)
         return value
 
 
 C = TypeVar("C", bound=StrictConfig)
+
+
+def refuse_boolean(hint: Any, value: Any) -> None:
+    """Raise ValueError for a boolean where a number is expected: to Python, and so to pydantic,
+    true is 1."""
+    kinds = {hint, *get_args(hint)}
+    if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
+        raise ValueError(f"expected a number, got {str(value).lower()}")
+
+
+def check_plain(value: Any, *, finite: bool = False, level: int = 0) -> None:
+    """Raise ValueError if plain data holds something that no setting can have: text with a NUL
+    character or half a surrogate pair, an integer of more than 64 bits, or a nesting without end.
+
+    Args:
+        finite: Flag: infinity and NaN are refused, too. A field of a type refuses them itself.
+    """
+    if level > _MAX_LEVELS:
+        raise ValueError(f"nested deeper than {_MAX_LEVELS} levels")
+    if isinstance(value, str):
+        if _NO_TEXT.search(value):
+            raise ValueError(f"text can't hold a NUL character or half a character: {shown(value)}")
+    elif isinstance(value, int):
+        if not -(2**63) <= value < 2**63:
+            raise ValueError(f"expected a number of at most 64 bits, got {shown(value)}")
+    elif isinstance(value, float):
+        if finite and not math.isfinite(value):
+            raise ValueError(f"expected a finite number, got {value}")
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            check_plain(key, finite=True, level=level + 1)
+            check_plain(inner, finite=finite, level=level + 1)
+    elif isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
+        for inner in value:
+            check_plain(inner, finite=finite, level=level + 1)
 
 
 def parse(schema: type[C], data: Any, where: str = "") -> C:
@@ -54,7 +99,9 @@ def parse(schema: type[C], data: Any, where: str = "") -> C:
     if isinstance(data, schema):
         return data
     if not isinstance(data, Mapping):
-        raise UserError(f"{where or schema.__name__}: expected a mapping of settings, got {data!r}")
+        raise UserError(
+            f"{where or schema.__name__}: expected a mapping of settings, got {shown(data)}"
+        )
     try:
         return schema.model_validate(dict(data))
     except ValidationError as error:
@@ -62,14 +109,22 @@ def parse(schema: type[C], data: Any, where: str = "") -> C:
 
 
 def parse_value(hint: Any, value: Any, where: str) -> Any:
-    """Return a value as the type `hint`; raise UserError, which names `where`, if it is none."""
+    """Return a value as the type `hint`; raise UserError, which names `where`, if it is none.
+
+    Numbers may be infinite or NaN. The caller knows where that has a meaning.
+    """
+    try:
+        check_plain(value)
+        refuse_boolean(hint, value)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
     try:
         return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(
             value
         )
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"{where}: {_lower_first(first['msg'])}, got {value!r}") from None
+        raise UserError(f"{where}: {_lower_first(first['msg'])}, got {shown(value)}") from None
 
 
 def whole_number(value: Any, what: str) -> int:
@@ -80,7 +135,7 @@ def whole_number(value: Any, what: str) -> int:
     except TypeError:
         number = 0
     if number < 1:
-        raise UserError(f"{what} are a whole number from 1, got {value!r}")
+        raise UserError(f"{what} are a whole number from 1, got {shown(value)}")
     return number
 
 
@@ -88,7 +143,7 @@ def _one_line(error: ValidationError, schema: type[BaseModel], where: str) -> st
     # A wrong key explains more than its consequences, such as a missing value: it comes first.
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     location = _without_branches(schema, first["loc"])
-    path = ".".join([where] * bool(where) + [str(part) for part in location])
+    path = ".".join([where] * bool(where) + [_short(part) for part in location])
     if first["type"] == "extra_forbidden":
         return f"{path}: unknown key{nearest(str(location[-1]), _keys_at(schema, location[:-1]))}"
     if first["type"] == "missing":
@@ -97,7 +152,7 @@ def _one_line(error: ValidationError, schema: type[BaseModel], where: str) -> st
         message = first["msg"].removeprefix("Value error, ")
         # The message of a section that a validator parsed begins with its own path.
         return message if message.startswith(f"{path}.") else f"{path}: {message}"
-    return f"{path}: {_lower_first(first['msg'])}, got {first['input']!r}"
+    return f"{path}: {_lower_first(first['msg'])}, got {shown(first['input'])}"
 
 
 def _without_branches(schema: Any, location: tuple) -> tuple:
@@ -137,6 +192,12 @@ def _model_in(hint: Any) -> type[BaseModel] | None:
     if isinstance(hint, type) and get_origin(hint) is None and issubclass(hint, BaseModel):
         return hint
     return next((model for arg in get_args(hint) if (model := _model_in(arg))), None)
+
+
+def _short(part: Any) -> str:
+    """Return a part of a path as text, cut if it is long."""
+    text = str(part)
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _lower_first(text: str) -> str:

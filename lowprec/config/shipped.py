@@ -5,9 +5,10 @@ is the path of a file there without `.yaml`: "llama-tiny-cpu", "accelerate/fsdp2
 slash are runs; the others are launch files of Accelerate.
 """
 
+import os
 from pathlib import Path
 
-from lowprec.errors import UserError, nearest
+from lowprec.errors import UserError, nearest, shown
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -32,7 +33,7 @@ def path_of(name: str) -> Path:
     if name not in known:
         # `nearest` lists all names itself if none is near.
         hints = dict.fromkeys((nearest(name, known), f"; known: {', '.join(known)}"))
-        raise UserError(f"'{name}' is no shipped configuration{''.join(hints)}")
+        raise UserError(f"{shown(name)} is no shipped configuration{''.join(hints)}")
     return folder() / f"{name}.yaml"
 
 
@@ -51,20 +52,20 @@ def find(config: str) -> Path:
         UserError: a bare name is neither a file nor shipped; the message has the nearest name.
     """
     path = Path(config)
-    if path.is_file():
+    if os.path.isfile(path):
         return path
     runs = [name for name in names() if "/" not in name]
     if path.suffix in (".yaml", ".yml"):
-        if not path.exists() and path.stem in runs:
+        if not os.path.lexists(path) and path.stem in runs:
             raise UserError(f"{config}: no such file; the shipped one is '{path.stem}'")
         return path
     if len(path.parts) != 1:
         return path
     beside = Path(f"{config}.yaml")
-    if beside.is_file():
+    if os.path.isfile(beside):
         return beside
     if config in runs:
         return path_of(config)
-    if path.is_dir():
-        return path
+    if os.path.lexists(path):
+        return path  # A folder or a device, which the reader refuses by its name.
     raise UserError(f"{config}: no such file or shipped configuration{nearest(config, runs)}")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from lowprec.errors import UserError, nearest
+from lowprec.errors import UserError, nearest, shown
 from lowprec.formats.element import (
     BF16,
     E2M1,
@@ -244,7 +244,7 @@ def resolve(value: Any) -> Recipe:
     if isinstance(value, str):
         return get(value)
     if not isinstance(value, Mapping):
-        raise UserError(f"a recipe is a name or a mapping with 'base', got {value!r}")
+        raise UserError(f"a recipe is a name or a mapping with 'base', got {shown(value)}")
     if unknown := [key for key in value if key not in ("base", *GEMMS)]:
         raise UserError(
             f"unknown key '{unknown[0]}' in a recipe{nearest(unknown[0], ('base', *GEMMS))}"
@@ -252,7 +252,7 @@ def resolve(value: Any) -> Recipe:
     if "base" not in value:
         raise UserError(
             "a recipe given as a mapping needs 'base', the recipe that it changes; got "
-            f"{dict(value)!r}"
+            f"{shown(dict(value))}"
         )
     base = resolve(value["base"])
     given = {gemm: value[gemm] for gemm in GEMMS if gemm in value}

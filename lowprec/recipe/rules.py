@@ -22,7 +22,7 @@ class Rule:
     def __post_init__(self) -> None:
         try:
             re.compile(self.modules)
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise UserError(f"rule '{self.modules}' is not a regular expression: {error}") from None
 
     def matches(self, name: str) -> bool:

@@ -1,6 +1,7 @@
 """Configuration: every mistake is one line with its place, and YAML means what YAML 1.2 says."""
 
 import math
+import os
 
 import pytest
 from hypothesis import given, settings
@@ -96,6 +97,50 @@ def test_in_a_union_the_path_holds_keys_alone(data, expected):
 def test_an_unknown_key_is_reported_before_what_follows_from_it():
     assert message({"optimizer": {"learning_rat": 1.0}}) == "optimizer.learning_rat: unknown key; did you mean 'learning_rate'?"
     assert message({"steps": "many", "devicess": 1}) == "devicess: unknown key; did you mean 'devices'?"
+
+
+@pytest.mark.parametrize(
+    "data, part",
+    [
+        ({"optimizer": {"learning_rate": math.nan}}, "optimizer.learning_rate: input should be a finite number"),
+        ({"optimizer": {"learning_rate": math.inf}}, "optimizer.learning_rate: input should be a finite number"),
+        ({"optimizer": {"learning_rate": "nan"}}, "optimizer.learning_rate: input should be a finite number"),
+        (
+            {"optimizer": {"learning_rate": 10**400}},
+            "optimizer.learning_rate: expected a number of at most 64 bits, got a number of 1329 bits",
+        ),
+        ({"steps": 2**63}, "steps: expected a number of at most 64 bits, got 9223372036854775808"),
+        ({"steps": 10**5000}, "steps: expected a number of at most 64 bits, got a number of 16610 bits"),
+        ({"steps": True}, "steps: expected a number, got true"),
+        ({"sources": [{"path": "a\0b"}]}, "sources.0.path: text can't hold a NUL character"),
+        ({"extras": {"\ud800": 1}}, "extras: text can't hold a NUL character or half a character: '\\ud800'"),
+        ({"x" * 10**6: 1}, "x...: unknown key"),
+        ({"steps": ["y" * 10**5] * 100}, "steps: input should be a valid integer, got ['yyy"),
+    ],
+    ids=range(11),
+)
+def test_values_that_no_setting_has(data, part):
+    text = message(data)
+    assert part in text
+    assert len(text) < 1000
+
+
+def test_a_value_without_end_is_refused():
+    endless: list = []
+    endless.append(endless)
+    assert message({"extras": endless}) == "extras: nested deeper than 50 levels"
+    assert message(endless).startswith("Run: expected a mapping of settings, got [[[[")
+
+
+@pytest.mark.parametrize("value", [True, "a\0", 2**64])
+def test_single_values_follow_the_same_rules(value):
+    with pytest.raises(UserError, match=r"^trainer\.seed: "):
+        parse_value(int | None, value, "trainer.seed")
+
+
+def test_an_error_is_one_line_of_bounded_length():
+    assert str(UserError("a\n b\x1b[2J\u202e")) == "a b\\x1b[2J\\u202e"
+    assert 3900 < len(str(UserError("x" * 10**6))) < 4100
 
 
 @pytest.mark.parametrize("data", [None, 3, "text", [1], ("a", 1)])
@@ -261,6 +306,76 @@ def test_a_directive_changes_no_rule():
 def test_tags_make_no_objects_and_odd_documents_are_one_line(text):
     with pytest.raises(UserError, match=r"^here: not YAML: [^\n]+$"):
         load(f"key: {text}", "here")
+
+
+def _laughs(form: str) -> str:
+    """Return nine levels, each nine times the one before: 400 million values."""
+    lines = ["a0: &a0 [x, x]"]
+    lines += [f"a{level}: &a{level} " + form.format(",".join([f"*a{level - 1}"] * 9)) for level in range(1, 10)]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    "text, part",
+    [
+        (_laughs("[{}]"), "more than 50000 values or 1048576 characters, aliases written out, line 6"),
+        (_laughs("{{<<: [{}]}}").replace("[x, x]", "{x: 1}"), "more than 50000 values"),
+        ("a: &a " + "x" * 60000 + "\nb: [" + ", ".join(["*a"] * 40) + "]", "more than 50000 values or 1048576 characters"),
+        ("a: &a [*a]", "the alias 'a' lies inside its own anchor, line 1, column 8"),
+        ("a: &a {b: {c: *a}}", "the alias 'a' lies inside its own anchor"),
+        ("[" * 5000, "nested deeper than 40 levels, line 1, column 41"),
+        ("{a: " * 5000, "nested deeper than 40 levels"),
+        ("- " * 5000 + "a", "nested deeper than 40 levels"),
+        ("a: " + "9" * 5000, "a number of 5000 characters; at most 100 are read, line 1, column 4"),
+        ("a: 0x" + "f" * 5000, "a number of 5002 characters"),
+        ("a: !!int " + "9" * 5000, "a number of 5000 characters"),
+        ("a: !!binary aGk=", "the tag '!!binary' is not of plain data"),
+        ("a: !!timestamp 2001-01-01", "the tag '!!timestamp' is not of plain data"),
+        ("a: !!set {b, c}", "the tag '!!set' is not of plain data"),
+        ("a: !!omap [b: 1]", "the tag '!!omap' is not of plain data"),
+        ("a: !!python/object/apply:os.system [ls]", "the tag '!!python/object/apply:os.system' is not of plain data"),
+        ("a: !<" + "x" * 9000 + "> 1", "is not of plain data"),
+        ("? [a, b]\n: 1", "a key is a name or a number, not a list or a mapping, line 1, column 3"),
+        ("a: 1\n---\nb: 2", "expected a single document"),
+        ("a:\t1\n\tb: 2", "found character '\\t'"),
+        ("a: \0", "unacceptable character #x0000"),
+        ("a: \x1b[2J", "unacceptable character #x001b"),
+        ('a: "\\UFFFFFFFF"', "not YAML"),
+    ],
+    ids=range(23),
+)
+def test_hostile_documents_are_one_bounded_line(text, part):
+    with pytest.raises(UserError, match=r"^here: not YAML: [^\n]{1,300}$") as error:
+        load(text, "here")
+    assert part in str(error.value)
+
+
+def test_an_anchor_may_be_given_again():
+    assert load("a: &x 1\nb: &x 2\nc: *x", "here") == {"a": 1, "b": 2, "c": 2}
+
+
+def test_files_that_are_no_configuration(tmp_path, monkeypatch):
+    path = tmp_path / "run.yaml"
+    os.mkfifo(tmp_path / "fifo.yaml")
+    (tmp_path / "loop.yaml").symlink_to(tmp_path / "loop.yaml")
+    path.write_text("a: 1\n")
+    for name, part in (
+        ("fifo.yaml", "not a regular file"),
+        ("/dev/zero", "not a regular file"),
+        ("/dev/null", "not a regular file"),
+        ("loop.yaml", "can't be read: Too many levels of symbolic links"),
+        ("x" * 300, "can't be read: File name too long"),
+        ("run.yaml/more", "can't be read: Not a directory"),
+        ("a\0b", "can't be read: embedded null byte"),
+    ):
+        with pytest.raises(UserError, match=part):
+            load_mapping(tmp_path / name)
+    with path.open("r+b") as file:
+        file.truncate(100 * 2**20)  # a file with a hole
+    with pytest.raises(UserError, match="larger than 262144 bytes, which no configuration is"):
+        load_mapping(path)
+    path.write_bytes(b"\xef\xbb\xbfa: 1\n")
+    assert load_mapping(path) == {"a": 1}
 
 
 def test_the_order_of_keys_is_kept():

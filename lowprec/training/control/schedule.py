@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, PlainSerializer, field_validator
 
 from lowprec.config.schema import StrictConfig
 from lowprec.conversion.config import RuleConfig, recipe_or_none
-from lowprec.errors import UserError
+from lowprec.errors import UserError, shown
 from lowprec.recipe import Recipe
 
 logger = logging.getLogger("lowprec")
@@ -46,10 +46,12 @@ class Until(StrictConfig):
         if match is None or (match[3] == "%" and match[2]):
             raise ValueError(
                 "expected a share, steps or tokens, such as 5%, 200 steps or 1B tokens, got "
-                f"{text!r}"
+                f"{shown(text)}"
             )
         unit = match[3].lower()
         value = float(match[1]) * _MAGNITUDES[match[2].lower()] * _UNITS[unit]
+        if value > 2**53:
+            raise ValueError(f"{shown(text)} is more than any run has")
         if unit == "%" and value > 1:
             raise ValueError(f"{text} is after the end of the run")
         return cls(value=value, unit=_UNIT_NAMES[unit])

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from lowprec.config.schema import StrictConfig
+from lowprec.errors import shown
 
 
 class DataConfig(StrictConfig):
@@ -77,7 +78,7 @@ class DataConfig(StrictConfig):
             or not all(isinstance(name, str) and name.strip() for name in names)
         ):
             raise ValueError(
-                f"expected a source's name or path, or a list of at least one, got {value!r}"
+                f"expected a source's name or path, or a list of at least one, got {shown(value)}"
             )
         return value
 

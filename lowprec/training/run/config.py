@@ -17,8 +17,8 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from lowprec.config.schema import StrictConfig, parse
-from lowprec.config.yaml import load, load_mapping
-from lowprec.errors import UserError
+from lowprec.config.yaml import MAX_BYTES, load, load_mapping
+from lowprec.errors import UserError, shown
 from lowprec.training.control.precision import PrecisionConfig, parse_precision
 from lowprec.training.data.config import DataConfig
 from lowprec.training.optim.adamw import OptimizerConfig
@@ -100,23 +100,32 @@ def read_settings(path: str | Path | None, overrides: Sequence[str] = ()) -> dic
     data = {} if path is None else load_mapping(path)
     for override in overrides:
         key, equals, value = override.partition("=")
-        if not equals or not key:
+        path = key.split(".")
+        if not equals or not all(path):
             raise UserError(
-                f"'{override}': an override is written key=value, e.g. trainer.max_steps=100"
+                f"{shown(override)}: an override is written key=value, e.g. trainer.max_steps=100"
             )
-        _set(data, key.split("."), load(value, override), override)
+        if len(value) > MAX_BYTES:
+            raise UserError(f"{shown(key)}: a value of {len(value)} characters is too long")
+        _set(data, path, load(value, _short(override)), _short(override))
     return data
+
+
+def _short(override: str) -> str:
+    """Return an override as it is quoted in an error."""
+    return override if len(override) <= 120 else f"{override[:120]}..."
 
 
 def _set(data: dict[str, Any], path: list[str], value: Any, override: str) -> None:
     """Set `value` at `path` in nested mappings, which are made where they are missing."""
     *sections, last = path
     for section in sections:
-        inner = data.setdefault(section, {})
+        inner = data.get(section, {})
         if section == "precision" and isinstance(inner, str):
             inner = {"recipe": inner}
-            data[section] = inner
         if not isinstance(inner, dict):
-            raise UserError(f"'{override}': '{section}' is not a section, it holds {inner!r}")
-        data = inner
+            raise UserError(f"'{override}': '{section}' is not a section, it holds {shown(inner)}")
+        # A copy, because an alias of YAML can make this section a part of another one as well.
+        data[section] = dict(inner)
+        data = data[section]
     data[last] = value
