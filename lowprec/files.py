@@ -1,9 +1,49 @@
-"""Files that are written completely or not at all."""
+"""Files that are written completely or not at all, and JSON that every reader takes.
+
+JSON has no NaN and no infinity. They are written as the strings "NaN", "Infinity" and "-Infinity",
+as Protocol Buffers write them in JSON. `float` of Python and `Number` of JavaScript read them.
+"""
 
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
+
+_NAMES = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def to_json(value: Any, **settings: Any) -> str:
+    """Return `value` as JSON; `settings` are those of `json.dumps`."""
+    return json.dumps(plain(value), allow_nan=False, **settings)
+
+
+def from_json(text: str) -> Any:
+    """Return the value that `to_json` wrote as `text`."""
+    return with_floats(json.loads(text))
+
+
+def plain(value: Any) -> Any:
+    """Return JSON data with the names of the floats that JSON does not have."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return json.dumps(value)  # Python's own names, here as a string.
+    if isinstance(value, dict):
+        return {key: plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    return value
+
+
+def with_floats(value: Any) -> Any:
+    """Return JSON data with floats in place of the names that `plain` gave them."""
+    if isinstance(value, str):
+        return _NAMES.get(value, value)
+    if isinstance(value, dict):
+        return {key: with_floats(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [with_floats(entry) for entry in value]
+    return value
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -129,7 +129,10 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         model_path = fetch(run.model)
         tokenizer = load_tokenizer(run.data.tokenizer or model_path)
         rows = load_rows(run.data)
-    check_rows(rows, run.data, tokenizer, str(args.chat_template_path or ""))
+    template = str(args.chat_template_path or "")
+    if template and not template.endswith((".jinja", ".j2")):
+        load_tokenizer(template, "sft.chat_template_path")  # TRL would ask about code in it.
+    check_rows(rows, run.data, tokenizer, template)
     train_rows, validation_rows = split(rows, run.data.validation_fraction, args.seed)
     set_seed(args.seed)
     model = load_model(run, model_path, len(tokenizer))
@@ -217,6 +220,8 @@ def check_sft(settings: Mapping[str, Any]) -> dict[str, Any]:
     hints = typing.get_type_hints(SFTConfig)
     others = {field.name for field in dataclasses.fields(TrainingArguments)}
     known = {field.name for field in dataclasses.fields(SFTConfig)} - others - set(ELSEWHERE)
+    if settings.get("trust_remote_code"):
+        raise UserError("sft.trust_remote_code: code from files is not executed")
     for key in settings:
         if key in ELSEWHERE:
             raise UserError(f"sft.{key}: set {ELSEWHERE[key]} instead")
@@ -263,12 +268,13 @@ def fetch(model: ModelConfig) -> str:
     return model.path
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, where: str = "data.tokenizer") -> PreTrainedTokenizerBase:
     """Return the tokenizer in a folder or on the hub."""
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"data.tokenizer: {path} holds no tokenizer: {error}") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"{where}: {path} holds no tokenizer: {reason}") from None
 
 
 def load_model(run: SftRun, path: str, vocabulary: int) -> Any:

@@ -7,11 +7,14 @@
 takes the place of `accelerator.prepare`. From then on each call of `optimizer.step()` that really
 steps (outside of gradient accumulation) advances the schedule, is checked by the guard, and is
 counted if loss scaling skips it. `accelerator.save_state` and `load_state` save and restore all of
-it. `controller(accelerator).scalars()` returns what to log.
+it, and `load_state` refuses files that hold code. `controller(accelerator).scalars()` returns what
+to log.
 """
 
 import functools
 import logging
+import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
@@ -32,6 +35,8 @@ from lowprec.distributed.fsdp2 import (
     sum_in_fp32,
 )
 from lowprec.errors import UserError
+from lowprec.training.checkpoint.no_code import check_no_code, load_data
+from lowprec.training.checkpoint.saved import read_json, save_json
 from lowprec.training.control.controller import PrecisionController
 from lowprec.training.control.schedule import make_schedule
 from lowprec.training.control.wandb_log import log_plan
@@ -40,6 +45,9 @@ from lowprec.training.optim.adamw import is_low_bit, keeps_bf16_weights
 from lowprec.training.optim.loss_scaling import check_weights, configure, prepare_to_load
 
 logger = logging.getLogger("lowprec")
+
+_RUNS: "weakref.WeakKeyDictionary[Accelerator, _Run]" = weakref.WeakKeyDictionary()
+"""The run of each Accelerator that `prepare` was called with."""
 
 
 def prepare(
@@ -126,10 +134,7 @@ def controller(accelerator: Accelerator) -> PrecisionController:
 
 
 def _find(accelerator: Accelerator) -> "_Run | None":
-    return next(
-        (registered for registered in accelerator._custom_objects if isinstance(registered, _Run)),
-        None,
-    )
+    return _RUNS.get(accelerator)
 
 
 def _check(
@@ -184,10 +189,12 @@ def _check(
 class _Run:
     """A run on Accelerate: counts the optimizer's steps and drives the controller by them.
 
-    Accelerate's checkpoints hold it as a registered object.
+    `accelerator.save_state` writes it to `lowprec.json`. An object that is registered with the
+    accelerator would be in a pickle, which Accelerate executes when it loads it.
     """
 
     name = "lowprec"
+    """Name of its file in a checkpoint."""
 
     def __init__(
         self,
@@ -221,11 +228,9 @@ class _Run:
 
     def keep_with(self, accelerator: Accelerator) -> None:
         """Add this run to the accelerator's checkpoints."""
-        accelerator.register_for_checkpointing(self)
-        accelerator.save_state = self._without_counting(
-            accelerator.save_state, self._prepare_to_save
-        )
-        accelerator.load_state = self._without_counting(accelerator.load_state)
+        _RUNS[accelerator] = self
+        accelerator.save_state = self._saving(accelerator, accelerator.save_state)
+        accelerator.load_state = self._loading(accelerator, accelerator.load_state)
 
     def state_dict(self) -> dict[str, Any]:
         scaler = self.settings["scaler"]
@@ -240,7 +245,7 @@ class _Run:
         self.step = state["step"]
         if scaler is not None and state["scaler"]:
             # Accelerate has loaded it, too. But under FSDP2 it did so before the empty step of the
-            # optimizer (see `_without_counting`), which changes the scaler.
+            # optimizer (see `_uncounted`), which changes the scaler.
             scaler.load_state_dict(state["scaler"])
             configure(scaler, self.controller.config.loss_scaling, resumed=True)
         self.controller.load_state_dict(state)
@@ -255,22 +260,95 @@ class _Run:
             prepare_to_load(self.settings["scaler"], next(self.model.parameters()).device)
         self.controller.saved(self.step)
 
-    def _without_counting(
-        self, method: Callable[..., Any], first: Callable[[], None] = lambda: None
+    def _saving(
+        self, accelerator: Accelerator, save_state: Callable[..., Any]
     ) -> Callable[..., Any]:
-        """Return a function that calls `first`, and then `method` without counting steps.
+        """Return `accelerator.save_state`, after which this run is in the checkpoint."""
+
+        @functools.wraps(save_state)
+        def save(*args: Any, **kwargs: Any) -> Any:
+            self._prepare_to_save()
+            folder = self._uncounted(save_state, *args, **kwargs)
+            if accelerator.project_configuration.save_on_each_node:
+                writes = accelerator.is_local_main_process
+            else:
+                writes = accelerator.is_main_process
+            if writes:
+                save_json(self, Path(folder))
+            return folder
+
+        return save
+
+    def _loading(
+        self, accelerator: Accelerator, load_state: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        """Return `accelerator.load_state`, which refuses code in the files, and loads this run
+        last."""
+
+        @functools.wraps(load_state)
+        def load(input_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
+            folder = _checkpoint(accelerator, input_dir)
+            if folder is None:  # Accelerate says what is wrong.
+                return load_state(input_dir, *args, **kwargs)
+            check_no_code(folder)
+            state = read_json(self, folder)
+            if state is not None:
+                if not _is_of_a_run(state):
+                    raise UserError(f"{folder / 'lowprec.json'}: is not the state of a run")
+                self._uncounted(load_state, input_dir, *args, **kwargs)
+                self.load_state_dict(state)
+                return
+            objects = accelerator._custom_objects
+            objects.insert(_place_in_older(folder), self)
+            try:
+                self._uncounted(load_state, input_dir, *args, **kwargs)
+            finally:
+                objects.remove(self)
+
+        return load
+
+    def _uncounted(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call `method` without counting steps.
 
         A sharded optimizer without state makes it by an empty step, on gradients of zero, when it
         is saved or loaded (torch.distributed.checkpoint.state_dict, `_init_optim_state`).
         """
+        self._counts = False
+        try:
+            return method(*args, **kwargs)
+        finally:
+            self._counts = True
 
-        @functools.wraps(method)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            first()
-            self._counts = False
-            try:
-                return method(*args, **kwargs)
-            finally:
-                self._counts = True
 
-        return wrapped
+def _checkpoint(accelerator: Accelerator, input_dir: str | None) -> Path | None:
+    """Return the folder that `accelerator.load_state` reads; None if there is none."""
+    if input_dir is not None:
+        folder = Path(input_dir).expanduser()
+        return folder if folder.is_dir() else None
+    if not accelerator.project_configuration.automatic_checkpoint_naming:
+        return None
+    numbers = {}
+    for path in Path(str(accelerator.project_dir), "checkpoints").glob("*"):
+        if found := re.findall(r"[0-9]+", path.name):
+            numbers[path] = int(found[0])
+    return max(numbers, key=lambda path: numbers[path], default=None)
+
+
+def _is_of_a_run(state: dict[str, Any]) -> bool:
+    return {"step", "scaler", "skipped_steps", "recoveries", "raised"} <= state.keys()
+
+
+def _place_in_older(folder: Path) -> int:
+    """Return the number of this run among the registered objects of a checkpoint in which it is
+    one of them, as earlier versions wrote it.
+
+    Raises:
+        UserError: it is not among them.
+    """
+    for path in folder.glob("custom_checkpoint_*.pkl"):
+        state = load_data(path)
+        if isinstance(state, dict) and _is_of_a_run(state):
+            return int(path.stem.rpartition("_")[2])
+    raise UserError(
+        f"{folder}: holds no lowprec.json: it was not saved by an Accelerator with a precision"
+    )

@@ -38,6 +38,7 @@ from lowprec.errors import UserError
 from lowprec.recipe.finished import FinishedFlag
 from lowprec.training.checkpoint.final_model import follow
 from lowprec.training.checkpoint.hf_names import accept_original_names
+from lowprec.training.checkpoint.no_code import read_sharded_as_data
 from lowprec.training.checkpoint.recipe_state import (
     RecipeState,
     StateBesideAdapters,
@@ -183,6 +184,8 @@ class LowPrecisionCallback(TrainerCallback):
             )
         accelerator = AcceleratorState()
         check_strategy(accelerator)
+        if accelerator.is_fsdp2:
+            read_sharded_as_data()
         if is_offloaded(accelerator):
             check_offloaded(scaled=args.fp16, keeps=self.controller.config.keeps_state)
         _CALLBACKS[control] = weakref.ref(self)

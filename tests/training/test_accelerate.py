@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from lowprec import UserError
 from lowprec.nn import LowPrecisionLinear
-from lowprec.training.accelerate import controller, prepare
+from lowprec.training.accelerate import _find, controller, prepare
 from lowprec.training.optim.loss_scaling import LossScaleError
 from tests.builders import prose, tiny_llama
 from tests.processes import ROOT, run, run_ranks
@@ -123,7 +123,7 @@ def test_a_scheduler_may_be_made_after_preparing():
     loop = Loop("fp8_blockwise")
     loop.rates = torch.optim.lr_scheduler.LambdaLR(loop.optimizer, lambda step: 1 / (1 + step))
     loop.train(3)
-    assert loop.accelerator._custom_objects[0].step == 3
+    assert _find(loop.accelerator).step == 3
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -150,7 +150,7 @@ def test_the_last_batch_of_a_loader_ends_a_step_that_is_not_full():
     loop = Loop({"schedule": [{"until": "1 steps", "recipe": "bf16"}, {"recipe": "mxfp8"}]}, accumulate=20)
     loop.train(30)  # the loader has 30 batches
     assert [entry["recipe"] for entry in loop.seen] == ["bf16"] * 20 + ["mxfp8"] * 10
-    assert loop.accelerator._custom_objects[0].step == 2
+    assert _find(loop.accelerator).step == 2
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -265,8 +265,9 @@ def test_a_step_that_makes_the_optimizers_state_is_not_counted():
     from torch.distributed.checkpoint.state_dict import _init_optim_state
 
     loop = Loop({"schedule": [{"until": "1 steps", "recipe": "bf16"}, {"recipe": "mxfp8"}]}, scaler=True)
-    run = loop.accelerator._custom_objects[0]
-    run._without_counting(lambda: _init_optim_state(loop.optimizer), run._prepare_to_save)()
+    run = _find(loop.accelerator)
+    run._prepare_to_save()
+    run._uncounted(lambda: _init_optim_state(loop.optimizer))
     assert loop.optimizer.state
     assert (run.step, loop.controller.phase) == (0, 0)
     assert [entry["recipe"] for entry in loop.train(2).seen] == ["bf16", "mxfp8"]
@@ -347,7 +348,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from tests.builders import prose, tiny_llama
-from lowprec.training.accelerate import controller, prepare
+from lowprec.training.accelerate import _find, controller, prepare
 
 torch.set_num_threads(1)
 accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)

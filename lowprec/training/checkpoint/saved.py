@@ -6,7 +6,7 @@ the place:
 
     the Trainer     trainer_state.json, under `stateful_callbacks[name]`: plain JSON data
     PEFT            <name>.safetensors beside the adapters: tensors
-    Accelerate      custom_checkpoint_N.pkl, by `accelerator.register_for_checkpointing(part)`
+    Accelerate      <name>.json beside the files of `accelerator.save_state`: plain JSON data
 """
 
 import os
@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from safetensors.torch import load_file, save_file
+
+from lowprec.errors import UserError
+from lowprec.files import from_json, plain, to_json, with_floats, write_atomically
 
 if TYPE_CHECKING:
     from transformers import TrainerState
@@ -34,7 +37,7 @@ class Saved(Protocol):
 
 def put_into_trainer_state(part: Saved, state: "TrainerState") -> None:
     """Put the part into the state that the Trainer writes with its next checkpoint."""
-    _entries(state)[part.name] = part.state_dict()
+    _entries(state)[part.name] = plain(part.state_dict())
 
 
 def load_from_trainer_state(part: Saved, state: "TrainerState") -> bool:
@@ -42,8 +45,27 @@ def load_from_trainer_state(part: Saved, state: "TrainerState") -> bool:
     held = _entries(state).get(part.name)
     if held is None:
         return False
-    part.load_state_dict(held)
+    part.load_state_dict(with_floats(held))
     return True
+
+
+def save_json(part: Saved, directory: Path) -> None:
+    """Write the part, plain JSON data, to its file in `directory`, all of it or nothing."""
+    write_atomically(directory / f"{part.name}.json", to_json(part.state_dict(), indent=1) + "\n")
+
+
+def read_json(part: Saved, directory: Path) -> dict[str, Any] | None:
+    """Return the state of the part in its file in `directory`; None if there is no file."""
+    file = directory / f"{part.name}.json"
+    if not file.is_file():
+        return None
+    try:
+        state = from_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: can't be read: {' '.join(str(error).split())}") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{file}: expected a JSON object, got {type(state).__name__}")
+    return state
 
 
 def _entries(state: "TrainerState") -> dict[str, Any]:

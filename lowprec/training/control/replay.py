@@ -15,6 +15,7 @@ from lowprec.training.checkpoint.files import (
     is_whole,
     step_of,
 )
+from lowprec.training.checkpoint.no_code import check_no_code
 from lowprec.training.control.controller import PrecisionController
 from lowprec.training.control.recovery import SETTLED
 from lowprec.training.file_names import METRICS
@@ -50,6 +51,8 @@ class Replay:
             self._checkpoints = [*older, first]
         last: tuple[int, Path] | None = None
         while True:
+            if resume_from_checkpoint:
+                check_no_code(Path(resume_from_checkpoint))
             scaler = trainer.accelerator.scaler
             if resume_from_checkpoint and scaler is not None:
                 prepare_to_load(scaler, trainer.args.device)

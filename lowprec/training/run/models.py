@@ -10,6 +10,7 @@ from pydantic import Field
 
 from lowprec.config.schema import StrictConfig
 from lowprec.errors import UserError, nearest
+from lowprec.training.checkpoint.no_code import check_index
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -183,12 +184,15 @@ def build_model(
     from transformers import AutoModelForCausalLM
 
     if model.path is not None and _has_weights(Path(model.path)):
+        for index in Path(model.path).glob("*.safetensors.index.json"):
+            check_index(index)
         try:
             found: Any = AutoModelForCausalLM.from_pretrained(
                 model.path,
                 config=config,
                 attn_implementation=attn_implementation,
                 dtype=torch.float32,
+                trust_remote_code=False,
                 output_loading_info=True,
             )
         except RuntimeError as error:
@@ -204,7 +208,10 @@ def build_model(
             )
         return loaded
     return AutoModelForCausalLM.from_config(
-        config, attn_implementation=attn_implementation, dtype=torch.float32
+        config,
+        attn_implementation=attn_implementation,
+        dtype=torch.float32,
+        trust_remote_code=False,
     )
 
 
@@ -233,8 +240,13 @@ def _folder_config(path: Path) -> "PretrainedConfig":
     if not path.exists():
         raise UserError(f"model.path: no such file or folder: {path}")
     try:
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        if "custom code" in str(error):
+            raise UserError(
+                f"model.path: {path} needs code of its own (`auto_map` in config.json), which is "
+                "not executed; take a model that transformers has a class for"
+            ) from None
         raise UserError(
             f"model.path: {path} holds no model configuration: {str(error).splitlines()[0]}"
         ) from None
@@ -247,4 +259,14 @@ def _one_line(error: BaseException, limit: int = 300) -> str:
 
 
 def _has_weights(path: Path) -> bool:
-    return path.is_dir() and any(path.glob("*.safetensors"))
+    """Return True if a folder holds weights. Raise UserError if it holds them as pickles alone."""
+    if not path.is_dir():
+        return False
+    if any(path.glob("*.safetensors")):
+        return True
+    if pickles := sorted(path.glob("pytorch_model*.bin")):
+        raise UserError(
+            f"model.path: {pickles[0]} is a pickle, which is not read; save the model as "
+            "safetensors (`save_pretrained` of transformers 5 does)"
+        )
+    return False

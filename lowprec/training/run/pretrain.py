@@ -21,6 +21,7 @@ from lowprec.errors import UserError
 from lowprec.files import keep_lines_until
 from lowprec.training.callback import LowPrecisionCallback, check_replay
 from lowprec.training.checkpoint import files as checkpoint_files
+from lowprec.training.checkpoint.no_code import check_no_code
 from lowprec.training.data import LoadedData
 from lowprec.training.file_names import METRICS
 from lowprec.training.log import show_log
@@ -103,6 +104,7 @@ def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> d
 def _check_resumable(setup: RunSetup, checkpoint: Path, data: dict[str, Any]) -> None:
     """Raise UserError if the run can't resume from `checkpoint`, as far as the configuration
     shows."""
+    check_no_code(checkpoint)
     if setup.max_steps is not None:
         resume_checks.check_steps_left(checkpoint, setup.max_steps)
     # A preset takes its vocabulary from the tokenizer, which is not loaded yet.
