@@ -51,7 +51,8 @@ from lowprec.training.checkpoint.saved import (
     put_into_trainer_state,
     save_tensors,
 )
-from lowprec.training.checkpoint.torn import wait_and_set_aside_torn
+from lowprec.training.checkpoint.saving import CheckpointWriter
+from lowprec.training.checkpoint.torn import check_resumed, wait_and_set_aside_torn
 from lowprec.training.control.controller import PrecisionController
 from lowprec.training.control.guard import check_replay
 from lowprec.training.control.precision import PrecisionConfig
@@ -109,6 +110,7 @@ class LowPrecisionCallback(TrainerCallback):
         )
         self._replay = Replay(self.controller)
         self._log = TrainerLog(self.controller)
+        self._writer = CheckpointWriter(_add_recipe_state)
         self._hooked: nn.Module | None = None
         """The model that has this callback's hooks."""
         self._finished: FinishedFlag | None = None
@@ -158,6 +160,7 @@ class LowPrecisionCallback(TrainerCallback):
             TrainingStopped: there is no checkpoint to go back to.
             ValueError: there is no checkpoint to resume from.
         """
+        self._writer.take_over(trainer)
         return self._replay.train(trainer, resume_from_checkpoint)
 
     # The Trainer's events, in their order
@@ -226,6 +229,8 @@ class LowPrecisionCallback(TrainerCallback):
                     "a model of model_init loads its checkpoint before it is converted, without "
                     "recipe state: give the Trainer a model instead"
                 )
+        if state.global_step:
+            check_resumed(state, self._resumed_from(args, state), args)
         self._load_own_state(state)
         tokens_per_step = (
             controller.tokens
@@ -290,9 +295,7 @@ class LowPrecisionCallback(TrainerCallback):
         self.controller.saved(state.global_step)
         checkpoint = _output_dir(args) / f"checkpoint-{state.global_step}"
         self._replay.wrote(checkpoint)
-        is_sharded = type(model).__name__.startswith("FSDP")
-        if args.should_save and leaves_state_out(model) and is_sharded:
-            save_tensors(RecipeState(model), checkpoint)
+        self._writer.complete(checkpoint, model, args, state.global_step)
 
     def on_log(
         self,
@@ -352,6 +355,12 @@ class LowPrecisionCallback(TrainerCallback):
             self.controller.forget()
             self._log.forget()
 
+    def _resumed_from(self, args: TrainingArguments, state: TrainerState) -> list[Path]:
+        """Return the checkpoints that the Trainer may have resumed from, the most likely first."""
+        named = args.resume_from_checkpoint
+        found = self._replay.resumed_from(state, _output_dir(args))
+        return [Path(named), *found] if named and Path(named).is_dir() else found
+
     def _load_recipe_state(self, model: Any, args: TrainingArguments, state: TrainerState) -> None:
         """Load the recipe state that lies beside the adapters that the Trainer resumed with."""
         found = self._replay.resumed_from(state, _output_dir(args))
@@ -359,6 +368,13 @@ class LowPrecisionCallback(TrainerCallback):
             logger.warning(
                 "the checkpoint holds adapters only: rounding keys and amax histories begin anew"
             )
+
+
+def _add_recipe_state(model: Any, folder: Path) -> None:
+    """Write recipe state beside the adapters in `folder`, if the Trainer leaves it out."""
+    is_sharded = type(model).__name__.startswith("FSDP")
+    if is_sharded and leaves_state_out(model):
+        save_tensors(RecipeState(model), folder)
 
 
 def _output_dir(args: TrainingArguments) -> Path:

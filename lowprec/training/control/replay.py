@@ -4,8 +4,6 @@ since then are trained on again."""
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers.trainer_utils import get_last_checkpoint
-
 from lowprec.errors import TrainingStopped
 from lowprec.files import keep_lines_until
 from lowprec.training.checkpoint.files import (
@@ -16,6 +14,7 @@ from lowprec.training.checkpoint.files import (
     step_of,
 )
 from lowprec.training.checkpoint.no_code import check_no_code
+from lowprec.training.checkpoint.torn import check_whole, last_whole
 from lowprec.training.control.controller import PrecisionController
 from lowprec.training.control.recovery import SETTLED
 from lowprec.training.file_names import METRICS
@@ -38,13 +37,10 @@ class Replay:
     def train(self, trainer: "Trainer", resume_from_checkpoint: str | bool | None) -> Any:
         """See `LowPrecisionCallback.train`."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(_output_dir(trainer))
-            if resume_from_checkpoint is None:  # the Trainer's own message
-                raise ValueError(
-                    f"No valid checkpoint found in output directory ({trainer.args.output_dir})"
-                )
+            resume_from_checkpoint = str(last_whole(Path(_output_dir(trainer)), trainer.args))
         if resume_from_checkpoint:
             first = Path(resume_from_checkpoint)
+            check_whole(first, trainer.args)
             older = [
                 path for path in checkpoints(first.parent) if step_of(path) < global_step(first)
             ]

@@ -8,6 +8,7 @@ runs/<config name>/<number>/
     events.jsonl    phases of the precision, breaches and recoveries, if there were any
     summary.json    the result
     checkpoint-N/   transformers' checkpoints
+    unfinished/     a checkpoint or a model that is being written, or that a kill cut short
     model/          the finished model for `from_pretrained`, without recipe state
 """
 
@@ -24,10 +25,13 @@ from lowprec.errors import UserError
 from lowprec.training.checkpoint.files import (
     CHECKPOINT_NAME,
     checkpoints,
+    damage,
     is_whole,
     last_checkpoint,
     run_of,
 )
+from lowprec.training.checkpoint.saving import UNFINISHED
+from lowprec.training.checkpoint.torn import no_checkpoint
 from lowprec.training.file_names import CONFIG, EVENTS, METRICS, MODEL, PLAN, SUMMARY
 
 _FILES = (CONFIG, PLAN, METRICS, EVENTS, SUMMARY)
@@ -90,6 +94,8 @@ def _last_run(config: Path, output: Path | None, root: Path) -> tuple[Path, Path
     for candidate in candidates:
         if (checkpoint := last_checkpoint(candidate)) is not None:
             return candidate, checkpoint
+        if checkpoints(candidate):
+            raise UserError(f"trainer.resume_from_checkpoint: {no_checkpoint(candidate)}")
     raise UserError(f"trainer.resume_from_checkpoint: no checkpoint in {output or family}")
 
 
@@ -97,7 +103,9 @@ def _not_a_checkpoint(path: Path) -> UserError:
     """Return the error for a path that is not a complete checkpoint."""
     problem = "not a complete checkpoint" if path.is_dir() else "no such checkpoint"
     last = last_checkpoint(path)
-    if last is not None:
+    if path.is_dir() and last is None and CHECKPOINT_NAME.fullmatch(path.name):
+        hint = f": {damage(path)}; true takes the last whole one"
+    elif last is not None:
         hint = f"; did you mean {last}?"
     elif not path.exists():
         hint = "; true takes the last one"
@@ -211,6 +219,7 @@ def _written_by_runs(directory: Path) -> list[Path]:
     ]
     paths = [path for path in named if path.is_dir() or path.is_symlink()]
     paths += [path for path in directory.glob("torn-checkpoint-*") if path.is_dir()]
+    paths += [path for path in (directory / UNFINISHED,) if path.is_dir()]
     if os.path.lexists(directory / MODEL) and _model_is_of_a_run(directory):
         paths.append(directory / MODEL)
     paths += [path for path in directory.glob("config-*.yaml") if _PAST_CONFIG.fullmatch(path.name)]

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, Trainer
 
 from lowprec.files import write_atomically
 from lowprec.training.callback import LowPrecisionCallback
+from lowprec.training.checkpoint.saving import whole_folder
 from lowprec.training.data import LoadedData
 from lowprec.training.file_names import MODEL, SUMMARY
 from lowprec.training.run.machine import device_name, peak_memory_bytes
@@ -60,7 +61,8 @@ def save_result(trainer: Trainer, summary: dict[str, Any]) -> None:
     if trainer.args.should_save:
         write_atomically(directory / SUMMARY, json.dumps(summary, indent=1) + "\n")
     if trainer.args.save_strategy != "no":
-        _save_model(trainer, directory / MODEL)
+        with whole_folder(directory / MODEL, args=trainer.args) as folder:
+            _save_model(trainer, folder)
 
 
 def _save_model(trainer: Trainer, directory: Path) -> None:

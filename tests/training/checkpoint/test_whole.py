@@ -1,0 +1,132 @@
+"""A checkpoint is written whole or not at all, and is checked against its manifest when it is loaded."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import Trainer
+
+from lowprec import LowPrecisionCallback, UserError
+from lowprec.training.checkpoint import files as checkpoint_files
+from lowprec.training.checkpoint.manifest import MANIFEST
+from tests.builders import losses, small_trainer
+from tests.processes import run
+
+SAVES: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+
+
+def trainer_of(folder: Path, **settings: Any) -> tuple[Trainer, LowPrecisionCallback]:
+    callback = LowPrecisionCallback("mxfp4_aws")
+    return small_trainer(folder, callback, **{**SAVES, **settings}), callback
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, float]]:
+    """Return the directory of a finished run, which tests copy, and its losses."""
+    folder = tmp_path_factory.mktemp("finished")
+    trainer, callback = trainer_of(folder)
+    callback.train(trainer)
+    return folder, losses(trainer)
+
+
+def test_the_manifest_names_all_files(finished: tuple[Path, dict[int, float]]):
+    for checkpoint in checkpoint_files.checkpoints(finished[0]):
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        assert manifest["step"] == checkpoint_files.step_of(checkpoint)
+        assert {path.name for path in checkpoint.iterdir()} == {MANIFEST, *manifest["files"]}
+        assert all((checkpoint / name).stat().st_size == entry["size"] for name, entry in manifest["files"].items())
+        assert checkpoint_files.damage(checkpoint) is None
+    assert not (finished[0] / "unfinished").exists()
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_the_last_checkpoint_is_damaged(finished: tuple[Path, dict[int, float]], tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """By either way to train, the previous one is taken, which is said, and the losses are the same."""
+    for plain in (False, True):
+        folder = tmp_path / str(plain)
+        shutil.copytree(finished[0], folder)
+        flip(folder / "checkpoint-6" / "optimizer.pt")
+        shutil.rmtree(folder / "checkpoint-4")
+        age(folder)
+        caplog.clear()
+        trainer, callback = trainer_of(folder)
+        if plain:
+            trainer.train(resume_from_checkpoint=True)
+        else:
+            callback.train(trainer, True)
+        assert {step: loss for step, loss in losses(trainer).items() if step > 2} == {
+            step: loss for step, loss in finished[1].items() if step > 2
+        }
+        (line,) = [record.message for record in caplog.records if "optimizer.pt" in record.message]
+        assert "checkpoint-6 is not whole" in line
+        assert "the last whole one is checkpoint-2" in line
+        assert (folder / "torn-checkpoint-6").is_dir()
+
+
+def age(folder: Path) -> None:
+    """Make the files in `folder` old, so that no process can be writing them."""
+    for path in folder.rglob("*"):
+        os.utime(path, (1e9, 1e9))
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_named_checkpoint_is_damaged(plain: bool, finished: tuple[Path, dict[int, float]], tmp_path: Path):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    trainer, callback = trainer_of(tmp_path)
+    flip(tmp_path / "checkpoint-4" / "optimizer.pt")
+    train = trainer.train if plain else lambda resume_from_checkpoint: callback.train(trainer, resume_from_checkpoint)
+    with pytest.raises(UserError, match=r"checkpoint-4 is not whole: optimizer\.pt: its content is not what was written"):
+        train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from tests.builders import small_trainer
+from lowprec import LowPrecisionCallback
+
+torch.set_num_threads(1)
+folder, what, resume = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+callback = LowPrecisionCallback("mxfp4_aws")
+trainer = small_trainer(folder, callback, max_steps=6, save_strategy="steps", save_steps=2)
+
+def kill_before(module, name, applies):
+    inner = getattr(module, name)
+    def killed(*args, **kwargs):
+        if applies(*args):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return inner(*args, **kwargs)
+    setattr(module, name, killed)
+
+kill_before(torch, "save", lambda value, path, *_: "checkpoint-4" in str(path) and what in str(path))
+if what == "manifest":
+    from lowprec.training.checkpoint import saving
+    kill_before(saving, "write_manifest", lambda path, *_: "checkpoint-4" in str(path))
+callback.train(trainer, str(folder / resume) if resume else None)
+"""
+
+
+@pytest.mark.parametrize("what", ["optimizer", "rng_state", "manifest"])
+@pytest.mark.parametrize("again", [False, True])
+def test_killed_while_it_writes_a_checkpoint(what: str, again: bool, finished: tuple[Path, dict[int, float]], tmp_path: Path):
+    """The checkpoint has its name only when it is complete; one that is written again stays until then."""
+    if again:
+        shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    process = run("-c", _KILLED, str(tmp_path), what, "checkpoint-2" if again else "")
+    assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
+    assert (tmp_path / "unfinished" / "checkpoint-4").is_dir()
+    assert all(map(checkpoint_files.is_whole, checkpoint_files.checkpoints(tmp_path)))
+    trainer, callback = trainer_of(tmp_path)
+    callback.train(trainer, True if not again else str(tmp_path / "checkpoint-2"))
+    assert losses(trainer) == finished[1]
+    assert not (tmp_path / "unfinished").exists()
