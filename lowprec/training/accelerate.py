@@ -72,7 +72,8 @@ def prepare(
         precision: a recipe name, a mapping, a YAML path, a Recipe or a PrecisionConfig.
             `guard.data` must be "skip": only the loop itself could go back in its data.
         steps: number of optimizer steps of the whole run; phases that end at a share of it need it.
-        tokens: number of tokens in a forward pass on one device; phases in tokens need it.
+        tokens: number of tokens in a forward pass on one device, if known. It decides which layers
+            FP8 pays for (see `lowprec.convert`).
         compiled: whether the blocks are compiled, if the accelerator's dynamo backend does not say
             so.
         directory: where events.jsonl is written; None: nowhere.
@@ -114,6 +115,7 @@ def prepare(
             "scaler": accelerator.scaler,
             "directory": None if directory is None else Path(directory),
             "main": accelerator.is_main_process,
+            "called": prepared[0],
         },
     )
     run.keep_with(accelerator)
@@ -218,6 +220,7 @@ class _Run:
             result = inner(*args, **kwargs)
             if self._counts and optimizer.gradient_state.sync_gradients:
                 self.step += 1
+                self._compare_length()
                 controller.after_step(self.step)
                 controller.before_step(self.step)
             return result
@@ -254,6 +257,16 @@ class _Run:
     def _begin(self) -> None:
         self.controller.start(self.model, self.optimizer, step=self.step, **self.settings)
         self.controller.before_step(self.step)
+
+    def _compare_length(self) -> None:
+        """Warn if the run goes on after the declared number of steps."""
+        declared = self.settings["total_steps"]
+        if declared is not None and self.step == declared + 1 and self.settings["main"]:
+            logger.warning(
+                "steps=%d was declared, and the run goes on: shares of the run's steps were shares "
+                "of that number",
+                declared,
+            )
 
     def _prepare_to_save(self) -> None:
         if self.settings["scaler"] is not None:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.state import AcceleratorState
 from torch import nn
-from torch.utils.weak import WeakIdKeyDictionary
 from transformers import (
     DefaultFlowCallback,
     TrainerCallback,
@@ -23,14 +22,12 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.training_args import ParallelMode
 
 from lowprec.conversion.config import Precision
 from lowprec.conversion.plan import PartPlan, Plan
 from lowprec.distributed.fsdp2 import (
     SUMS_IN_FP32,
     check_offloaded,
-    check_strategy,
     is_offloaded,
     sum_in_fp32,
 )
@@ -56,7 +53,17 @@ from lowprec.training.checkpoint.torn import check_resumed, wait_and_set_aside_t
 from lowprec.training.control.controller import PrecisionController
 from lowprec.training.control.guard import check_replay
 from lowprec.training.control.precision import PrecisionConfig
+from lowprec.training.control.references import References, check_precomputed
 from lowprec.training.control.replay import Replay
+from lowprec.training.control.trainer_facts import (
+    called_module,
+    calling_trainer,
+    check_alone,
+    check_can_convert_late,
+    check_spread,
+    sees_compiled,
+    state_is_lost,
+)
 from lowprec.training.control.trainer_log import TrainerLog
 from lowprec.training.log import show_log
 from lowprec.training.optim.adamw import is_low_bit
@@ -70,9 +77,6 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 logger = logging.getLogger("lowprec")
-
-_CALLBACKS = WeakIdKeyDictionary()
-"""A weak reference to the LowPrecisionCallback of each Trainer, by the Trainer's TrainerControl."""
 
 
 class LowPrecisionCallback(TrainerCallback):
@@ -89,9 +93,12 @@ class LowPrecisionCallback(TrainerCallback):
         precision: a recipe name, a mapping, a YAML path, a Recipe or a PrecisionConfig.
         parts: other rows of the plan (attention, kernels, ...).
         tokens: number of tokens in a forward pass on one device, if known. It decides which layers
-            FP8 pays for (see `lowprec.convert`), and phases in tokens need it.
-        compiled: whether the model's blocks are compiled, if the Trainer's `torch_compile` does not
-            say so.
+            FP8 pays for (see `lowprec.convert`).
+        compiled: whether the model's blocks are compiled, if neither the Trainer's `torch_compile`
+            nor the modules say so.
+        references: models that the Trainer compares its model with (DPO's `ref_model`), which are
+            converted with it. The Trainer's own copies are found when training begins. Name one
+            that FSDP2 shards, or that computes before (`precompute_ref_log_probs`).
     Raises:
         lowprec.UserError (a ValueError): the precision is wrong; raised here if that can be seen
             without the model.
@@ -99,15 +106,25 @@ class LowPrecisionCallback(TrainerCallback):
 
     def __init__(
         self,
-        precision: Precision,
+        precision: Precision | None = None,
         *,
         parts: Iterable[PartPlan] = (),
         tokens: int | None = None,
         compiled: bool = False,
+        references: Iterable[nn.Module] = (),
     ) -> None:
+        if precision is None:
+            raise UserError(
+                "LowPrecisionCallback: in which precision? Give the Trainer an instance, such as "
+                'callbacks=[LowPrecisionCallback("fp8_blockwise")]'
+            )
         self.controller = PrecisionController(
             precision, parts=parts, tokens=tokens, compiled=compiled
         )
+        self._declared_compiled = compiled
+        self._references = References(self.controller, references)
+        self._taken: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        """The models that this callback has converted before they were prepared."""
         self._replay = Replay(self.controller)
         self._log = TrainerLog(self.controller)
         self._writer = CheckpointWriter(_add_recipe_state)
@@ -177,34 +194,10 @@ class LowPrecisionCallback(TrainerCallback):
             wait_and_set_aside_torn(_output_dir(args))
         if args.world_size > 1:  # no rank looks for the last checkpoint before
             args.distributed_state.wait_for_everyone()  # pyright: ignore[reportOptionalMemberAccess]
-        self._check_alone(control)
-        if args.parallel_mode is ParallelMode.NOT_DISTRIBUTED:
-            raise UserError(
-                f"one process with {args.n_gpu} GPUs: the Trainer would copy the model to all of "
-                "them in every step (nn.DataParallel), and recipe state would be lost with the "
-                "copies; start the program by torchrun or accelerate launch, or on one GPU by "
-                "CUDA_VISIBLE_DEVICES=0"
-            )
-        accelerator = AcceleratorState()
-        check_strategy(accelerator)
-        if accelerator.is_fsdp2:
-            read_sharded_as_data()
-        if is_offloaded(accelerator):
-            check_offloaded(scaled=args.fp16, keeps=self.controller.config.keeps_state)
-        _CALLBACKS[control] = weakref.ref(self)
-        self._hook(args, model)
-        self.controller.compiled = self.controller.compiled or bool(args.torch_compile)
-        plan = self.controller.convert(model, args.device)
-        changed = sum_in_fp32(accelerator, model)
-        if state.is_world_process_zero:
-            show_log()
-            logger.info("%s", plan)
-            if args.fsdp and not accelerator.is_fsdp2:
-                logger.warning(
-                    "fsdp: Accelerate shards on GPUs only; here each process has the whole model"
-                )
-            if changed:
-                logger.info(SUMS_IN_FP32)
+        trainer = calling_trainer()
+        check_alone(trainer, LowPrecisionCallback)
+        check_precomputed(trainer, self.controller)
+        self._take(args, state, model)
 
     def on_train_begin(
         self,
@@ -216,19 +209,21 @@ class LowPrecisionCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         controller = self.controller
+        trainer = calling_trainer()
+        check_alone(trainer, LowPrecisionCallback)
+        if model is not self._hooked:
+            self._take_late(args, state, model, trainer)
+        found = self._references.find(trainer, model)
+        if found and state.is_world_process_zero:
+            logger.info("%s: converted as the model that it is compared with", ", ".join(found))
         scaler = getattr(optimizer, "scaler", None)
         if scaler is not None:
             configure(scaler, controller.config.loss_scaling, resumed=bool(state.global_step))
         check_replay(controller.config.guard, args)
         if is_offloaded(AcceleratorState()):
             check_offloaded(low_bit=is_low_bit(optimizer))
-        if model is not self._hooked:  # the Trainer's model_init has made another one
-            self._hook(args, model)
-            if state.global_step and controller.has_state:
-                raise UserError(
-                    "a model of model_init loads its checkpoint before it is converted, without "
-                    "recipe state: give the Trainer a model instead"
-                )
+        # It may have been compiled since it was converted.
+        controller.compiled = sees_compiled(self._declared_compiled, args, model, warns=True)
         if state.global_step:
             check_resumed(state, self._resumed_from(args, state), args)
         self._load_own_state(state)
@@ -246,6 +241,7 @@ class LowPrecisionCallback(TrainerCallback):
             directory=_output_dir(args),
             main=state.is_world_process_zero,
             items_of_all_ranks=args.average_tokens_across_devices,
+            called=called_module(trainer, model),
         )
         was_read = self._adapters is not None and self._adapters.take_was_read()
         if not was_read and state.global_step and leaves_state_out(model):
@@ -321,12 +317,39 @@ class LowPrecisionCallback(TrainerCallback):
 
     # Inside
 
-    def _check_alone(self, control: TrainerControl) -> None:
-        other = _CALLBACKS.get(control)
-        if other is not None and other() not in (None, self):
-            raise UserError(
-                "this Trainer has two LowPrecisionCallbacks: one decides the precision of its model"
-            )
+    def _take(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
+        """Check the Trainer's arguments, convert its model, and log the plan."""
+        check_spread(args, keeps=self.controller.config.keeps_state)
+        accelerator = AcceleratorState()
+        if accelerator.is_fsdp2:
+            read_sharded_as_data()
+        self._hook(args, model)
+        self._references.begin()
+        self.controller.compiled = sees_compiled(self._declared_compiled, args, model)
+        plan = self.controller.convert(model, args.device)
+        changed = sum_in_fp32(accelerator, model)
+        self._taken.add(model)
+        if state.is_world_process_zero:
+            show_log()
+            logger.info("%s", plan)
+            if args.fsdp and not accelerator.is_fsdp2:
+                logger.warning(
+                    "fsdp: Accelerate shards on GPUs only; here each process has the whole model"
+                )
+            if changed:
+                logger.info(SUMS_IN_FP32)
+
+    def _take_late(
+        self, args: TrainingArguments, state: TrainerState, model: Any, trainer: "Trainer | None"
+    ) -> None:
+        """Convert a model that the Trainer has prepared already: the callback was added later, or
+        the Trainer got or made another model."""
+        known = model in self._taken
+        if not known:
+            check_can_convert_late(model)
+        self._take(args, state, model)
+        if not known and state.global_step and self.controller.has_state:
+            raise state_is_lost(trainer)
 
     def _hook(self, args: TrainingArguments, model: Any) -> None:
         if args.fp16:

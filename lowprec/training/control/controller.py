@@ -13,7 +13,7 @@ Its state is plain JSON data and goes into the checkpoint; the buffers of the la
 histories, rounding counters) are in the model's state dict.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import nn
 
 from lowprec.config.schema import whole_number
 from lowprec.conversion.config import Precision
-from lowprec.conversion.convert import convert
+from lowprec.conversion.convert import convert, make_plan
 from lowprec.conversion.discover import recipes_of
 from lowprec.conversion.plan import PartPlan, Plan
 from lowprec.integrations.compile import compile_deterministically
@@ -35,6 +35,7 @@ from lowprec.training.control.precision import PrecisionConfig, parse_precision
 from lowprec.training.control.recovery import Recovery
 from lowprec.training.control.schedule import Schedule, make_schedule
 from lowprec.training.control.signals import Breach
+from lowprec.training.control.tokens_seen import TokensSeen, compare_first_pass
 from lowprec.training.optim.loss_scaling import check_floor
 
 
@@ -74,6 +75,9 @@ class PrecisionController:
         self.phase = 0
         self.skipped_steps = 0
         """Number of steps that loss scaling skipped."""
+        self.tokens_seen = TokensSeen()
+        self.after_conversion: Callable[[], None] = _nothing
+        """Called whenever the model has got its recipes."""
         self.probed: dict[str, LayerProbe] = {}
         """The last measured quantisation errors, by layer."""
         self._unlogged = False
@@ -109,6 +113,11 @@ class PrecisionController:
         return self.recovery.replay_before
 
     @property
+    def model(self) -> nn.Module:
+        """The model that is controlled; `convert` sets it."""
+        return self._model
+
+    @property
     def has_state(self) -> bool:
         """Flag: a recipe of the run keeps something in the layers."""
         return any(is_state(name) for name, _ in self._model.named_buffers())
@@ -122,6 +131,17 @@ class PrecisionController:
         self._device = device
         return self._set_phase(0)
 
+    def convert_alike(self, model: nn.Module, *, as_training: bool) -> None:
+        """Convert another model, which stays in `eval()`, as the controlled one is now.
+
+        Args:
+            as_training: whether it gets the recipes of training or those of evaluation.
+        """
+        phases = self.phases
+        if as_training:
+            phases = [phase.model_copy(update={"evaluation": "training"}) for phase in phases]
+        self._convert(model, phases)
+
     def start(
         self,
         model: nn.Module,
@@ -134,6 +154,7 @@ class PrecisionController:
         directory: Path | None = None,
         main: bool = True,
         items_of_all_ranks: bool = False,
+        called: nn.Module | None = None,
     ) -> None:
         """Begin a run, or resume it after `step` steps.
 
@@ -146,10 +167,15 @@ class PrecisionController:
             directory: where events.jsonl is written; None: nowhere.
             main: whether this rank reports events, in the log and in the directory.
             items_of_all_ranks: see `Watch`.
+            called: the module that the training loop calls, if it wraps `model`.
         Raises:
             UserError: the schedule does not fit the run.
         """
         self._schedule = make_schedule(self.config.schedule, total_steps, tokens_per_step)
+        if self._schedule.counts_tokens:
+            self.tokens_seen.begin(step, tokens_per_step)
+        self.tokens_seen.watch(called or model)
+        self._main = main
         compile_deterministically()
         self._model = model
         self._scaler = scaler
@@ -162,7 +188,7 @@ class PrecisionController:
             stale_after=step if self.recovery.replay_before is None else None,
         )
         self.recovery.replay_before = None
-        self._set_phase(self._schedule.phase(step))
+        self._set_phase(self._phase_after(step))
         self.recovery.begin(
             model,
             optimizer,
@@ -179,6 +205,7 @@ class PrecisionController:
 
     def stop(self) -> None:
         """End the run: remove all hooks from the model."""
+        self.tokens_seen.detach()
         self.recovery.stop()
         if self._probe is not None:
             self._probe.cancel()
@@ -187,7 +214,7 @@ class PrecisionController:
 
     def before_step(self, step: int) -> None:
         """Prepare the forward pass of the next step, after `step` finished ones."""
-        phase = self._schedule.phase(step)
+        phase = self._phase_after(step)
         if phase != self.phase:
             self._set_phase(phase)
             assert self.plan is not None
@@ -195,6 +222,8 @@ class PrecisionController:
                 step, "phase", f"phase {phase + 1} of {len(self.phases)}: {self.plan.summary()}"
             )
         over = self._last_step is not None and step >= self._last_step
+        if not over:
+            self.tokens_seen.begin_step()
         if self._probe is not None and step % self.config.probe_every == 0 and not over:
             self._probe.begin()
         if self._scale is None and self._scaler_in_use():
@@ -208,6 +237,11 @@ class PrecisionController:
                 its floor.
         """
         self._events.forget_stale()
+        if self._schedule.counts_tokens:
+            self.tokens_seen.end_step()
+        seen = self.tokens_seen.take_first()
+        if seen is not None and self._main:
+            compare_first_pass(seen, self.tokens, self._plan_for)
         scale = self._scale
         self._scale = None if scale is None else self._scaler.get_scale()
         # Accelerate's `step_was_skipped` is false for fused optimizers: torch calls their `step`,
@@ -259,37 +293,65 @@ class PrecisionController:
         """Begin another run of the same model, without the memory of the one before. Call it before
         `start`."""
         self.skipped_steps = 0
+        self.tokens_seen.total = None
         self.probed = {}
         self._events.records = []
         self.recovery.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """Return JSON data."""
-        return {"skipped_steps": self.skipped_steps, **self.recovery.state_dict()}
+        return {
+            "skipped_steps": self.skipped_steps,
+            "tokens_seen": self.tokens_seen.total,
+            **self.recovery.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the result of `state_dict`. Call it before `start`."""
         self.skipped_steps = state["skipped_steps"]
+        self.tokens_seen.total = state.get("tokens_seen")  # older checkpoints have none
         self.recovery.load_state_dict(state)
 
     # Inside
 
     def _set_phase(self, number: int) -> Plan:
         self.phase = number
+        plan = self._convert(self._model, self.phases)
+        self.plan = with_parts = plan.with_parts(self.parts)
+        self.after_conversion()
+        return with_parts
+
+    def _convert(self, model: nn.Module, phases: Sequence[PrecisionConfig]) -> Plan:
         guard = self.config.guard
         ladder = [] if guard is None else [library.get(name) for name in guard.ladder]
-        plan = convert(
-            self._model,
-            self.phases[number],
-            device=self._device,
-            tokens=self.tokens,
-            compiled=self.compiled,
-            raised=self.raised,
+        return convert(
+            model,
+            phases[self.phase],
+            **self._facts(self.tokens),
             # The present phase is among them, so that what its layers keep stays.
-            later=(*self.phases, *ladder),
+            later=(*phases, *ladder),
         )
-        self.plan = with_parts = plan.with_parts(self.parts)
-        return with_parts
+
+    def _phase_after(self, step: int) -> int:
+        tokens = self.tokens_seen.total if self._schedule.counts_tokens else None
+        return self._schedule.phase(step, tokens)
+
+    def _plan_for(self, tokens: int | None) -> str:
+        """Return the plan's summary for a number of tokens in a pass; "" on a CPU, where the plan
+        does not depend on it."""
+        if torch.device(self._device or "cpu").type == "cpu":
+            return ""
+        facts = self._facts(tokens)
+        return make_plan(self._model, self.phases[self.phase], **facts).summary()
+
+    def _facts(self, tokens: int | None) -> dict[str, Any]:
+        """Return what decides the plan beside the precision."""
+        return {
+            "device": self._device,
+            "tokens": tokens,
+            "compiled": self.compiled,
+            "raised": self.raised,
+        }
 
     def _scaler_in_use(self) -> bool:
         return self._scaler is not None and self._scaler.is_enabled()
@@ -312,3 +374,7 @@ class PrecisionController:
                 f"{name}: {recipes[name].name} -> {recipe.name}" for name, recipe in changes.items()
             ],
         )
+
+
+def _nothing() -> None:
+    pass

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, PlainSerializer, field_validator
@@ -25,6 +26,8 @@ _UNIT_NAMES: dict[str, Literal["share", "steps", "tokens"]] = {
     "tokens": "tokens",
 }
 _MAGNITUDES = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
+_BEYOND = 2**62
+"""A number of steps beyond any run."""
 _UNTIL = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([kmbt]?)\s*(%|steps?|tokens)\s*", re.IGNORECASE)
 
 
@@ -92,18 +95,37 @@ class PhaseConfig(StrictConfig):
 
 @dataclass(frozen=True)
 class Schedule:
-    """The ends of a run's phases in optimizer steps."""
+    """The ends of a run's phases."""
 
     ends: tuple[int, ...]
     """For each phase, the number of optimizer steps after which it is over. A phase without steps
-    repeats the number of the phase before."""
+    repeats the number of the phase before. A phase in tokens has the expected number, or one
+    beyond any run if none is expected."""
+    token_ends: tuple[float | None, ...] = ()
+    """For each phase, the number of tokens after which it is over; None if it ends by steps."""
 
-    def phase(self, step: int) -> int:
+    @property
+    def counts_tokens(self) -> bool:
+        """Flag: a phase ends by the number of tokens that the run has seen."""
+        return any(end is not None for end in self.token_ends)
+
+    def phase(self, step: int, tokens: int | None = None) -> int:
         """Return the number of the phase that the next step belongs to, after `step` finished
-        ones."""
-        return next(
-            (number for number, end in enumerate(self.ends) if step < end), len(self.ends) - 1
-        )
+        ones.
+
+        Args:
+            step: number of finished steps.
+            tokens: number of tokens in these steps, over all ranks; None: as expected.
+        """
+        for number, end in enumerate(self.ends):
+            token_end = self.token_ends[number] if self.token_ends else None
+            if token_end is not None and tokens is not None:
+                is_over = tokens >= token_end
+            else:
+                is_over = step >= end
+            if not is_over:
+                return number
+        return len(self.ends) - 1
 
 
 def make_schedule(
@@ -118,54 +140,74 @@ def make_schedule(
     Args:
         phases: the configured phases; none: one phase throughout.
         total_steps: number of optimizer steps of the run, if known; shares need it.
-        tokens_per_step: number of tokens that an optimizer step trains on, over all ranks, if
-            known; phases in tokens need it.
+        tokens_per_step: number of tokens that an optimizer step is expected to train on, over all
+            ranks, if known. Phases in tokens are checked against the others by it.
         warn: whether to log a warning for phases that never run.
     Raises:
         UserError: a length is not known, or phases in different units are out of order or overlap.
     """
     if not phases:
         return Schedule(ends=(total_steps or 0,))
+    token_ends = tuple(
+        phase.until.value if phase.until.unit == "tokens" else None for phase in phases
+    )
     ends = [
         _end(phase.until, number, total_steps, tokens_per_step)
         for number, phase in enumerate(phases)
     ]
-    untils = [phase.until for phase in phases]
-    for number in range(1, len(ends)):
-        before, end = ends[number - 1 : number + 1]
-        place = f"precision.schedule.{number}.until"
-        is_last = number == len(ends) - 1
-        if end < before and not is_last:
-            raise UserError(
-                f"{place}: phases out of order: {untils[number]} is {_step(end)}, the phase before "
-                f"ends at {_step(before)}"
-            )
-        if end == before and untils[number].unit != untils[number - 1].unit and not is_last:
-            raise UserError(
-                f"{place}: phases overlap: {untils[number - 1]} and {untils[number]} are both "
-                f"{_step(end)}"
-            )
-        # In a short run a phase may be rounded to no steps, or the run ends before it begins.
-        if end <= before and warn:
-            logger.warning(
-                "precision.schedule: phase %d never runs: it is over at %s, as the phase before",
-                number + 1,
-                _step(before),
-            )
-    return Schedule(ends=tuple(int(min(end, total_steps or 2**62)) for end in ends))
+    known = [number for number, end in enumerate(ends) if end is not None]
+    for number, next_number in pairwise(known):
+        _check_order(phases, ends, number, next_number, warn=warn)
+    beyond = total_steps or _BEYOND
+    return Schedule(
+        ends=tuple(_BEYOND if end is None else int(min(end, beyond)) for end in ends),
+        token_ends=token_ends,
+    )
 
 
-def _end(until: Until, number: int, total_steps: int | None, tokens_per_step: int | None) -> float:
+def _check_order(
+    phases: Sequence[PhaseConfig],
+    ends: Sequence[float | None],
+    number: int,
+    next_number: int,
+    *,
+    warn: bool,
+) -> None:
+    """Raise UserError if the second of two phases does not end after the first. Their ends are
+    known in steps."""
+    first = phases[number].until
+    second = phases[next_number].until
+    before = ends[number]
+    end = ends[next_number]
+    assert before is not None
+    assert end is not None
+    place = f"precision.schedule.{next_number}.until"
+    is_last = next_number == len(ends) - 1
+    if end < before and not is_last:
+        raise UserError(
+            f"{place}: phases out of order: {second} is {_step(end)}, the phase before ends at "
+            f"{_step(before)}"
+        )
+    if end == before and first.unit != second.unit and not is_last:
+        raise UserError(f"{place}: phases overlap: {first} and {second} are both {_step(end)}")
+    # In a short run a phase may be rounded to no steps, or the run ends before it begins.
+    if end <= before and warn:
+        logger.warning(
+            "precision.schedule: phase %d never runs: it is over at %s, as the phase before",
+            next_number + 1,
+            _step(before),
+        )
+
+
+def _end(
+    until: Until, number: int, total_steps: int | None, tokens_per_step: int | None
+) -> float | None:
+    """Return the number of steps after which a phase is over; None if only the run shows it."""
     place = f"precision.schedule.{number}.until"
     if until.unit == "steps":
         return math.ceil(until.value)
     if until.unit == "tokens":
-        if not tokens_per_step:
-            raise UserError(
-                f"{place}: {until} can't be converted to steps: the tokens of a forward pass are "
-                "not known here, give `tokens`"
-            )
-        return math.ceil(until.value / tokens_per_step)
+        return math.ceil(until.value / tokens_per_step) if tokens_per_step else None
     if until.value == 1.0 and not total_steps:
         return math.inf
     if not total_steps:

@@ -48,10 +48,14 @@ def test_phases_end_where_they_say():
     assert ends(["20 steps", "50%", "100%"], 200) == (20, 100, 200)
     assert ends(["1M tokens", "100%"], 200, tokens_per_step=65536) == (16, 200)
     assert ends(["20 steps", "100%"]) == (20, 2**62)  # its length is not known
+    assert ends(["1B tokens", "50%", "100%"], 100) == (2**62, 50, 100)  # tokens are counted in the run
     assert ends(["10%", "100%"], 30) == (3, 30)  # not 4, by the rounding of 0.1
     schedule = make_schedule(parse_precision({"schedule": THREE}).schedule, 8)
     assert [schedule.phase(step) for step in range(9)] == [0, 0, 1, 1, 1, 1, 2, 2, 2]
     assert make_schedule(parse_precision("bf16").schedule, 8).phase(5) == 0
+    tokens = make_schedule(parse_precision({"schedule": [{"until": "100 tokens"}, {"until": "4 steps"}, {}]}).schedule, 8)
+    assert [tokens.phase(step, 30 * step) for step in range(6)] == [0, 0, 0, 0, 2, 2]
+    assert [tokens.phase(step, 60 * step) for step in range(6)] == [0, 0, 1, 1, 2, 2]
 
 
 def test_a_short_run_skips_phases(caplog: pytest.LogCaptureFixture):
@@ -68,7 +72,6 @@ def test_a_short_run_skips_phases(caplog: pytest.LogCaptureFixture):
         (["150 steps", "50%", "100%"], 200, "schedule.1.until: phases out of order: 50% is step 100, the phase before ends at step 150"),
         (["100 steps", "50%", "100%"], 200, "schedule.1.until: phases overlap: 100 steps and 50% are both step 100"),
         (["10%", "100%"], None, "schedule.0.until: 10% of how many steps"),
-        (["1B tokens", "100%"], 100, "schedule.0.until: 1B tokens can't be converted to steps"),
     ],
 )
 def test_errors_that_show_only_in_the_run_are_refused(untils: list[str], total_steps: int | None, message: str):
