@@ -42,7 +42,7 @@ def shown(value: Any, limit: int = 200) -> str:
 def one_line(text: object, limit: int = _LONGEST) -> str:
     """Return a text as one line of at most about `limit` characters, without characters that
     control a terminal."""
-    line = str(text)
+    line = str(text).strip()
     if len(line) > limit:
         half = limit // 2
         line = f"{line[:half]} ... {line[-half:]}"

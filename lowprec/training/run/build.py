@@ -26,6 +26,7 @@ from lowprec.training.data import LoadedData, load_data
 from lowprec.training.optim.adamw import prepare_weights
 from lowprec.training.run.config import RunConfig
 from lowprec.training.run.machine import flops_per_token
+from lowprec.training.run.model_checks import check_forward
 from lowprec.training.run.models import build_model, check_length
 from lowprec.training.run.optimizer import optimizer_for_trainer
 from lowprec.training.run.plan import head_is_low_precision
@@ -59,6 +60,7 @@ def build_trained_model(
     model = build_model(config.model, model_config, attn_implementation="sdpa")
     prepare_weights(model, config.optimizer)
     attach(model, parse(config.attention.mask))
+    check_forward(model, config.data.seq_len, config.attention.mask)
     plan = setup.plan_layers(model, config.precision)
     liger = apply_liger(
         model,

@@ -1,7 +1,9 @@
 """The machine that a run is on: its device, its memory, its allocator."""
 
 import ctypes
+import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,6 +47,16 @@ def peak_memory_bytes(device_type: str) -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def memory_bytes() -> int:
+    """Return the memory of this machine, or of the container around the process [bytes]."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    try:
+        return min(total, int(limit.read_text()))
+    except (OSError, ValueError):  # No control group, or one without a limit.
+        return total
 
 
 _PEAK_FLOPS = {

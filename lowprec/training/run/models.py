@@ -11,6 +11,7 @@ from pydantic import Field
 from lowprec.config.schema import StrictConfig
 from lowprec.errors import UserError, nearest
 from lowprec.training.checkpoint.no_code import check_index
+from lowprec.training.run.model_fields import apply_overrides, validate, vocabulary
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -65,22 +66,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 _VOCABULARY_MULTIPLE = 64
 """The vocabulary of a preset is padded to a multiple of this number."""
 
-_SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "moe_intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "num_local_experts",
-    "num_experts_per_tok",
-    "vocab_size",
-    "max_position_embeddings",
-)
-"""Fields that can't be 0 in any model, by their usual names. Other fields may be 0, for a part that
-the model does not have."""
-
 _FIELDS_OF_USE = (
     "architectures",
     "dtype",
@@ -111,8 +96,6 @@ def build_config(model: ModelConfig, vocab_size: int) -> "PretrainedConfig":
         UserError: a preset or a field is unknown, a folder is missing, a value is wrong, or the
             vocabulary is too small for the tokenizer.
     """
-    from huggingface_hub.errors import StrictDataclassError
-
     if (model.preset is None) == (model.path is None):
         raise UserError("model: give one of 'preset' and 'path'")
     config: Any
@@ -120,30 +103,12 @@ def build_config(model: ModelConfig, vocab_size: int) -> "PretrainedConfig":
         config = _preset_config(model.preset, vocab_size)
     else:
         config = _folder_config(Path(str(model.path)))
-    # The same sizes by the names of this kind of model, such as n_embd.
-    sizes = {*_SIZES, *(config.attribute_map.get(name) for name in _SIZES)}
-    for key, value in model.overrides.items():
-        if not hasattr(config, key):
-            raise UserError(
-                f"model.overrides.{key}: {type(config).__name__} has no such "
-                f"field{nearest(key, config.to_dict())}"
-            )
-        if key in sizes and type(value) is int and value < 1:
-            raise UserError(f"model.overrides.{key}: expected a number from 1, got {value}")
-        try:
-            setattr(config, key, value)
-        except (TypeError, ValueError, StrictDataclassError) as error:
-            raise UserError(
-                f"model.overrides.{key}: {_one_line(error.__cause__ or error)}"
-            ) from None
-    try:
-        config.validate()
-    except (TypeError, ValueError, StrictDataclassError) as error:
-        raise UserError(f"model: {_one_line(error.__cause__ or error)}") from None
-    if config.vocab_size < vocab_size:
+    apply_overrides(config, model.overrides)
+    validate(config)
+    known = vocabulary(config)
+    if known < vocab_size:
         raise UserError(
-            f"model: its vocabulary of {config.vocab_size} is smaller than the tokenizer's "
-            f"{vocab_size}"
+            f"model: its vocabulary of {known} is smaller than the tokenizer's {vocab_size}"
         )
     return config
 
@@ -241,15 +206,16 @@ def _folder_config(path: Path) -> "PretrainedConfig":
         raise UserError(f"model.path: no such file or folder: {path}")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        # Each kind of configuration checks its values in its own way.
         if "custom code" in str(error):
             raise UserError(
                 f"model.path: {path} needs code of its own (`auto_map` in config.json), which is "
                 "not executed; take a model that transformers has a class for"
             ) from None
-        raise UserError(
-            f"model.path: {path} holds no model configuration: {str(error).splitlines()[0]}"
-        ) from None
+        cause = error.__cause__ if isinstance(error.__cause__, ValueError | TypeError) else error
+        reason = str(cause).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(f"model.path: {path} holds no model configuration: {reason}") from None
 
 
 def _one_line(error: BaseException, limit: int = 300) -> str:

@@ -56,14 +56,15 @@ def check_optimizer(config: OptimizerConfig, args: TrainingArguments) -> None:
     """Raise UserError if the Trainer can't make the optimizer of this run."""
     if optimizer_for_trainer(config, args) is not None:
         return
+    name = OptimizerNames(args.optim).value
     try:
-        Trainer.get_optimizer_cls_and_kwargs(args)
-    except (ImportError, ValueError) as error:
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
+        if kind.__module__.startswith(("torch.optim", "transformers.")):
+            kind(torch.nn.Linear(1, 1).parameters(), **settings)
+    except Exception as error:
         # Some optimizers need the model, which is not built yet: "pass a model" is no error here.
         if "pass a" not in str(error):
-            raise UserError(
-                f"trainer.optim: {OptimizerNames(args.optim).value}: {' '.join(str(error).split())}"
-            ) from None
+            raise UserError(f"trainer.optim: {name}: {error}") from None
 
 
 def check_scheduler(args: TrainingArguments) -> None:
@@ -72,15 +73,18 @@ def check_scheduler(args: TrainingArguments) -> None:
     settings: Any = args.lr_scheduler_kwargs
     steps = 1000
     try:
-        get_scheduler(
+        scheduler = get_scheduler(
             args.lr_scheduler_type,
             optimizer,
             args.get_warmup_steps(steps),
             steps,
             settings,
         )
-    except (TypeError, ValueError) as error:
+        if not isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            optimizer.step()
+            scheduler.step()
+    except Exception as error:
+        # The settings go to functions of transformers and torch, which do with them as they like.
         raise UserError(
-            f"trainer.lr_scheduler_kwargs: {SchedulerType(args.lr_scheduler_type).value}: "
-            f"{' '.join(str(error).split())}"
+            f"trainer.lr_scheduler_kwargs: {SchedulerType(args.lr_scheduler_type).value}: {error}"
         ) from None

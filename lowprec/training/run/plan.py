@@ -1,6 +1,5 @@
 """The plan of a run: what would run in which precision, without data and without weights."""
 
-import torch
 from transformers import PreTrainedModel
 
 from lowprec.attention.hf import describe
@@ -10,21 +9,28 @@ from lowprec.training.control.guard import GuardConfig
 from lowprec.training.control.precision import PrecisionConfig
 from lowprec.training.data import DataConfig
 from lowprec.training.data.corpus import open_corpus
+from lowprec.training.run.arguments import check_arguments
 from lowprec.training.run.config import RunConfig
-from lowprec.training.run.models import build_config, build_model, check_length
+from lowprec.training.run.model_checks import build_skeleton, check_memory
+from lowprec.training.run.models import build_config
 from lowprec.training.run.setup import RunSetup
 
 
-def plan_run(config: RunConfig) -> Plan:
+def plan_run(config: RunConfig, *, trains: bool = False) -> Plan:
     """Return the plan of a run on this machine.
 
     The model is built on the meta device, and the data is not read.
 
+    Args:
+        trains: Flag: the run follows. Its weights must fit into the memory of this machine.
     Raises:
         UserError: something is wrong that `pretrain.train` would find before it loads data.
     """
     setup = RunSetup.of(config)
-    model = _model_without_weights(config)
+    check_arguments(setup)
+    model = skeleton_of(config)
+    if trains:
+        check_memory(model)
     # All phases are planned, because their errors should show. The plan of the first one is shown.
     plan, *_ = (setup.plan_layers(model, phase) for phase in config.precision.phases())
     _, autocast = setup.autocast()
@@ -95,14 +101,16 @@ def head_is_low_precision(model: PreTrainedModel, plan: Plan) -> bool:
     return any(layer.converted and layer.name in names for layer in plan.layers)
 
 
-def _model_without_weights(config: RunConfig) -> PreTrainedModel:
-    """Return the model of a run on the meta device."""
+def skeleton_of(config: RunConfig) -> PreTrainedModel:
+    """Return the model of a run on the meta device.
+
+    Raises:
+        UserError: the configuration makes no model, or one whose forward pass fails.
+    """
     model_config = build_config(config.model, _vocabulary_limit(config.data))
-    check_length(model_config, config.data.seq_len)
-    # Without its path, so that no weights are loaded.
-    model = config.model.model_copy(update={"path": None})
-    with torch.device("meta"):
-        return build_model(model, model_config, attn_implementation="sdpa")
+    return build_skeleton(
+        config.model, model_config, config.data.seq_len, mask=config.attention.mask
+    )
 
 
 def _vocabulary_limit(config: DataConfig) -> int:

@@ -9,34 +9,26 @@ from typing import Any
 from transformers import Trainer, TrainingArguments
 from transformers.utils.logging import disable_progress_bar
 
-from lowprec.conversion.plan import PartPlan
-from lowprec.distributed.fsdp2 import check_can_shard, check_offloaded, offloads
-from lowprec.distributed.processes import (
-    distributed_state,
-    name_the_cpu,
-    on_main_process,
-    use_one_gpu,
-)
+from lowprec.distributed.processes import distributed_state, on_main_process
 from lowprec.errors import UserError
 from lowprec.files import keep_lines_until
-from lowprec.training.callback import LowPrecisionCallback, check_replay
+from lowprec.training.callback import LowPrecisionCallback
 from lowprec.training.checkpoint import files as checkpoint_files
 from lowprec.training.checkpoint.no_code import check_no_code
 from lowprec.training.data import LoadedData
 from lowprec.training.file_names import METRICS
 from lowprec.training.log import show_log
-from lowprec.training.optim.adamw import OptimizerConfig
 from lowprec.training.run import directory as run_directory
 from lowprec.training.run import resume_checks
+from lowprec.training.run.arguments import make_arguments
 from lowprec.training.run.build import build_trained_model, build_trainer, load_examples
 from lowprec.training.run.config import RunConfig
 from lowprec.training.run.machine import keep_freed_memory
 from lowprec.training.run.models import build_config
-from lowprec.training.run.optimizer import check_optimizer, check_scheduler
 from lowprec.training.run.plan import plan_parts, plan_run
 from lowprec.training.run.result import save_result, summarise
 from lowprec.training.run.setup import RunSetup
-from lowprec.training.run.training_args import total_steps, training_arguments
+from lowprec.training.run.training_args import total_steps
 
 logger = logging.getLogger("lowprec")
 
@@ -54,13 +46,13 @@ def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> d
         TrainingStopped: training can't continue.
     """
     # Everything that can be checked without the data is checked first: loading data takes long.
-    plan_run(config)
+    plan_run(config, trains=True)
     setup = RunSetup.of(config)
     reads = [Path(path) for path in (config.model.path, config.data.tokenizer) if path is not None]
     _, checkpoint = run_directory.locate(config_path, setup.trainer, reads=reads)
     if checkpoint is not None:
         _check_resumable(setup, checkpoint, data)
-    args, autocast = _make_arguments(setup)
+    args, autocast = make_arguments(setup)
 
     disable_progress_bar()  # transformers' own bar: the run has one.
     if setup.device_type == "cpu":
@@ -115,33 +107,6 @@ def _check_resumable(setup: RunSetup, checkpoint: Path, data: dict[str, Any]) ->
         any_vocabulary=setup.config.model.preset is not None,
     )
     resume_checks.check_same_optimizer(checkpoint, data)
-
-
-def _make_arguments(setup: RunSetup) -> tuple[TrainingArguments, PartPlan]:
-    """Return the Trainer's arguments, checked, and the row of autocast in the plan."""
-    config = setup.config
-    autocast, part = setup.autocast()
-    args = training_arguments(setup.trainer, setup.device_type, autocast)
-    gpus = use_one_gpu(args)
-    if gpus > 1:
-        show_log()
-        logger.warning(
-            "one process trains on one GPU of %d; torchrun or accelerate launch take all "
-            "(docs/training.md)",
-            gpus,
-        )
-    name_the_cpu(args)
-    check_can_shard(args)
-    if offloads(args):
-        check_offloaded(
-            scaled=args.fp16,
-            low_bit=config.optimizer != OptimizerConfig(),
-            keeps=config.precision.keeps_state,
-        )
-    check_replay(config.precision.guard, args)
-    check_optimizer(config.optimizer, args)
-    check_scheduler(args)
-    return args, part
 
 
 def _start_directory(

@@ -12,6 +12,7 @@ from lowprec.distributed.fsdp2 import shards
 from lowprec.errors import UserError, nearest
 from lowprec.recipe import Recipe
 from lowprec.training.optim.loss_scaling import NO_FP16_ON_A_CPU
+from lowprec.training.run.trainer_fields import check_field
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -25,24 +26,13 @@ _WIDER = {"fsdp": bool | str | list[str] | None}
 
 _DEFAULTS: dict[str, Any] = {"logging_steps": 10, "report_to": "none", "save_total_limit": 2}
 
-_AT_LEAST = {
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "learning_rate": 0,
-    "weight_decay": 0,
-}
-"""Least value of a setting. transformers accepts lower values and fails in the middle of a run."""
-
-_ABOVE = {"num_train_epochs": 0}
-"""Lower bound of a setting that must be above it."""
-
 
 def check_trainer(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings, each value converted to the type of its field.
 
     Raises:
-        UserError: a key is unknown, or a value has the wrong type or is out of range.
+        UserError: a key is unknown, or a value has the wrong type or is none that the field may
+            have.
     """
     from transformers import TrainingArguments
 
@@ -55,22 +45,16 @@ def check_trainer(settings: Mapping[str, Any]) -> dict[str, Any]:
     parsed = {
         key: parse_value(known[key], value, f"trainer.{key}") for key, value in settings.items()
     }
+    if parsed.get("max_steps") == 0:
+        raise UserError(
+            "trainer.max_steps: 0 steps train nothing; `lowprec plan` shows what would be done"
+        )
     for key, value in parsed.items():
-        if key in _AT_LEAST and isinstance(value, int | float) and value < _AT_LEAST[key]:
-            bound = f"from {_AT_LEAST[key]}"
-        elif key in _ABOVE and isinstance(value, int | float) and value <= _ABOVE[key]:
-            bound = f"above {_ABOVE[key]}"
-        else:
-            continue
-        raise UserError(f"trainer.{key}: expected a number {bound}, got {value}")
+        check_field(key, known[key], value)
     if parsed.get("use_liger_kernel"):
         raise UserError(
             "trainer.use_liger_kernel: say kernels.liger: auto, which knows what a recipe has "
             "converted"
-        )
-    if parsed.get("max_steps") == 0:
-        raise UserError(
-            "trainer.max_steps: 0 steps train nothing; `lowprec plan` shows what would be done"
         )
     return parsed
 
@@ -95,8 +79,11 @@ def training_arguments(
         for reporter in get_reporting_integration_callbacks(args.report_to):
             reporter()  # It raises if its package is missing.
         return args
-    except (ValueError, ImportError, TypeError, RuntimeError) as error:
-        raise UserError(f"trainer: {' '.join(str(error).split())}") from None
+    except Exception as error:
+        # transformers, Accelerate and the readers of JSON files raise exceptions of many classes.
+        known = isinstance(error, ValueError | ImportError | TypeError | RuntimeError)
+        kind = "" if known else f"{type(error).__name__}: "
+        raise UserError(f"trainer: {kind}{error}") from error
 
 
 def total_steps(args: "TrainingArguments", examples: int) -> int:

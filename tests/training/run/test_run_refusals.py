@@ -14,8 +14,8 @@ from lowprec.cli.main import main
 from lowprec.files import keep_lines_until
 from lowprec.training.checkpoint import files as checkpoint_files
 from lowprec.training.checkpoint.torn import set_aside_torn
+from lowprec.training.run import arguments as run_arguments
 from lowprec.training.run import directory as run_directory
-from lowprec.training.run import pretrain
 from lowprec.training.run.models import ModelConfig, build_config
 from tests.processes import lowprec
 from tests.runs import CONFIG, losses, make_corpus, overrides
@@ -141,7 +141,7 @@ def test_sharding_that_is_refused(override: str, message: str, corpus: Path, tmp
 def test_state_and_low_bit_optimizers_are_not_offloaded(
     override: str, message: str, corpus: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(pretrain, "offloads", lambda args: True)  # on a CPU nothing is sharded
+    monkeypatch.setattr(run_arguments, "offloads", lambda args: True)  # on a CPU nothing is sharded
     assert f"FSDP's offloading of parameters to host memory (cpu_offload): {message}" in refused(
         *command(corpus, tmp_path / "run", override)
     )
