@@ -4,7 +4,7 @@ where a layer stays in high precision."""
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from html import escape
 from pathlib import Path
@@ -15,6 +15,7 @@ from lowprec.files import write_atomically
 NATIVE = "native"
 EMULATED = "emulated"
 KEPT = "kept in high precision"
+NOT_CALLED = "not called"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,9 @@ class LayerPlan:
     """Flag: the layer was meant to be converted, but can't be."""
     experts: int = 1
     """Number of matrices of this shape in the parameter."""
+    called: bool = True
+    """Flag: the model calls the layer, as far as is known. False: it was converted, but the first
+    step did not multiply by its weight in the recipe."""
 
     @property
     def converted(self) -> bool:
@@ -62,7 +66,9 @@ class LayerPlan:
 
     @property
     def status(self) -> str:
-        """NATIVE, EMULATED or KEPT."""
+        """NATIVE, EMULATED, KEPT or NOT_CALLED."""
+        if not self.called:
+            return NOT_CALLED
         if not self.converted:
             return KEPT
         return NATIVE if self.native else EMULATED
@@ -98,10 +104,33 @@ class Plan:
         """Return a plan that shows these parts as well."""
         return replace(self, parts=(*self.parts, *parts))
 
+    def with_uncalled(self, reasons: Mapping[str, str]) -> "Plan":
+        """Return a plan in which the converted layers of these names are not called, and count as
+        converted no longer.
+
+        Args:
+            reasons: why each layer was not called in the first step, by name (`observe.Calls`).
+        """
+        layers = tuple(
+            _uncalled(layer, reasons[layer.name])
+            if layer.converted and layer.name in reasons
+            else layer
+            for layer in self.layers
+        )
+        return replace(self, layers=layers)
+
     @property
     def converted(self) -> list[LayerPlan]:
         """The layers that have a recipe."""
         return [layer for layer in self.layers if layer.converted]
+
+    def reasons_of(self, names: Container[str]) -> list[str]:
+        """Return a line for each reason that the rows of these layers give: the layers, with their
+        numbers merged, and the reason."""
+        merged: dict[str, list[str]] = {}
+        for group in _groups([layer for layer in self.layers if layer.name in names]):
+            merged.setdefault(group[0].reason, []).append(_merged_name(group))
+        return [f"{', '.join(layers)}: {reason}" for reason, layers in merged.items()]
 
     def totals(self) -> dict[str, Any]:
         """Return counts of layers by status and by recipe, and the share of linear weights that is
@@ -110,7 +139,7 @@ class Plan:
         converted = sum(layer.weights for layer in self.converted)
         return {
             "linears": len(self.layers),
-            **dict.fromkeys((NATIVE, EMULATED, KEPT), 0),
+            **dict.fromkeys((NATIVE, EMULATED, KEPT, NOT_CALLED), 0),
             **Counter(layer.status for layer in self.layers),
             "recipes": dict(Counter(layer.recipe for layer in self.converted)),
             "converted_weights": converted / weights if weights else 0.0,
@@ -124,10 +153,11 @@ class Plan:
             ", ".join(f"{name} x {count}" for name, count in totals["recipes"].items())
             or "no recipe"
         )
+        uncalled = f"; {totals[NOT_CALLED]} not called" if totals[NOT_CALLED] else ""
         return (
             f"{len(self.converted)} of {totals['linears']} linear layers converted "
             f"({totals['converted_weights']:.1%} of their weights): {recipes}; "
-            f"{totals[NATIVE]} native, {totals[EMULATED]} emulated on {self.device}"
+            f"{totals[NATIVE]} native, {totals[EMULATED]} emulated on {self.device}{uncalled}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -163,7 +193,7 @@ class Plan:
         return f"<Plan for {self.device}: {', '.join(parts)}>"
 
     def __str__(self) -> str:
-        groups = self._groups()
+        groups = _groups(self.layers)
         lines = _text_table(_HEADER, [_row(group) for group in groups])
         if self.parts:
             width = max(len(part.name) for part in self.parts)
@@ -179,20 +209,12 @@ class Plan:
     def _repr_html_(self) -> str:
         """Return the plan as HTML, which notebooks show: the rows of `print`, each with its
         reason, the parts, and the totals."""
-        rows = [(*_row(group), group[0].reason) for group in self._groups()]
+        rows = [(*_row(group), group[0].reason) for group in _groups(self.layers)]
         tables = [_html_table((*_HEADER, "reason"), rows)]
         if self.parts:
             parts = [(part.name, part.choice, part.reason) for part in self.parts]
             tables.append(_html_table(("part", "choice", "reason"), parts))
         return "".join([*tables, f"<p>{escape(self.summary())}</p>"])
-
-    def _groups(self) -> list[list[LayerPlan]]:
-        """Return the layers in groups that differ in the numbers of their names only."""
-        groups: dict[Any, list[LayerPlan]] = {}
-        for layer in self.layers:
-            key = (re.sub(r"\d+", "#", layer.name), replace(layer, name=""))
-            groups.setdefault(key, []).append(layer)
-        return list(groups.values())
 
 
 _HEADER = ("layers", "N x K", "count", "recipe", "backend", "status")
@@ -211,6 +233,21 @@ def _row(group: list[LayerPlan]) -> tuple[str, ...]:
         "/".join(backends) or "-",
         first.status,
     )
+
+
+def _uncalled(layer: LayerPlan, reason: str) -> LayerPlan:
+    """Return the plan of a converted layer that was not called."""
+    reason = f"planned as {layer.recipe}, but in the first step {reason}"
+    return replace(layer, recipe=None, gemms=(), called=False, reason=reason)
+
+
+def _groups(layers: Iterable[LayerPlan]) -> list[list[LayerPlan]]:
+    """Return layers in groups that differ in the numbers of their names only."""
+    groups: dict[Any, list[LayerPlan]] = {}
+    for layer in layers:
+        key = (re.sub(r"\d+", "#", layer.name), replace(layer, name=""))
+        groups.setdefault(key, []).append(layer)
+    return list(groups.values())
 
 
 def _merged_name(group: list[LayerPlan]) -> str:

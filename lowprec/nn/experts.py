@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lowprec.formats.random import derive_key
+from lowprec.nn.calls import note_call
 from lowprec.nn.gemms import ChosenGemms, LinearGemms, backend_or_auto
 from lowprec.nn.linear_function import LinearFunction
 from lowprec.quant import TwoWay
@@ -128,6 +129,7 @@ class ExpertProjection(nn.Module):
             weight: [E, N, K], or [E, K, N] if `transposed`.
             bias: [E, N].
         """
+        note_call(self)
         gemms = self._gemms_on(x_SK.device.type)
         key = self._buffers.get(ROUNDING_STATE)
         if key is not None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowprec.nn.calls import note_call
 from lowprec.nn.codes import forget, shared_codes, weight_codes
 from lowprec.nn.gemms import ChosenGemms, LinearGemms, backend_or_auto
 from lowprec.nn.linear_function import LinearFunction, autocast_is_on
@@ -180,6 +181,7 @@ class LowPrecisionLinear(nn.Linear):
             times_silu_of: a tensor like the input: x is silu(it) * input then, quantised as it is
                 computed (`swiglu.py`).
         """
+        note_call(self)
         device_type = input.device.type
         gate = times_silu_of
         if input.shape[-1:] != (self.in_features,):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lowprec.errors import UserError
+from lowprec.nn.calls import note_call
 from lowprec.nn.linear import LowPrecisionLinear
 from lowprec.nn.te_recipes import te_recipe, twin_of, why_not_shape
 from lowprec.recipe import Recipe
@@ -103,6 +104,7 @@ class TELinear(nn.Linear):
         """Run the te.Linear under the twin."""
         import transformer_engine.pytorch as te
 
+        note_call(self)
         with te.autocast(enabled=True, recipe=self.twin):
             return self._call(self._bound(te), x_MK)  # [M, K] . [N, K]^T -> [M, N]
 

@@ -53,6 +53,7 @@ def test_totals():
         "native": 1,
         "emulated": 3,
         "kept in high precision": 1,
+        "not called": 0,
         "recipes": {"mxfp8": 3, "bf16": 1},
         "converted_weights": (3 * 32 + 8) / (3 * 32 + 8 + 32),
     }

@@ -31,6 +31,7 @@ from lowprec.observe import LayerProbe, Probe
 from lowprec.recipe import Recipe, library
 from lowprec.recipe.state import is_state
 from lowprec.training.control.events import Events
+from lowprec.training.control.first_step import FirstStepCheck
 from lowprec.training.control.precision import PrecisionConfig, parse_precision
 from lowprec.training.control.recovery import Recovery
 from lowprec.training.control.schedule import Schedule, make_schedule
@@ -83,6 +84,7 @@ class PrecisionController:
         self._unlogged = False
         """Flag: `probed` is not in any log yet."""
         self._events = Events()
+        self._first_step = FirstStepCheck(self._events)
         self.recovery = Recovery(self.config.guard, self._events)
         self._schedule = Schedule(ends=(0,))
         self._probe: Probe | None = None
@@ -188,7 +190,8 @@ class PrecisionController:
             stale_after=step if self.recovery.replay_before is None else None,
         )
         self.recovery.replay_before = None
-        self._set_phase(self._phase_after(step))
+        plan = self._set_phase(self._phase_after(step))
+        self._first_step.begin(model, optimizer, plan)
         self.recovery.begin(
             model,
             optimizer,
@@ -206,6 +209,7 @@ class PrecisionController:
     def stop(self) -> None:
         """End the run: remove all hooks from the model."""
         self.tokens_seen.detach()
+        self._first_step.stop()
         self.recovery.stop()
         if self._probe is not None:
             self._probe.cancel()
@@ -214,6 +218,7 @@ class PrecisionController:
 
     def before_step(self, step: int) -> None:
         """Prepare the forward pass of the next step, after `step` finished ones."""
+        self._first_step.before_step()
         phase = self._phase_after(step)
         if phase != self.phase:
             self._set_phase(phase)
@@ -221,6 +226,7 @@ class PrecisionController:
             self._events.add(
                 step, "phase", f"phase {phase + 1} of {len(self.phases)}: {self.plan.summary()}"
             )
+            self._first_step.report(self.plan, step, strict=self.phases[phase].strict)
         over = self._last_step is not None and step >= self._last_step
         if not over:
             self.tokens_seen.begin_step()
@@ -235,6 +241,8 @@ class PrecisionController:
         Raises:
             TrainingStopped: the guard has recovered as often as it may, or the loss scale is below
                 its floor.
+            UserError: `strict`, and the first step multiplied by a converted weight without calling
+                its layer.
         """
         self._events.forget_stale()
         if self._schedule.counts_tokens:
@@ -242,6 +250,9 @@ class PrecisionController:
         seen = self.tokens_seen.take_first()
         if seen is not None and self._main:
             compare_first_pass(seen, self.tokens, self._plan_for)
+        if self._first_step.after_step():
+            self.plan = self._first_step.correct(self._planned, self._model)
+            self._first_step.report(self.plan, step, strict=self.phases[self.phase].strict)
         scale = self._scale
         self._scale = None if scale is None else self._scaler.get_scale()
         # Accelerate's `step_was_skipped` is false for fused optimizers: torch calls their `step`,
@@ -296,6 +307,7 @@ class PrecisionController:
         self.tokens_seen.total = None
         self.probed = {}
         self._events.records = []
+        self._first_step.forget()
         self.recovery.forget()
 
     def state_dict(self) -> dict[str, Any]:
@@ -303,6 +315,7 @@ class PrecisionController:
         return {
             "skipped_steps": self.skipped_steps,
             "tokens_seen": self.tokens_seen.total,
+            "uncalled": self._first_step.uncalled,
             **self.recovery.state_dict(),
         }
 
@@ -310,6 +323,7 @@ class PrecisionController:
         """Take the result of `state_dict`. Call it before `start`."""
         self.skipped_steps = state["skipped_steps"]
         self.tokens_seen.total = state.get("tokens_seen")  # older checkpoints have none
+        self._first_step.uncalled = state.get("uncalled")  # older checkpoints have none
         self.recovery.load_state_dict(state)
 
     # Inside
@@ -317,9 +331,10 @@ class PrecisionController:
     def _set_phase(self, number: int) -> Plan:
         self.phase = number
         plan = self._convert(self._model, self.phases)
-        self.plan = with_parts = plan.with_parts(self.parts)
+        self._planned = plan.with_parts(self.parts)
+        self.plan = corrected = self._first_step.correct(self._planned, self._model)
         self.after_conversion()
-        return with_parts
+        return corrected
 
     def _convert(self, model: nn.Module, phases: Sequence[PrecisionConfig]) -> Plan:
         guard = self.config.guard

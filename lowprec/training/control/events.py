@@ -1,5 +1,5 @@
-"""The events of a run: new phases of the precision, breaches and recoveries. They are kept in
-memory, in the log and in the run's events.jsonl."""
+"""The events of a run: new phases of the precision, corrections of the plan, breaches and
+recoveries. They are kept in memory, in the log and in the run's events.jsonl."""
 
 import json
 import logging
@@ -35,19 +35,21 @@ class Events:
         self._logs = logs
         self._stale_after = stale_after
 
-    def add(self, step: int, event: str, reason: str, **more: Any) -> None:
+    def add(self, step: int, event: str, reason: str, *, warns: bool = False, **more: Any) -> None:
         """Record an event, log it, and append it to the file.
 
         Args:
             step: number of finished steps.
             event: kind of the event, in one word.
             reason: one line.
+            warns: whether the log shows it as a warning.
             more: other entries of the record; `layers` is a list of lines for the log.
         """
         record = {"step": step, "event": event, "reason": reason, **more}
         self.records.append(record)
         if self._logs:
-            logger.info(
+            logger.log(
+                logging.WARNING if warns else logging.INFO,
                 "step %d: %s: %s%s",
                 step,
                 event,
