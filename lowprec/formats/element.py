@@ -34,15 +34,24 @@ class ElementFormat:
     """Number of mantissa bits, without the implicit leading one."""
     bias: int
     """Exponent bias b of the equations above."""
-    min: float
-    """Smallest (most negative) finite value."""
-    max: float
-    """Largest finite value."""
+    largest: tuple[int, int]
+    """Largest finite value as (n, e), n * 2^e. These are integers because torch.compile makes
+    variables of the floats that it finds in objects."""
     saturates: bool = True
     """Flag: values beyond the range become `min` or `max`; otherwise they become infinity."""
     storage: torch.dtype
     """torch dtype that holds the codes: the format's own dtype if torch has one, uint8 for packed
     codes."""
+
+    @property
+    def max(self) -> float:
+        """Largest finite value."""
+        return self.largest[0] * 2.0 ** self.largest[1]
+
+    @property
+    def min(self) -> float:
+        """Smallest (most negative) finite value."""
+        return -self.max - 1.0 if self.is_integer else -self.max
 
     @property
     def is_integer(self) -> bool:
@@ -77,14 +86,13 @@ class ElementFormat:
 def _float(
     name: str, e: int, m: int, *, largest: float, storage: torch.dtype, saturates: bool = True
 ) -> ElementFormat:
-    bias = 2 ** (e - 1) - 1
+    fraction, exponent = math.frexp(largest)
     return ElementFormat(
         name=name,
         exponent_bits=e,
         mantissa_bits=m,
-        bias=bias,
-        min=-largest,
-        max=largest,
+        bias=2 ** (e - 1) - 1,
+        largest=(int(fraction * 2 ** (m + 1)), exponent - m - 1),
         saturates=saturates,
         storage=storage,
     )
@@ -100,8 +108,7 @@ def _integer(name: str, bits: int, storage: torch.dtype) -> ElementFormat:
         exponent_bits=0,
         mantissa_bits=bits - 1,
         bias=0,
-        min=-float(2 ** (bits - 1)),
-        max=float(2 ** (bits - 1) - 1),
+        largest=(2 ** (bits - 1) - 1, 0),
         storage=storage,
     )
 

@@ -66,29 +66,67 @@ class Hadamard:
 
         x is padded with zeros, and the transform gives the padding non-zero values.
         """
+        signs = self._signs(x_RK.device)
+        apply = torch.ops.lowprec.hadamard if _is_one_operator(x_RK) else _transform
         if x_RK.stride(0) < x_RK.stride(1):  # x is column-major in memory
-            return self._apply(x_RK.t().to(torch.float32), dim=0).t()
-        return self._apply(x_RK.to(torch.float32), dim=1)
+            return apply(x_RK.t(), signs, 0).t()
+        return apply(x_RK, signs, 1)
 
     def invert(self, x_RK: Tensor, length: int) -> Tensor:
         """Return the first `length` columns of x T^t, fp32 [R, length]."""
-        groups = _butterfly(x_RK.to(torch.float32).unflatten(1, (-1, self.size)), 2).mul_(
-            self.size**-0.5
-        )
-        return (groups * self._signs(x_RK.device)).flatten(1, 2)[:, :length]
-
-    def _apply(self, x: Tensor, dim: int) -> Tensor:
-        if short := -x.shape[dim] % self.size:
-            x = torch.nn.functional.pad(x, (0, 0, 0, short) if dim == 0 else (0, short))
-        groups = x.unflatten(dim, (-1, self.size))
-        signs = self._signs(x.device)
-        groups = groups * (signs[:, None] if dim == 0 else signs)
-        # The scale 1 / sqrt(n) is applied last. Some devices would fuse a product that comes before
-        # the additions with them (one rounding instead of two).
-        return _butterfly(groups, dim + 1).mul_(self.size**-0.5).flatten(dim, dim + 1)
+        signs = self._signs(x_RK.device)
+        undo = torch.ops.lowprec.inverse_hadamard if _is_one_operator(x_RK) else _inverse
+        return undo(x_RK, signs)[:, :length]
 
     def _signs(self, device: torch.device) -> Tensor:
         return torch.tensor(self.signs, dtype=torch.float32, device=device)
+
+
+def _is_one_operator(x: Tensor) -> bool:
+    """Return True in compiled code on a CPU, which gains nothing from tracing the butterfly."""
+    return torch.compiler.is_compiling() and x.device.type == "cpu"
+
+
+def _transform(x: Tensor, signs: Tensor, dim: int) -> Tensor:
+    """Return the groups of n elements along `dim`, each times T; fp32, padded to whole groups."""
+    size = signs.shape[0]
+    x = x.to(torch.float32)
+    if short := -x.shape[dim] % size:
+        x = torch.nn.functional.pad(x, (0, 0, 0, short) if dim == 0 else (0, short))
+    groups = x.unflatten(dim, (-1, size)) * (signs[:, None] if dim == 0 else signs)
+    # The scale 1 / sqrt(n) is applied last. Some devices would fuse a product that comes before
+    # the additions with them (one rounding instead of two).
+    return _butterfly(groups, dim + 1).mul_(size**-0.5).flatten(dim, dim + 1)
+
+
+def _inverse(x_RK: Tensor, signs: Tensor) -> Tensor:
+    """Return x T^t, fp32 [R, K]; K is a multiple of n."""
+    size = signs.shape[0]
+    groups = _butterfly(x_RK.to(torch.float32).unflatten(1, (-1, size)), 2).mul_(size**-0.5)
+    return (groups * signs).flatten(1, 2)
+
+
+@torch.library.custom_op("lowprec::inverse_hadamard", mutates_args=())
+def _inverse_op(x_RK: Tensor, signs: Tensor) -> Tensor:
+    return _inverse(x_RK, signs)
+
+
+@_inverse_op.register_fake
+def _(x_RK: Tensor, signs: Tensor) -> Tensor:
+    return x_RK.new_empty(x_RK.shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("lowprec::hadamard", mutates_args=())
+def _transform_op(x: Tensor, signs: Tensor, dim: int) -> Tensor:
+    return _transform(x, signs, dim)
+
+
+@_transform_op.register_fake
+def _(x: Tensor, signs: Tensor, dim: int) -> Tensor:
+    size = signs.shape[0]
+    shape = list(x.shape)
+    shape[dim] = -(-shape[dim] // size) * size
+    return x.new_empty(shape, dtype=torch.float32)
 
 
 def _butterfly(x: Tensor, dim: int) -> Tensor:

@@ -21,12 +21,11 @@ gets a NaN s_dec and dequantises to NaN as a whole.
 import torch
 from torch import Tensor
 
-from lowprec.formats.element import E4M3, ElementFormat
+from lowprec.formats.element import E4M3, FP32, ElementFormat
 from lowprec.formats.rounding import round_to_format
 from lowprec.formats.scaling import BlockScaling
 
-_FLT_MAX = torch.finfo(torch.float32).max
-_FOUR_OVER_SIX_LARGEST_SCALE = 256.0
+_FOUR_OVER_SIX_LARGEST_SCALE = 256
 
 
 def tensor_scales(
@@ -34,7 +33,7 @@ def tensor_scales(
 ) -> tuple[Tensor, Tensor]:
     """Return (s_enc, s_dec), fp32 scalars, from the matrix's amax."""
     largest_scale = _FOUR_OVER_SIX_LARGEST_SCALE if scaling.four_over_six else E4M3.max
-    s_enc = _over(torch.full_like(amax_t, fmt.max * largest_scale), amax_t).clamp(max=_FLT_MAX)
+    s_enc = _over(torch.full_like(amax_t, fmt.max * largest_scale), amax_t).clamp(max=FP32.max)
     s_enc = torch.where(amax_t == 0, 1.0, s_enc)
     s_dec = _over(torch.ones_like(s_enc), s_enc)
     poisoned = ~amax_t.isfinite()
@@ -44,13 +43,13 @@ def tensor_scales(
 def block_scale(amax: Tensor, s_enc: Tensor, fmt: ElementFormat, stretch: float = 1.0) -> Tensor:
     """Return S of each block, fp32 with values of e4m3. `stretch` 1.5 gives S4."""
     per_unit = s_enc * torch.tensor(1.0 / fmt.max, dtype=torch.float32, device=amax.device)
-    base = (amax * per_unit).clamp(max=_FLT_MAX)
+    base = (amax * per_unit).clamp(max=FP32.max)
     return round_to_format(base * stretch if stretch != 1.0 else base, E4M3)
 
 
 def encoding_scale(scale: Tensor, s_dec: Tensor) -> Tensor:
     """Return enc_b. Elements are multiplied by it before they are rounded."""
-    return _over(torch.ones_like(scale), scale * s_dec).clamp(max=_FLT_MAX)
+    return _over(torch.ones_like(scale), scale * s_dec).clamp(max=FP32.max)
 
 
 def _over(numerator: Tensor, denominator: Tensor) -> Tensor:

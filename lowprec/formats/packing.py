@@ -35,6 +35,12 @@ def pack(codes_RK: Tensor, bits: int) -> Tensor:
     return words.t() if dim == 0 else words
 
 
+def packed_length(length: int, bits: int) -> int:
+    """Return the number of bytes B of a packed row of `length` codes."""
+    group, size = _group(bits)
+    return -(-length // group) * size
+
+
 def unpack(packed_RB: Tensor, bits: int, length: int) -> Tensor:
     """Unpack uint8 [R, B], as `pack` makes it, into int16 codes [R, length].
 

@@ -28,20 +28,19 @@ The specifications leave two cases open. The choices here:
   an infinity instead would hide an overflow from dynamic loss scaling.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lowprec.formats.element import ElementFormat
+from lowprec.formats.element import FP32, ElementFormat
 
 ALL = -1
 """Block extent that stands for the whole axis."""
 
-SMALLEST_FP32_SCALE = 2.0**-126
+SMALLEST_FP32_SCALE = 2.0**-126  # compiled code reads FP32.min_normal, see `prescale_ratio`
 _E8M0_BIAS = 127
-_QUEST_WIDTH = 2.92247856
 
 ScaleFormat = Literal["fp32", "e8m0", "e4m3"]
 Rule = Literal["floor", "ceil", "even", "rceil", "quest"]
@@ -71,8 +70,12 @@ class BlockScaling:
     four_over_six: bool = False
     """Flag: map the block's largest magnitude to 4 as well as to 6, and keep the scale with the
     smaller error (arXiv 2512.02010)."""
+    prescale_ratio: tuple[int, int] = field(init=False, repr=False, compare=False)
+    """The prescale as numerator and denominator. Compiled code must not read the float itself:
+    torch.compile makes variables of the floats that it finds in objects."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "prescale_ratio", float(self.prescale).as_integer_ratio())
         if any(extent != ALL and extent < 1 for extent in self.block):
             raise ValueError(
                 f"block extents are positive, or -1 for the whole axis; got {self.block}"
@@ -125,7 +128,7 @@ def scale_from_amax(amax: Tensor, fmt: ElementFormat, scaling: BlockScaling) -> 
     # An integer format's range is one step longer below zero. The scale spans the whole range:
     # amax / 7.5 for int4.
     largest = (fmt.max - fmt.min) / 2
-    return _finite_or_nan(_divide(amax, largest).clamp(min=SMALLEST_FP32_SCALE))
+    return _finite_or_nan(_divide(amax, largest).clamp(min=FP32.min_normal))
 
 
 def asymmetric_scale(low: Tensor, high: Tensor, fmt: ElementFormat) -> tuple[Tensor, Tensor]:
@@ -137,9 +140,7 @@ def asymmetric_scale(low: Tensor, high: Tensor, fmt: ElementFormat) -> tuple[Ten
     high = high.clamp(min=0)
     # The halved span of finite numbers is finite, and halving is exact.
     half_span = high / 2 - low / 2
-    scale = _finite_or_nan(
-        _divide(half_span, (fmt.max - fmt.min) / 2).clamp(min=SMALLEST_FP32_SCALE)
-    )
+    scale = _finite_or_nan(_divide(half_span, (fmt.max - fmt.min) / 2).clamp(min=FP32.min_normal))
     zero_point = (fmt.min - (low.double() / scale.double()).float().round()).clamp(fmt.min, fmt.max)
     return scale, zero_point
 
@@ -150,7 +151,7 @@ def power_of_two_scale(amax: Tensor, fmt: ElementFormat, rule: str) -> Tensor:
     emax = fmt.emax
     if rule == "quest":
         # quest is the floor rule for another number, from which emax is not subtracted.
-        amax = _divide(amax * _QUEST_WIDTH, fmt.max) + 1e-8
+        amax = _divide(amax * 2.92247856, fmt.max) + 1e-8
         emax = 0
         rule = "floor"
     bits = amax.contiguous().view(torch.int32)

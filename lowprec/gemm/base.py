@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from lowprec.gemm.cost import Cost, LayerShape
-from lowprec.quant import OperandSpec, QTensor
+from lowprec.quant import OperandSpec, QTensor, StoredOperand
 
-Operand = QTensor | Tensor
-"""A quantised matrix, or a plain one in high precision, whose spec is None."""
+Operand = QTensor | StoredOperand | Tensor
+"""A quantised matrix, or a plain one in high precision, whose spec is None. Only backends that take
+decoded codes get a StoredOperand."""
 
 
 @dataclass(frozen=True, kw_only=True)

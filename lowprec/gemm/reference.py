@@ -21,7 +21,7 @@ from lowprec.gemm.base import (
     Size,
     Support,
 )
-from lowprec.quant import OperandSpec, QTensor
+from lowprec.quant import OperandSpec, QTensor, StoredOperand
 
 MMA_K = 32
 """Number of elements that one step contracts: that of Hopper's FP8 instruction (PTX ISA,
@@ -57,7 +57,9 @@ class ReferenceBackend(GemmBackend):
         b = _fp32(b_NK)
         if sums.bits is None:  # promotion changes nothing: the accumulator is the fp32 sum
             return (a @ b.t()).to(out_dtype)
-        return _narrow_sums(a, b, sums.bits, sums.promote_every or a.shape[1]).to(out_dtype)
+        compiled = torch.compiler.is_compiling()
+        call = torch.ops.lowprec.narrow_sums if compiled else _narrow_sums
+        return call(a, b, sums.bits, sums.promote_every or a.shape[1]).to(out_dtype)
 
 
 def _narrow_sums(a_MK: Tensor, b_NK: Tensor, bits: int, promote_every: int) -> Tensor:
@@ -75,6 +77,17 @@ def _narrow_sums(a_MK: Tensor, b_NK: Tensor, bits: int, promote_every: int) -> T
     return c_MN
 
 
+# An operator, because a compiler would unroll the loops, for each number of rows anew.
+@torch.library.custom_op("lowprec::narrow_sums", mutates_args=())
+def _narrow_sums_op(a: Tensor, b: Tensor, bits: int, promote_every: int) -> Tensor:
+    return _narrow_sums(a, b, bits, promote_every)
+
+
+@_narrow_sums_op.register_fake
+def _(a: Tensor, b: Tensor, bits: int, promote_every: int) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[0]))
+
+
 def _aligned_sum(terms: Tensor, bits: int) -> Tensor:
     """Return the sum over the last axis of terms that are aligned to the largest one's exponent and
     cut to `bits` significant bits there."""
@@ -88,4 +101,5 @@ def _aligned_sum(terms: Tensor, bits: int) -> Tensor:
 
 
 def _fp32(operand: Operand) -> Tensor:
-    return operand.dequantize() if isinstance(operand, QTensor) else operand.to(torch.float32)
+    quantised = isinstance(operand, QTensor | StoredOperand)
+    return operand.dequantize() if quantised else operand.to(torch.float32)

@@ -107,8 +107,7 @@ class LinearFunction(torch.autograd.Function):
         ctx.w_KN = w.cols
         ctx.x_dtype = x_MK.dtype
         ctx.features = x_MK.shape[1]
-        ctx.x_spec = kept_x.spec if isinstance(kept_x, QTensor) else None
-        ctx.x_shape = kept_x.shape if isinstance(kept_x, QTensor) else None
+        ctx.x_form = operands.form_of(kept_x)
         ctx.bias_dtype = None if bias_N is None else bias_N.dtype
         return y_MN
 
@@ -152,7 +151,7 @@ def _backward(ctx: Any, g_MN: Tensor) -> tuple[Tensor | None, ...]:
             dgate_MK, dx_MK = swiglu_backward(dx_MK, gate_MK, up_MK)
 
     if needs_dw:
-        x_KM = operands.from_tensors(kept, ctx.x_spec, ctx.x_shape)
+        x_KM = operands.from_tensors(kept, ctx.x_form)
         assert x_KM is not None
         if gemms.reuses_fprop_x:
             x_KM = operands.from_fprop(x_KM, "wgrad", gemms, state)

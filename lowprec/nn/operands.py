@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from lowprec.formats.random import derive_key
 from lowprec.gemm import Operand
 from lowprec.nn.gemms import TWO_READERS, LinearGemms
-from lowprec.quant import OperandSpec, QTensor, TwoWay, fake_quantize, quantize
+from lowprec.quant import OperandSpec, QTensor, StoredOperand, TwoWay, fake_quantize, quantize
+from lowprec.quant.quantize import is_one_operator
 from lowprec.quant.two_way import quantize_two_way
 from lowprec.recipe import FromFprop
 from lowprec.recipe.base import OperandSource
@@ -144,7 +145,7 @@ def make(
         operand: (gemm, side), one of `OPERANDS`.
         saturation: keep where the element's range was left.
         codes: return a QTensor.
-        stored: return a QTensor in the fewest bytes, to be kept until the backward.
+        stored: return the fewest bytes, to be kept until the backward.
     """
     gemm, side = operand
     spec = gemms.recipe.gemm(gemm)
@@ -162,6 +163,8 @@ def make(
         history = state.history_of(operand)
     backend = gemms.backend_of(gemm)
     decoded = backend.decoded and not stored
+    if stored and history is None and is_one_operator(t):
+        return StoredOperand.of(t, source, key)
     if decoded and not (saturation or codes):
         return fake_quantize(t, source, key=key, history=history, dtype=backend.plain_dtype)
     return quantize(t, source, key=key, history=history, decoded=decoded, saturation=saturation)
@@ -176,24 +179,43 @@ def from_fprop(operand: Operand, gemm: str, gemms: LinearGemms, state: PassState
     source = gemms.recipe.gemm(gemm).b
     assert isinstance(source, FromFprop)
     if source.requantize is None:
+        if isinstance(operand, QTensor) and gemms.backend_of(gemm).decoded:
+            # Also in compiled code, where a transposed QTensor would need a new spec.
+            return operand.dequantize().t()
+        assert not isinstance(operand, StoredOperand)
         return operand.t()
     values = operand.dequantize() if isinstance(operand, QTensor) else operand
     return make(values.t(), (gemm, "b"), gemms, state)
+
+
+Form = tuple[OperandSpec, torch.Size, bool]
+"""A quantised operand without its tensors: its spec, its shape and whether it is a StoredOperand
+that is column-major."""
 
 
 def tensors_of(operand: Operand | None) -> tuple[Tensor | None, ...]:
     """Return the tensors of an operand, as `save_for_backward` takes them."""
     if isinstance(operand, QTensor):
         return operand.data, operand.scale_data, operand.zero_point, operand.tensor_scale
-    return (operand,)
+    return (operand.data,) if isinstance(operand, StoredOperand) else (operand,)
 
 
-def from_tensors(
-    tensors: list[Tensor], spec: OperandSpec | None, shape: torch.Size | None
-) -> Operand | None:
-    """Return the operand whose `tensors_of` these are; `spec` and `shape` are a QTensor's."""
-    if spec is None or shape is None:
+def form_of(operand: Operand | None) -> Form | None:
+    """Return the form of a quantised operand; None for any other."""
+    if isinstance(operand, QTensor):
+        return operand.spec, operand.shape, False
+    if isinstance(operand, StoredOperand):
+        return operand.spec, operand.shape, operand.transposed
+    return None
+
+
+def from_tensors(tensors: list[Tensor], form: Form | None) -> Operand | None:
+    """Return the operand whose `tensors_of` and `form_of` these are."""
+    if form is None:
         return tensors[0]
+    spec, shape, transposed = form
+    if len(tensors) == 1:
+        return StoredOperand(data=tensors[0], spec=spec, shape=shape, transposed=transposed)
     data, scale, zero_point, tensor_scale = tensors
     return QTensor(
         data=data,

@@ -5,14 +5,15 @@ The result has the bits of `quantize(x, spec).dequantize()`. Three ways lead to 
 * a GPU takes one pass over memory where there is a kernel (`triton_quantize`);
 * a CPU takes a large matrix piece by piece: the temporaries of a piece stay in the cache, and the
   allocator hands out the same memory again instead of fresh pages for a chain of whole matrices;
-* otherwise, and in compiled code, the matrix is taken as a whole. A compiler fuses the chain.
+* otherwise, and in compiled code on a GPU, the matrix is taken as a whole. A compiler fuses the
+  chain. In compiled code on a CPU, all of this is one operator (`operators`).
 """
 
 import torch
 from torch import Tensor
 
 from lowprec.quant.qtensor import block_extents, is_transposed, swapped, to_blocks
-from lowprec.quant.quantize import quantize
+from lowprec.quant.quantize import is_one_operator, quantize
 from lowprec.quant.spec import OperandSpec
 from lowprec.quant.triton_quantize import fake_quantize_fused, takes
 
@@ -42,6 +43,12 @@ def fake_quantize(
     """
     if spec.one_pass and takes(x_RK) and (not spec.stochastic or key is not None):
         return fake_quantize_fused(x_RK, spec, key=key, dtype=dtype)
+    if is_one_operator(x_RK) and generator is None and history is None:
+        transposed = is_transposed(x_RK)
+        x = x_RK.t() if transposed else x_RK
+        key = key if spec.stochastic else None
+        out = torch.ops.lowprec.fake_quantize(x, key, spec.notation, transposed, dtype)
+        return out.t() if transposed else out
     if (
         x_RK.device.type != "cpu"
         or torch.compiler.is_compiling()

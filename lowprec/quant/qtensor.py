@@ -107,6 +107,8 @@ class QTensor:
 
         It is computed in fp32, in this order.
         """
+        if torch.compiler.is_compiling() and self.data.device.type == "cpu":
+            return self._dequantized_by_operator().to(dtype)
         values = self.values
         scale = self.scale
         if scale is None:
@@ -146,6 +148,17 @@ class QTensor:
             shape=torch.Size(swapped((self.shape[0], self.shape[1]))),
         )
 
+    def _dequantized_by_operator(self) -> Tensor:
+        """Return `dequantize()` by the operator `lowprec::dequantize`, for compiled code."""
+        transposed = is_transposed(self.data)
+        parts = (self.data, self.scale_data, self.zero_point)
+        if transposed:
+            parts = tuple(None if part is None else part.t() for part in parts)
+        out = torch.ops.lowprec.dequantize(
+            *parts, self.tensor_scale, self.spec.notation, *self.shape, transposed
+        )
+        return out.t() if transposed else out
+
     @property
     def block(self) -> tuple[int, int]:
         """Rows and columns under one scale."""
@@ -153,12 +166,41 @@ class QTensor:
         return block_extents(self.shape, self.spec.scaling.block)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StoredOperand:
+    """A quantised matrix [R, K] in one buffer, made and read by operators (`operators.py`)."""
+
+    data: Tensor
+    """The bytes of its codes, scales and zero points, one after the other; uint8 [n]."""
+    spec: OperandSpec
+    """Representation of the matrix."""
+    shape: torch.Size
+    """Shape [R, K] of the matrix."""
+    transposed: bool
+    """Flag: the matrix is column-major in memory."""
+
+    @classmethod
+    def of(cls, x_RK: Tensor, spec: OperandSpec, key: Tensor | None) -> "StoredOperand":
+        """Return `quantize(x, spec, key=key)`."""
+        transposed = is_transposed(x_RK)
+        x = x_RK.t() if transposed else x_RK
+        data = torch.ops.lowprec.quantize_to_bytes(x, key, spec.notation, transposed)
+        return cls(data=data, spec=spec, shape=x_RK.shape, transposed=transposed)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the values, [R, K] of `dtype`."""
+        rows, cols = self.shape
+        notation = self.spec.notation
+        out = torch.ops.lowprec.dequantize_bytes(self.data, notation, rows, cols, self.transposed)
+        return (out.t() if self.transposed else out).to(dtype)
+
+
 class TwoWay(NamedTuple):
     """A matrix [R, C] as the operands of two GEMMs. A direction that nobody needs is None."""
 
-    rows: QTensor | Tensor | None = None
+    rows: QTensor | StoredOperand | Tensor | None = None
     """The matrix as it lies, [R, C]: the operand of a GEMM that contracts C."""
-    cols: QTensor | Tensor | None = None
+    cols: QTensor | StoredOperand | Tensor | None = None
     """The transpose, [C, R]: the operand of a GEMM that contracts R."""
 
 

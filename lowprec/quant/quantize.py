@@ -80,6 +80,8 @@ def quantize(
     fmt = spec.element
     scaling = spec.scaling
     transposed = is_transposed(x_RK)
+    if is_one_operator(x_RK):
+        return _by_operator(x_RK, spec, key, history, transposed, decoded, saturation)
     noise = (
         uniform(key, (x_RK.shape[0], x_RK.shape[1]), transposed=transposed)
         if spec.stochastic and key is not None
@@ -134,6 +136,57 @@ def quantize(
     return q if decoded else q.stored()
 
 
+def is_one_operator(x: Tensor) -> bool:
+    """Return True in compiled code on a CPU, where the reference is one operator (`operators`)."""
+    return torch.compiler.is_compiling() and x.device.type == "cpu"
+
+
+def part_names(spec: OperandSpec, saturation: bool) -> list[str]:
+    """Return the names of the tensors that a QTensor of this spec has."""
+    scaling = spec.scaling
+    if scaling is None:
+        return ["data"]
+    names = ["data", "scale_data"]
+    if not scaling.symmetric:
+        names.append("zero_point")
+    if scaling.scale_format == "e4m3" or scaling.prescale_ratio != (1, 1):
+        names.append("tensor_scale")
+    if saturation:
+        names.append("saturated")
+    return names
+
+
+def _by_operator(
+    x_RK: Tensor,
+    spec: OperandSpec,
+    key: Tensor | None,
+    history: Tensor | None,
+    transposed: bool,
+    decoded: bool,
+    saturation: bool,
+) -> QTensor:
+    """Return `quantize(...)` by the operator `lowprec::quantize`, for compiled code."""
+    x = x_RK.t() if transposed else x_RK
+    flags = (spec.notation, transposed, decoded, saturation)
+    amax = None
+    if history is not None and spec.scaling is not None and spec.scaling.history and x.numel():
+        amax = delayed_amax(history, x.to(torch.float32).abs().amax())
+    key = key if spec.stochastic else None
+    tensors = torch.ops.lowprec.quantize(x, key, amax, *flags)
+    parts = dict(zip(part_names(spec, saturation), tensors, strict=True))
+    if transposed:
+        parts = {name: part.t() if part.ndim == 2 else part for name, part in parts.items()}
+    return QTensor(
+        data=parts["data"],
+        scale_data=parts.get("scale_data"),
+        zero_point=parts.get("zero_point"),
+        tensor_scale=parts.get("tensor_scale"),
+        saturated=parts.get("saturated"),
+        spec=spec,
+        shape=x_RK.shape,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Scaled:
     """Blocks divided by their scales, ready to be rounded to the element format."""
@@ -170,9 +223,10 @@ def _scale_blocks(
         scale = scale_from_amax(amax, fmt, scaling)
     tensor_scale = None
     factor = reciprocal(scale)
-    if scaling.prescale != 1.0:
-        tensor_scale = torch.tensor(1 / scaling.prescale, dtype=torch.float32, device=blocks.device)
-        factor = factor * scaling.prescale
+    if scaling.prescale_ratio != (1, 1):
+        above, below = scaling.prescale_ratio
+        tensor_scale = torch.tensor(below / above, dtype=torch.float32, device=blocks.device)
+        factor = factor * (above / below)
     return _Scaled(x=_times(blocks, factor), scale=scale, tensor_scale=tensor_scale)
 
 

@@ -119,3 +119,70 @@ def test_a_layer_that_comes_from_another_process():
         _TABLE.clear()
         _TABLE.update(known)
     assert pickle.loads(saved).gemms["cpu"] is original.gemms["cpu"]  # layers with the same recipe share one object
+
+
+class Two(nn.Module):
+    def __init__(self, *recipes: str) -> None:
+        super().__init__()
+        linears = [nn.Linear(64, 64, bias=False) for _ in recipes]
+        pairs = enumerate(zip(linears, recipes, strict=True))
+        self.layers = nn.ModuleList(LowPrecisionLinear.from_linear(linear, library.get(name), layer=n) for n, (linear, name) in pairs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for module in self.layers:
+            x = nn.functional.gelu(module(x))
+        return x
+
+
+def step(module: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    module.zero_grad()
+    leaf = x.clone().requires_grad_()
+    y = module(leaf)
+    y.backward(torch.linspace(-1, 1, y.numel()).view(y.shape))
+    grads = (leaf, *module.parameters())
+    return [y.detach(), *(t.grad.clone() for t in grads if t.grad is not None)]
+
+
+def unique_graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def test_dynamic_shapes_are_one_graph_for_every_kind_of_recipe():
+    """Two layers read the same numbers of formats and scalings (Dynamo fails if they become variables); lengths that are multiples of no
+    block, and of one block and more, run in the same graph."""
+    model = Two(
+        "fp8_blockwise",
+        "fp8_blockwise",
+        "nvfp4",
+        "nvfp4",
+        "mxfp4_aws",
+        "fp8_delayed",
+        "fp8_delayed",
+        "qat_int8dyn_int4",
+        "qat_int8dyn_int4",
+    )
+    compiled = torch.compile(model, backend="eager", dynamic=True, fullgraph=True)
+    for length in (32, 48, 131):
+        assert len(step(compiled, torch.randn(2, length, 64))) == 2 + len(model.layers)
+    assert unique_graphs() == 1
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_second_length_is_the_last_compilation(marked: bool):
+    """Plain layers take one graph for the first length and one for all others, or one if the axis is marked. So do converted ones, and
+    on a CPU they have the bits of eager code."""
+    compiled_model, eager = Two("fp8_blockwise", "mxfp8"), Two("fp8_blockwise", "mxfp8")
+    eager.load_state_dict(compiled_model.state_dict())
+    compiled = torch.compile(compiled_model, backend="aot_eager", fullgraph=True)
+    graphs = []
+    for length in (32, 48, 80, 37, 131):
+        x = torch.randn(2, length, 64)
+        if marked:
+            torch._dynamo.mark_dynamic(x, 1)
+            x_leaf = x.requires_grad_()
+            compiled(x_leaf)
+        else:
+            for ours, expected in zip(step(compiled, x), step(eager, x), strict=True):
+                assert torch.equal(ours, expected)
+        graphs.append(unique_graphs())
+    assert graphs == ([1] * 5 if marked else [1, 2, 2, 2, 2])
