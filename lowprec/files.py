@@ -70,9 +70,16 @@ def _umask() -> int:
     return mask
 
 
-def keep_lines_until(path: Path, step: int) -> None:
+def keep_lines_until(path: Path, step: int, *, end: str | None = None) -> None:
     """Drop the lines of a JSON-lines file after `step`. A run that resumes at `step` writes them
-    again."""
+    again.
+
+    Args:
+        path: Path of the file.
+        step: Number of the step.
+        end: Key of a record that marks the end of a run. If the run ended at `step`, this record
+            and those after it are dropped, too: a run that goes on does not end there.
+    """
     if not path.is_file():
         return
     kept = []
@@ -81,6 +88,11 @@ def keep_lines_until(path: Path, step: int) -> None:
             record = json.loads(line)
         except ValueError:  # A kill cut this line short.
             continue
-        if isinstance(record, dict) and record.get("step", step) <= step:
+        if not isinstance(record, dict):
+            continue
+        at = record.get("step", step)
+        if at == step and end is not None and end in record:
+            break
+        if at <= step:
             kept.append(line + "\n")
     write_atomically(path, "".join(kept))

@@ -48,10 +48,16 @@ from lowprec.training.data.sources import ROW_SUFFIXES, resolve_sources
 from lowprec.training.run import directory as run_directory
 from lowprec.training.run import resume_checks
 from lowprec.training.run.config import read_settings
+from lowprec.training.run.ending import train_or_end
 from lowprec.training.run.machine import resolve_device
 from lowprec.training.run.models import ModelConfig, build_config, build_model, check_length
 from lowprec.training.run.result import save_result
-from lowprec.training.run.training_args import OWN_KEYS, autocast_settings, check_trainer
+from lowprec.training.run.training_args import (
+    OWN_KEYS,
+    autocast_settings,
+    check_trainer,
+    total_steps,
+)
 
 try:
     from trl import SFTConfig, SFTTrainer
@@ -138,52 +144,89 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     model = load_model(run, model_path, len(tokenizer))
 
     name = path or Path("sft")
+    reads = [Path(model_path)]
     run_dir, checkpoint = on_main_process(
-        processes, lambda: run_directory.prepare(name, resumes, reads=[Path(model_path)])
+        processes, lambda: run_directory.prepare(name, resumes, reads=reads)
     )
     args.output_dir = str(run_dir)
-    low_precision = LowPrecisionCallback(
-        run.precision, tokens=args.per_device_train_batch_size * run.data.seq_len
-    )
     try:
-        trainer = SFTTrainer(
-            model,
-            args,
-            train_dataset=train_rows,
-            eval_dataset=validation_rows,
-            processing_class=tokenizer,
-            peft_config=adapters,
-            callbacks=[low_precision],
+        low_precision = LowPrecisionCallback(
+            run.precision, tokens=args.per_device_train_batch_size * run.data.seq_len
         )
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, ImportError) as error:
-        with contextlib.suppress(OSError):  # it may hold more than this run has made
+        try:
+            trainer = SFTTrainer(
+                model,
+                args,
+                train_dataset=train_rows,
+                eval_dataset=validation_rows,
+                processing_class=tokenizer,
+                peft_config=adapters,
+                callbacks=[low_precision],
+            )
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError, ImportError) as error:
+            raise UserError(f"SFTTrainer: {error}") from None
+        summary = _train(trainer, low_precision, checkpoint, settings)
+    finally:
+        run_directory.release(run_dir)
+        with contextlib.suppress(OSError):  # It is empty if the run did not begin.
             run_dir.rmdir()
-        raise UserError(f"SFTTrainer: {error}") from None
-    if args.should_save:
-        resume_checks.write_config(run_dir, checkpoint, settings)
-    if "wandb" in (args.report_to or ()):
-        os.environ.setdefault("WANDB_DIR", str(run_dir))
-    low_precision.put_first(trainer)
-    start = time.perf_counter()
-    result = low_precision.train(trainer, None if checkpoint is None else str(checkpoint))
-    summary = {
-        "recipe": run.precision.recipe.name if run.precision.recipe else None,
-        "steps": trainer.state.global_step,
-        "train_loss": result.training_loss,
-        "val_loss": None if validation_rows is None else trainer.evaluate()["eval_loss"],
-        "wall_s": time.perf_counter() - start,
-        "plan": low_precision.plan.totals() if low_precision.plan else None,
-        "output_dir": str(run_dir),
-    }
-    save_result(trainer, summary)
     if is_main_process():
         losses = f"train_loss {summary['train_loss']:.4f}"
         if summary["val_loss"] is not None:
             losses += f", val_loss {summary['val_loss']:.4f}"
         print(f"{summary['steps']} steps, {losses}; written to {run_dir}")
     return summary
+
+
+def _train(
+    trainer: Any,
+    low_precision: LowPrecisionCallback,
+    checkpoint: Path | None,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """Train in a directory whose lock is held, and return what summary.json holds."""
+    args = trainer.args
+    run_dir = Path(args.output_dir)
+    steps = total_steps(args, len(trainer.train_dataset))
+    if checkpoint is not None:
+        resume_checks.check_steps_left(checkpoint, steps)
+    if args.should_save:
+        if checkpoint is not None:
+            run_directory.go_on_from(run_dir, checkpoint, args.save_total_limit)
+        resume_checks.write_config(run_dir, checkpoint, settings)
+    if "wandb" in (args.report_to or ()):
+        os.environ.setdefault("WANDB_DIR", str(run_dir))
+    low_precision.put_first(trainer)
+    start = time.perf_counter()
+    output = train_or_end(trainer, low_precision, checkpoint, steps)
+    precision = low_precision.precision
+    summary = {
+        "recipe": precision.recipe.name if precision.recipe else None,
+        "steps": trainer.state.global_step,
+        "train_loss": mean_loss(trainer.state.log_history, default=output.training_loss),
+        "val_loss": None if trainer.eval_dataset is None else trainer.evaluate()["eval_loss"],
+        "wall_s": time.perf_counter() - start,
+        "plan": low_precision.plan.totals() if low_precision.plan else None,
+        "output_dir": str(run_dir),
+    }
+    save_result(trainer, summary)
+    return summary
+
+
+def mean_loss(logs: Sequence[Mapping[str, Any]], default: float) -> float:
+    """Return the mean training loss over the steps that `logs` cover, `default` if they have none.
+
+    (The Trainer's own mean leaves out the steps before a run resumed.)
+    """
+    total = 0.0
+    steps = 0
+    for record in logs:
+        if "loss" in record:
+            total += record["loss"] * (record["step"] - steps)
+            steps = record["step"]
+    return total / steps if steps else default
 
 
 def make_arguments(run: SftRun, device: str) -> tuple[SFTConfig, dict[str, Any]]:

@@ -36,6 +36,7 @@ from lowprec.recipe.finished import FinishedFlag
 from lowprec.training.checkpoint.final_model import follow
 from lowprec.training.checkpoint.hf_names import accept_original_names
 from lowprec.training.checkpoint.no_code import read_sharded_as_data
+from lowprec.training.checkpoint.owner import Owner, output_dir, set_aside_torn_if_free
 from lowprec.training.checkpoint.recipe_state import (
     RecipeState,
     StateBesideAdapters,
@@ -49,7 +50,7 @@ from lowprec.training.checkpoint.saved import (
     save_tensors,
 )
 from lowprec.training.checkpoint.saving import CheckpointWriter
-from lowprec.training.checkpoint.torn import check_resumed, wait_and_set_aside_torn
+from lowprec.training.checkpoint.torn import check_resumed
 from lowprec.training.control.controller import PrecisionController
 from lowprec.training.control.guard import check_replay
 from lowprec.training.control.precision import PrecisionConfig
@@ -87,7 +88,9 @@ class LowPrecisionCallback(TrainerCallback):
     at its floor. It samples quantisation errors (`probe_every`), watches for divergence and
     recovers (`guard`), and writes events to `<output_dir>/events.jsonl`. It keeps its state in the
     checkpoints, so that a resumed run continues as it would have. It sets aside checkpoints that a
-    kill cut short, so that `resume_from_checkpoint=True` does not take them.
+    kill cut short, and those of steps that the run takes again, so that
+    `resume_from_checkpoint=True` does not take them. A Trainer that saves checkpoints holds the
+    lock of its `output_dir` while it trains.
 
     Args:
         precision: a recipe name, a mapping, a YAML path, a Recipe or a PrecisionConfig.
@@ -128,6 +131,7 @@ class LowPrecisionCallback(TrainerCallback):
         self._replay = Replay(self.controller)
         self._log = TrainerLog(self.controller)
         self._writer = CheckpointWriter(_add_recipe_state)
+        self._owner = Owner()
         self._hooked: nn.Module | None = None
         """The model that has this callback's hooks."""
         self._finished: FinishedFlag | None = None
@@ -177,8 +181,12 @@ class LowPrecisionCallback(TrainerCallback):
             TrainingStopped: there is no checkpoint to go back to.
             ValueError: there is no checkpoint to resume from.
         """
-        self._writer.take_over(trainer)
-        return self._replay.train(trainer, resume_from_checkpoint)
+        self._owner.take(trainer.args)
+        try:
+            self._writer.take_over(trainer)
+            return self._replay.train(trainer, resume_from_checkpoint)
+        finally:
+            self._owner.release()
 
     # The Trainer's events, in their order
 
@@ -191,7 +199,7 @@ class LowPrecisionCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if args.should_save:
-            wait_and_set_aside_torn(_output_dir(args))
+            set_aside_torn_if_free(output_dir(args))
         if args.world_size > 1:  # no rank looks for the last checkpoint before
             args.distributed_state.wait_for_everyone()  # pyright: ignore[reportOptionalMemberAccess]
         trainer = calling_trainer()
@@ -209,6 +217,7 @@ class LowPrecisionCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         controller = self.controller
+        self._owner.take(args)
         trainer = calling_trainer()
         check_alone(trainer, LowPrecisionCallback)
         if model is not self._hooked:
@@ -226,6 +235,7 @@ class LowPrecisionCallback(TrainerCallback):
         controller.compiled = sees_compiled(self._declared_compiled, args, model, warns=True)
         if state.global_step:
             check_resumed(state, self._resumed_from(args, state), args)
+        self._owner.go_on(state, args)
         self._load_own_state(state)
         tokens_per_step = (
             controller.tokens
@@ -238,7 +248,7 @@ class LowPrecisionCallback(TrainerCallback):
             total_steps=state.max_steps,
             tokens_per_step=tokens_per_step,
             scaler=scaler,
-            directory=_output_dir(args),
+            directory=output_dir(args),
             main=state.is_world_process_zero,
             items_of_all_ranks=args.average_tokens_across_devices,
             called=called_module(trainer, model),
@@ -270,6 +280,7 @@ class LowPrecisionCallback(TrainerCallback):
             control.should_training_stop = True
             control.should_save = False
             control.should_evaluate = False
+        self._owner.before_save(args, control)
         return control
 
     def on_epoch_end(
@@ -278,7 +289,13 @@ class LowPrecisionCallback(TrainerCallback):
         if self.controller.replay_before is not None:  # an epoch's end may save and evaluate, too
             control.should_save = False
             control.should_evaluate = False
+        self._owner.before_save(args, control)
         return control
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._owner.before_save(args)  # A best result is saved, and no other event tells.
 
     def on_save(
         self,
@@ -289,7 +306,7 @@ class LowPrecisionCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self.controller.saved(state.global_step)
-        checkpoint = _output_dir(args) / f"checkpoint-{state.global_step}"
+        checkpoint = output_dir(args) / f"checkpoint-{state.global_step}"
         self._replay.wrote(checkpoint)
         self._writer.complete(checkpoint, model, args, state.global_step)
 
@@ -314,6 +331,8 @@ class LowPrecisionCallback(TrainerCallback):
     ) -> None:
         self.controller.stop()
         self._set_finished(self.controller.replay_before is None)
+        if not self._replay.runs:
+            self._owner.release()
 
     # Inside
 
@@ -381,12 +400,12 @@ class LowPrecisionCallback(TrainerCallback):
     def _resumed_from(self, args: TrainingArguments, state: TrainerState) -> list[Path]:
         """Return the checkpoints that the Trainer may have resumed from, the most likely first."""
         named = args.resume_from_checkpoint
-        found = self._replay.resumed_from(state, _output_dir(args))
+        found = self._replay.resumed_from(state, output_dir(args))
         return [Path(named), *found] if named and Path(named).is_dir() else found
 
     def _load_recipe_state(self, model: Any, args: TrainingArguments, state: TrainerState) -> None:
         """Load the recipe state that lies beside the adapters that the Trainer resumed with."""
-        found = self._replay.resumed_from(state, _output_dir(args))
+        found = self._replay.resumed_from(state, output_dir(args))
         if not any(load_tensors(RecipeState(model), path) for path in found):
             logger.warning(
                 "the checkpoint holds adapters only: rounding keys and amax histories begin anew"
@@ -398,8 +417,3 @@ def _add_recipe_state(model: Any, folder: Path) -> None:
     is_sharded = type(model).__name__.startswith("FSDP")
     if is_sharded and leaves_state_out(model):
         save_tensors(RecipeState(model), folder)
-
-
-def _output_dir(args: TrainingArguments) -> Path:
-    assert args.output_dir is not None
-    return Path(args.output_dir)

@@ -7,3 +7,8 @@ METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
 SUMMARY = "summary.json"
 MODEL = "model"
+
+UNFINISHED_SUMMARY = ".summary.json"
+"""The summary of a run that is about to finish: its model/ is not complete yet."""
+END_OF_TRAINING = "train_runtime"
+"""Key of the line of metrics.jsonl that the Trainer logs after its last step."""

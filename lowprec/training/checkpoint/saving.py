@@ -20,9 +20,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
+from transformers.trainer_utils import SaveStrategy
 
 from lowprec.training.checkpoint.files import remember_whole
+from lowprec.training.checkpoint.history import rotate
 from lowprec.training.checkpoint.manifest import write_manifest
 
 if TYPE_CHECKING:
@@ -158,7 +159,8 @@ class CheckpointWriter:
             self._whole = target
             if args.should_save:
                 remember_whole(target)
-                _rotate(trainer, run)
+                best = trainer.state.best_model_checkpoint
+                rotate(run, args.save_total_limit, best, last=target)
 
         trainer._save_checkpoint = save_whole
 
@@ -188,13 +190,3 @@ def _find_best(trainer: "Trainer", folder: Path, run: Path) -> None:
         state.best_model_checkpoint = str(best)
         if trainer.args.should_save:
             state.save_to_json(str(folder / "trainer_state.json"))
-
-
-def _rotate(trainer: "Trainer", run: Path) -> None:
-    """Delete the checkpoints of the lowest steps beyond `save_total_limit`."""
-    rotate_checkpoints(
-        output_dir=str(run),
-        save_total_limit=trainer.args.save_total_limit,
-        best_model_checkpoint=trainer.state.best_model_checkpoint,
-        use_mtime=False,
-    )

@@ -74,6 +74,8 @@ class PrecisionController:
         self.compiled = compiled
         self.plan: Plan | None = None
         self.phase = 0
+        self._loaded_phase: int | None = None
+        """The phase of the last step before the checkpoint that was loaded."""
         self.skipped_steps = 0
         """Number of steps that loss scaling skipped."""
         self.tokens_seen = TokensSeen()
@@ -190,7 +192,10 @@ class PrecisionController:
             stale_after=step if self.recovery.replay_before is None else None,
         )
         self.recovery.replay_before = None
-        plan = self._set_phase(self._phase_after(step))
+        # A run that resumes after its last step stays in the phase of that step.
+        last = self._loaded_phase if step == total_steps else None
+        self._loaded_phase = None
+        plan = self._set_phase(self._phase_after(step) if last is None else last)
         self._first_step.begin(model, optimizer, plan)
         self.recovery.begin(
             model,
@@ -316,6 +321,7 @@ class PrecisionController:
             "skipped_steps": self.skipped_steps,
             "tokens_seen": self.tokens_seen.total,
             "uncalled": self._first_step.uncalled,
+            "phase": self.phase,
             **self.recovery.state_dict(),
         }
 
@@ -324,6 +330,8 @@ class PrecisionController:
         self.skipped_steps = state["skipped_steps"]
         self.tokens_seen.total = state.get("tokens_seen")  # older checkpoints have none
         self._first_step.uncalled = state.get("uncalled")  # older checkpoints have none
+        phase = state.get("phase")
+        self._loaded_phase = phase if phase in range(len(self.phases)) else None
         self.recovery.load_state_dict(state)
 
     # Inside

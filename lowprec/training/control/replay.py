@@ -13,11 +13,12 @@ from lowprec.training.checkpoint.files import (
     is_whole,
     step_of,
 )
+from lowprec.training.checkpoint.history import set_aside_later
 from lowprec.training.checkpoint.no_code import check_no_code
 from lowprec.training.checkpoint.torn import check_whole, last_whole
 from lowprec.training.control.controller import PrecisionController
 from lowprec.training.control.recovery import SETTLED
-from lowprec.training.file_names import METRICS
+from lowprec.training.file_names import END_OF_TRAINING, METRICS
 from lowprec.training.optim.loss_scaling import prepare_to_load
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ class Replay:
         self.controller = controller
         self.goes_back = False
         """Flag: the Trainer is called again, to continue from a checkpoint after a breach."""
+        self.runs = False
+        """Flag: `train` runs, so the end of the Trainer's training may not be the end."""
         self._checkpoints: list[Path] = []
         """Checkpoints that this run wrote or resumed from, oldest first."""
 
@@ -52,10 +55,12 @@ class Replay:
             scaler = trainer.accelerator.scaler
             if resume_from_checkpoint and scaler is not None:
                 prepare_to_load(scaler, trainer.args.device)
+            self.runs = True
             try:
                 output = trainer.train(resume_from_checkpoint=resume_from_checkpoint)
             finally:
                 self.goes_back = False
+                self.runs = False
             before = self.controller.replay_before
             if before is None:
                 return output
@@ -68,7 +73,9 @@ class Replay:
                 )
             last = before, checkpoint
             if trainer.state.is_world_process_zero:
-                keep_lines_until(directory / METRICS, global_step(checkpoint))
+                # First the checkpoints: after a kill in between, the metrics still fit to them.
+                set_aside_later(directory, global_step(checkpoint), trainer.args.save_total_limit)
+                keep_lines_until(directory / METRICS, global_step(checkpoint), end=END_OF_TRAINING)
             resume_from_checkpoint = str(checkpoint)
             self.goes_back = True
 

@@ -9,10 +9,15 @@ runs/<config name>/<number>/
     summary.json    the result
     checkpoint-N/   transformers' checkpoints
     unfinished/     a checkpoint or a model that is being written, or that a kill cut short
+    replaced-*      checkpoints and results of steps that the run has taken again
     model/          the finished model for `from_pretrained`, without recipe state
+
+model/ is written whole, and summary.json after it: summary.json means that the run has finished. A
+process that writes a run holds the lock of its directory (`lowprec.training.checkpoint.run_lock`).
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -22,20 +27,48 @@ from typing import Any
 
 from lowprec.config.yaml import load_mapping
 from lowprec.errors import UserError
+from lowprec.files import keep_lines_until
+from lowprec.training.checkpoint import run_lock
 from lowprec.training.checkpoint.files import (
     CHECKPOINT_NAME,
     checkpoints,
     damage,
+    global_step,
     is_whole,
     last_checkpoint,
     run_of,
 )
+from lowprec.training.checkpoint.history import (
+    REPLACED,
+    delete_rest,
+    replaced_checkpoints,
+    set_aside_later,
+)
 from lowprec.training.checkpoint.saving import UNFINISHED
 from lowprec.training.checkpoint.torn import no_checkpoint
-from lowprec.training.file_names import CONFIG, EVENTS, METRICS, MODEL, PLAN, SUMMARY
+from lowprec.training.file_names import (
+    CONFIG,
+    END_OF_TRAINING,
+    EVENTS,
+    METRICS,
+    MODEL,
+    PLAN,
+    SUMMARY,
+    UNFINISHED_SUMMARY,
+)
 
-_FILES = (CONFIG, PLAN, METRICS, EVENTS, SUMMARY)
-_PAST_CONFIG = re.compile(r"config-\d+\.yaml")
+logger = logging.getLogger("lowprec")
+
+_FILES = (
+    CONFIG,
+    PLAN,
+    METRICS,
+    EVENTS,
+    REPLACED + SUMMARY,
+    UNFINISHED_SUMMARY,
+    SUMMARY,
+)
+_PAST_CONFIG = re.compile(rf"({REPLACED})?config-(\d+)\.yaml")
 
 
 def locate(
@@ -58,7 +91,7 @@ def locate(
     Raises:
         UserError: the directory holds another run, and neither resuming nor overwriting was asked
             for; or the run would delete or overwrite something that no run wrote; or there is no
-            checkpoint to resume from.
+            checkpoint to resume from; or another process is writing the run.
     """
     resume = trainer.get("resume_from_checkpoint") or False
     output = Path(trainer["output_dir"]) if trainer.get("output_dir") else None
@@ -79,6 +112,7 @@ def locate(
         _check_writable(root / Path(config_path).stem)
         return None, None
     _check_writable(directory)
+    run_lock.check_not_held(directory)
     _check_model(directory, trainer)
     return directory, checkpoint
 
@@ -124,6 +158,7 @@ def _check_free(output: Path, trainer: Mapping[str, Any], reads: Sequence[Path])
     that would be deleted with it."""
     if not _holds_run(output):
         return
+    run_lock.check_not_held(output)
     if not trainer.get("overwrite_output_dir"):
         raise UserError(
             f"trainer.output_dir: {output} holds another run; choose another directory, or say "
@@ -178,21 +213,107 @@ def prepare(
 ) -> tuple[Path, Path | None]:
     """Make the directory of a run, and return it and the checkpoint to resume from.
 
-    A run that may be overwritten is deleted from the directory. Arguments and errors are those of
-    `locate`.
+    This process then holds the directory's lock, until it calls `release`. A run that may be
+    overwritten is deleted from the directory. Arguments and errors are those of `locate`.
     """
-    output, checkpoint = locate(config_path, trainer, root, reads)
-    if output is not None and _is_another_run(output, checkpoint) and _holds_run(output):
-        _delete_run(output)
+    output, _ = locate(config_path, trainer, root, reads)
     try:
         if output is None:
-            return _next_number(root / Path(config_path).stem), None
-        output.mkdir(parents=True, exist_ok=True)
+            directory = _next_number(root / Path(config_path).stem)
+        else:
+            directory = output
+            directory.mkdir(parents=True, exist_ok=True)
+        run_lock.hold(directory)
     except OSError as error:
         raise UserError(
             f"trainer.output_dir: {error.filename or output} can't be made: {error.strerror}"
         ) from None
-    return output, checkpoint
+    if output is None:
+        return directory, None
+    try:
+        # Once more: another process may have changed the directory until it was locked.
+        _, checkpoint = locate(config_path, {**trainer, "output_dir": str(directory)}, root, reads)
+        if _is_another_run(directory, checkpoint) and _holds_run(directory):
+            _delete_run(directory)
+    except UserError:
+        release(directory)
+        raise
+    return directory, checkpoint
+
+
+def release(directory: Path) -> None:
+    """Release the lock of a run's directory, if this process holds it."""
+    run_lock.release(directory)
+
+
+def go_on_from(directory: Path, checkpoint: Path, limit: int | None) -> None:
+    """Bring the directory of a run to the state after a checkpoint, from which the run goes on.
+
+    What the run did after that checkpoint is set aside (checkpoints, the result of an end) or
+    dropped (lines of metrics.jsonl). A kill leaves a directory that can be resumed.
+
+    Args:
+        directory: Directory of the run, whose lock is held.
+        checkpoint: Checkpoint that the run goes on from. It may be one of another directory.
+        limit: The run's `save_total_limit`.
+    """
+    step = global_step(checkpoint)
+    delete_rest(directory)
+    set_aside_later(directory, step, limit)
+    _set_result_aside(directory, step)
+    keep_lines_until(directory / METRICS, step, end=END_OF_TRAINING)
+
+
+def past_configs(directory: Path) -> list[tuple[int, Path]]:
+    """Return the configurations that the run in `directory` had before, config-<N>.yaml, each with
+    its N, in the order of these."""
+    named = ((_PAST_CONFIG.fullmatch(path.name), path) for path in directory.glob("config-*.yaml"))
+    return sorted((int(match.group(2)), path) for match, path in named if match is not None)
+
+
+def is_finished(directory: Path) -> bool:
+    """Return whether the run in `directory` has finished: it has its summary."""
+    return (directory / SUMMARY).is_file()
+
+
+def _set_result_aside(directory: Path, step: int) -> None:
+    """Rename the model and the summary of an end of the run, unless it is the unfinished end after
+    `step` steps, which is written anew.
+
+    The summary tells that model/ is of a run (`_model_is_of_a_run`), so it has a name of its own
+    until the model is renamed.
+    """
+    ending = directory / UNFINISHED_SUMMARY
+    if (directory / SUMMARY).is_file():
+        os.replace(directory / SUMMARY, ending)
+    elif _steps_in(ending) == step:
+        return
+    if not ending.is_file():
+        return
+    model = directory / MODEL
+    if os.path.lexists(model) and _model_is_of_a_run(directory):
+        replaced = directory / (REPLACED + MODEL)
+        remove(replaced)
+        model.rename(replaced)
+        logger.warning("the model of the run's end before is set aside as %s", replaced)
+    os.replace(ending, directory / (REPLACED + SUMMARY))
+
+
+def _steps_in(summary: Path) -> int | None:
+    """Return the number of steps in a summary; None if it is none."""
+    try:
+        content = json.loads(summary.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content.get("steps") if isinstance(content, dict) else None
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with its contents, a file or a link, if it is there."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def _holds_run(directory: Path) -> bool:
@@ -201,15 +322,16 @@ def _holds_run(directory: Path) -> bool:
 
 
 def _model_is_of_a_run(directory: Path) -> bool:
-    """Return True if model/ was written by a run that finished in `directory`, not by the user."""
+    """Return True if model/ was written by a run that finished in `directory`, or that was about to
+    finish, not by the user."""
+    steps = [_steps_in(directory / name) for name in (SUMMARY, UNFINISHED_SUMMARY)]
     try:
-        summary = json.loads((directory / SUMMARY).read_text(encoding="utf-8"))
         config = load_mapping(directory / CONFIG) if (directory / CONFIG).is_file() else {}
     except (OSError, ValueError):
         return False
     trainer = config.get("trainer")
     saves = not isinstance(trainer, dict) or trainer.get("save_strategy") != "no"
-    return saves and isinstance(summary, dict) and "steps" in summary
+    return saves and any(number is not None for number in steps)
 
 
 def _written_by_runs(directory: Path) -> list[Path]:
@@ -219,10 +341,12 @@ def _written_by_runs(directory: Path) -> list[Path]:
     ]
     paths = [path for path in named if path.is_dir() or path.is_symlink()]
     paths += [path for path in directory.glob("torn-checkpoint-*") if path.is_dir()]
-    paths += [path for path in (directory / UNFINISHED,) if path.is_dir()]
+    paths += replaced_checkpoints(directory)
+    made = (directory / name for name in (REPLACED + MODEL, UNFINISHED))
+    paths += [path for path in made if os.path.lexists(path)]
     if os.path.lexists(directory / MODEL) and _model_is_of_a_run(directory):
         paths.append(directory / MODEL)
-    paths += [path for path in directory.glob("config-*.yaml") if _PAST_CONFIG.fullmatch(path.name)]
+    paths += [path for path in directory.glob("*.yaml") if _PAST_CONFIG.fullmatch(path.name)]
     paths += [directory / name for name in _FILES if os.path.lexists(directory / name)]
     return paths
 

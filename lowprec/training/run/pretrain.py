@@ -11,18 +11,17 @@ from transformers.utils.logging import disable_progress_bar
 
 from lowprec.distributed.processes import distributed_state, on_main_process
 from lowprec.errors import UserError
-from lowprec.files import keep_lines_until
 from lowprec.training.callback import LowPrecisionCallback
 from lowprec.training.checkpoint import files as checkpoint_files
 from lowprec.training.checkpoint.no_code import check_no_code
 from lowprec.training.data import LoadedData
-from lowprec.training.file_names import METRICS
 from lowprec.training.log import show_log
 from lowprec.training.run import directory as run_directory
 from lowprec.training.run import resume_checks
 from lowprec.training.run.arguments import make_arguments
 from lowprec.training.run.build import build_trained_model, build_trainer, load_examples
 from lowprec.training.run.config import RunConfig
+from lowprec.training.run.ending import train_or_end
 from lowprec.training.run.machine import keep_freed_memory
 from lowprec.training.run.models import build_config
 from lowprec.training.run.plan import plan_parts, plan_run
@@ -71,26 +70,29 @@ def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> d
     directory, checkpoint = on_main_process(
         processes, lambda: run_directory.prepare(config_path, setup.trainer, reads=reads)
     )
-    _start_directory(args, directory, checkpoint, data)
+    try:
+        _start_directory(args, directory, checkpoint, data)
+        low_precision = LowPrecisionCallback(
+            config.precision,
+            parts=plan_parts(setup, autocast, liger),
+            tokens=setup.tokens,
+            compiled=setup.compiled,
+        )
+        trainer = build_trainer(config, model, args, examples, low_precision)
+        first_step = 0 if checkpoint is None else checkpoint_files.global_step(checkpoint)
+        start = time.perf_counter()
+        train_or_end(trainer, low_precision, checkpoint, steps)
+        wall_s = time.perf_counter() - start
+        if first_step < steps:
+            _check_trained(trainer, first_step, examples)
 
-    low_precision = LowPrecisionCallback(
-        config.precision,
-        parts=plan_parts(setup, autocast, liger),
-        tokens=setup.tokens,
-        compiled=setup.compiled,
-    )
-    trainer = build_trainer(config, model, args, examples, low_precision)
-    first_step = 0 if checkpoint is None else checkpoint_files.global_step(checkpoint)
-    start = time.perf_counter()
-    low_precision.train(trainer, None if checkpoint is None else str(checkpoint))
-    wall_s = time.perf_counter() - start
-    _check_trained(trainer, first_step, examples)
-
-    summary = summarise(
-        setup, model, trainer, low_precision, examples, first_step=first_step, wall_s=wall_s
-    )
-    save_result(trainer, summary)
-    return summary
+        summary = summarise(
+            setup, model, trainer, low_precision, examples, first_step=first_step, wall_s=wall_s
+        )
+        save_result(trainer, summary)
+        return summary
+    finally:
+        run_directory.release(directory)
 
 
 def _check_resumable(setup: RunSetup, checkpoint: Path, data: dict[str, Any]) -> None:
@@ -112,16 +114,16 @@ def _check_resumable(setup: RunSetup, checkpoint: Path, data: dict[str, Any]) ->
 def _start_directory(
     args: TrainingArguments, directory: Path, checkpoint: Path | None, data: dict[str, Any]
 ) -> None:
-    """Make `directory` the output of the run, write config.yaml, and drop the metrics that a
-    resumed run will write again."""
+    """Make `directory` the output of the run, write config.yaml, and set aside what a resumed run
+    will do again."""
     args.output_dir = str(directory)
     if args.should_save:
-        resume_checks.write_config(directory, checkpoint, data)
         if checkpoint is not None:
-            step = checkpoint_files.global_step(checkpoint)
             show_log()
+            step = checkpoint_files.global_step(checkpoint)
             logger.info("resuming from %s, after step %d", checkpoint, step)
-            keep_lines_until(directory / METRICS, step)
+            run_directory.go_on_from(directory, checkpoint, args.save_total_limit)
+        resume_checks.write_config(directory, checkpoint, data)
     if "wandb" in (args.report_to or ()):
         os.environ.setdefault("WANDB_DIR", str(directory))
 

@@ -1,6 +1,7 @@
 """The result of a finished run: summary.json and the model."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from lowprec.files import write_atomically
 from lowprec.training.callback import LowPrecisionCallback
 from lowprec.training.checkpoint.saving import whole_folder
 from lowprec.training.data import LoadedData
-from lowprec.training.file_names import MODEL, SUMMARY
+from lowprec.training.file_names import MODEL, SUMMARY, UNFINISHED_SUMMARY
 from lowprec.training.run.machine import device_name, peak_memory_bytes
 from lowprec.training.run.setup import RunSetup
 from lowprec.training.run.validation import validate
@@ -56,13 +57,21 @@ def summarise(
 
 
 def save_result(trainer: Trainer, summary: dict[str, Any]) -> None:
-    """Write summary.json and the finished model into the directory of the run."""
+    """Write the finished model and summary.json into the directory of the run. Every rank takes
+    part.
+
+    The model is written whole or not at all, and summary.json after it. Until then the summary has
+    another name, which tells a run that resumes that model/ is its own.
+    """
     directory = Path(str(trainer.args.output_dir))
     if trainer.args.should_save:
-        write_atomically(directory / SUMMARY, json.dumps(summary, indent=1) + "\n")
+        text = json.dumps(summary, indent=1) + "\n"
+        write_atomically(directory / UNFINISHED_SUMMARY, text)
     if trainer.args.save_strategy != "no":
         with whole_folder(directory / MODEL, args=trainer.args) as folder:
             _save_model(trainer, folder)
+    if trainer.args.should_save:
+        os.replace(directory / UNFINISHED_SUMMARY, directory / SUMMARY)
 
 
 def _save_model(trainer: Trainer, directory: Path) -> None:

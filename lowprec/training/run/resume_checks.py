@@ -5,6 +5,7 @@ checkpoint. The checks write nothing, and they run before anything is written.
 """
 
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,11 @@ from lowprec.config.yaml import dump, load_mapping
 from lowprec.errors import UserError
 from lowprec.files import write_atomically
 from lowprec.training.checkpoint import files as checkpoint_files
+from lowprec.training.checkpoint.history import REPLACED
 from lowprec.training.file_names import CONFIG
 from lowprec.training.log import show_log
 from lowprec.training.optim.adamw import OptimizerConfig
+from lowprec.training.run.directory import is_finished, past_configs
 from lowprec.training.run.models import differences
 
 if TYPE_CHECKING:
@@ -32,16 +35,18 @@ _SAME_STATE = ("adamw_torch", "adamw_torch_fused")
 
 
 def check_steps_left(checkpoint: Path, steps: int) -> None:
-    """Raise UserError if a run of `steps` steps has none left after a complete checkpoint.
+    """Raise UserError if a run of `steps` steps has nothing left to do after a complete checkpoint.
 
-    transformers would take one step too many.
+    A run that was killed between its last step and its summary has its end left to do.
     """
     done = checkpoint_files.global_step(checkpoint)
-    if done >= steps:
+    finished = is_finished(checkpoint_files.run_of(checkpoint))
+    if done > steps or (done == steps and finished):
+        state = ", and the run is finished" if finished else ""
         raise UserError(
             f"trainer.resume_from_checkpoint: {checkpoint} is the end of its run, after {done} "
-            "steps; to resume from it, raise trainer.max_steps (or num_train_epochs, in a run "
-            "without max_steps)"
+            f"steps{state}; to resume from it, raise trainer.max_steps (or num_train_epochs, in a "
+            "run without max_steps)"
         )
 
 
@@ -107,7 +112,7 @@ def check_same_optimizer(checkpoint: Path, data: dict[str, Any]) -> None:
 
 def write_config(directory: Path, checkpoint: Path | None, data: dict[str, Any]) -> None:
     """Write config.yaml. If a resumed run had another configuration until its checkpoint, keep that
-    one as config-<step>.yaml and log what changed."""
+    one as config-<step>.yaml and log what changed. Those of later steps are set aside."""
     now = _without_steering(data)
     before = None if checkpoint is None else _config_until(checkpoint)
     if checkpoint is not None and before is not None and before != now:
@@ -121,19 +126,21 @@ def write_config(directory: Path, checkpoint: Path | None, data: dict[str, Any])
         )
         write_atomically(directory / f"config-{step}.yaml", dump(before))
     write_atomically(directory / CONFIG, dump(now))
+    for until, path in past_configs(directory):
+        # Later ones are those of steps that the run takes again.
+        if checkpoint is not None and until > checkpoint_files.global_step(checkpoint):
+            os.replace(path, path.with_name(REPLACED + path.name))
 
 
 def _config_until(checkpoint: Path) -> dict[str, Any] | None:
     """Return the configuration that a run had until it wrote `checkpoint`; None if it is not
     kept."""
     directory = checkpoint_files.run_of(checkpoint)
-    # config-<step>.yaml exists if the run has resumed from that step before.
-    paths = (
-        directory / f"config-{checkpoint_files.global_step(checkpoint)}.yaml",
-        directory / CONFIG,
-    )
-    path = next((path for path in paths if path.is_file()), None)
-    return None if path is None else _without_steering(load_mapping(path))
+    step = checkpoint_files.global_step(checkpoint)
+    # config-<N>.yaml exists if the run has resumed with another configuration after step N.
+    later = [path for until, path in past_configs(directory) if until >= step]
+    path = later[0] if later else directory / CONFIG
+    return _without_steering(load_mapping(path)) if path.is_file() else None
 
 
 def _without_steering(data: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import pytest
 from lowprec import UserError
 from lowprec.files import keep_lines_until
 from lowprec.training.checkpoint import files as checkpoint_files
+from lowprec.training.checkpoint import run_lock
 from lowprec.training.run import directory as run_directory
 
 
@@ -55,6 +56,26 @@ def test_a_directory_of_other_files_is_not_a_run(tmp_path: Path):
     assert run_directory.prepare("x.yaml", {"output_dir": str(tmp_path)}) == (tmp_path, None)
 
 
+def test_a_run_goes_on_from_a_checkpoint_without_what_came_later(tmp_path: Path):
+    """The result of the end stays known as the run's own while it is renamed: a kill in between leaves a run that resumes."""
+    run = _finished(tmp_path)
+    for step in (2, 6):
+        _checkpoint(run, step, json.dumps({"global_step": step}))
+    lines = ['{"step": 2, "loss": 1}', '{"step": 4, "loss": 1}', '{"step": 4, "train_runtime": 1}', '{"step": 4, "eval_loss": 1}']
+    (run / run_directory.METRICS).write_text("\n".join(lines) + "\n")
+    run_directory.go_on_from(run, run / "checkpoint-4", None)
+    assert (run / run_directory.METRICS).read_text().splitlines() == lines[:2]
+    left = {"checkpoint-2", "checkpoint-4", "replaced-checkpoint-6", "config.yaml", "metrics.jsonl"}
+    assert _names(run) == left | {"replaced-model", "replaced-summary.json"}
+    (run / ".summary.json").write_text('{"steps": 4}')  # an end that a kill cut short
+    _folder(run / "model")
+    run_directory.locate("x.yaml", {"output_dir": str(run), "resume_from_checkpoint": True})  # model/ is the run's own
+    run_directory.go_on_from(run, run / "checkpoint-4", None)
+    assert {"model", ".summary.json"} < _names(run)  # that end is written again
+    run_directory.go_on_from(run, run / "checkpoint-2", None)
+    assert _names(run) == left - {"checkpoint-4"} | {"replaced-checkpoint-4", "replaced-model", "replaced-summary.json"}
+
+
 def test_metrics_after_the_checkpoint_are_dropped(tmp_path: Path):
     path = tmp_path / run_directory.METRICS
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
@@ -78,7 +99,8 @@ def _folder(path: Path) -> Path:
 
 
 def _names(directory: Path) -> set[str]:
-    return {path.name for path in directory.iterdir()}
+    """Return the names in a directory, without the lock that this process holds."""
+    return {path.name for path in directory.iterdir()} - {run_lock.LOCK}
 
 
 def test_a_model_of_the_users_own_is_not_a_run_and_is_not_overwritten(tmp_path: Path):
@@ -116,9 +138,10 @@ def test_a_model_is_not_deleted_if_its_run_saves_no_model(tmp_path: Path):
 
 def test_overwriting_deletes_the_files_of_runs_and_nothing_else(tmp_path: Path):
     run = _finished(tmp_path / "run")
-    for name in ("torn-checkpoint-6", "checkpoint-best", "mine"):
+    for name in ("torn-checkpoint-6", "replaced-checkpoint-6", "replaced-checkpoint-6-2", "replaced-model", "checkpoint-best", "mine"):
         (run / name).mkdir()
-    (run / "config-4.yaml").write_text("{}")
+    for name in ("config-4.yaml", "replaced-config-6.yaml", "replaced-summary.json", ".summary.json"):
+        (run / name).write_text("{}")
     run_directory.prepare("x.yaml", {"output_dir": str(run), "overwrite_output_dir": True})
     assert _names(run) == {"checkpoint-best", "mine"}
 

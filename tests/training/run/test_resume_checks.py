@@ -9,6 +9,7 @@ import pytest
 from transformers import LlamaConfig
 
 from lowprec import UserError
+from lowprec.config.yaml import load_mapping
 from lowprec.training.run import directory as run_directory
 from lowprec.training.run import resume_checks
 from lowprec.training.run.models import ModelConfig, build_config
@@ -37,8 +38,13 @@ def checkpoint_of(run: Path, data: dict[str, Any] | None = None, *, step: int = 
 
 def test_steps_left(tmp_path: Path):
     checkpoint = checkpoint_of(tmp_path, step=6)
+    with pytest.raises(UserError, match="is the end of its run, after 6 steps"):
+        resume_checks.check_steps_left(checkpoint, 3)
+    for steps in (6, 7):  # without a summary, the end after step 6 is left to do
+        resume_checks.check_steps_left(checkpoint, steps)
+    (tmp_path / run_directory.SUMMARY).write_text('{"steps": 6}')
     for steps in (6, 3):
-        with pytest.raises(UserError, match="is the end of its run, after 6 steps"):
+        with pytest.raises(UserError, match="is the end of its run, after 6 steps, and the run is finished"):
             resume_checks.check_steps_left(checkpoint, steps)
     resume_checks.check_steps_left(checkpoint, 7)
 
@@ -106,6 +112,18 @@ def test_another_optimizer(before: dict[str, Any], now: dict[str, Any], message:
     with pytest.raises(UserError, match=message):
         resume_checks.check_same_optimizer(checkpoint_of(tmp_path / "a", before), now)
     resume_checks.check_same_optimizer(checkpoint_of(tmp_path / "b", before, optimizer=False), now)  # the optimizer begins anew
+
+
+def test_the_configuration_until_a_step_is_that_of_the_steps_before_it(tmp_path: Path):
+    """config.yaml is that after step 8 here, config-8.yaml that of the steps before."""
+    (tmp_path / run_directory.CONFIG).write_text("optimizer: {moments: 8bit}")
+    for step in (8, 10):
+        (tmp_path / f"config-{step}.yaml").write_text("optimizer: {moments: fp32}")
+    resume_checks.check_same_optimizer(checkpoint_of(tmp_path, step=4), {})
+    resume_checks.write_config(tmp_path, tmp_path / "checkpoint-4", {"optimizer": {"moments": "fp32"}, "device": "cpu"})
+    found = sorted(path.name for path in tmp_path.glob("*.yaml"))
+    assert found == ["config-4.yaml", "config.yaml", "replaced-config-10.yaml", "replaced-config-8.yaml"]
+    assert load_mapping(tmp_path / "config-4.yaml") == {"optimizer": {"moments": "fp32"}}
 
 
 def test_the_same_optimizer_in_other_words(tmp_path: Path):
