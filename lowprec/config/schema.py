@@ -11,6 +11,7 @@ text without NUL characters, numbers that fit 64 bits.
 
 import math
 import operator
+import os
 import re
 from collections.abc import Mapping, Sequence
 from types import UnionType
@@ -91,6 +92,15 @@ def check_plain(value: Any, *, finite: bool = False, level: int = 0) -> None:
     elif isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
         for inner in value:
             check_plain(inner, finite=finite, level=level + 1)
+
+
+def check_path(path: str) -> str:
+    """Return `path`; raise ValueError if no file system takes it: it is empty or too long."""
+    if not path.strip():
+        raise ValueError(f"expected a path, got {shown(path)}")
+    if any(len(os.fsencode(part)) > 255 for part in path.split("/")) or len(path) > 3500:
+        raise ValueError(f"the path is too long: {shown(path)}")
+    return path
 
 
 def parse(schema: type[C], data: Any, where: str = "") -> C:

@@ -281,7 +281,7 @@ class Fuzzer:
         tiny = draw.random() < 0.7
         data = self._tiny(draw) if tiny else yaml.load_mapping(shipped.path_of(draw.choice(self.names)))
         overrides = []
-        for _ in range(draw.choice((1, 1, 1, 2, 3))):
+        for _ in range(draw.choice((1, 1, 1, 1, 1, 1, 2, 3))):
             if draw.random() < 0.1:
                 overrides.append(self._override(draw, data))
             else:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from lowprec.config.schema import StrictConfig
+from lowprec.config.schema import StrictConfig, check_path
 from lowprec.errors import shown
 
 
@@ -80,7 +80,14 @@ class DataConfig(StrictConfig):
             raise ValueError(
                 f"expected a source's name or path, or a list of at least one, got {shown(value)}"
             )
+        for name in names:
+            check_path(name)
         return value
+
+    @field_validator("tokenizer", "cache_dir")
+    @classmethod
+    def _is_a_path(cls, value: str | None) -> str | None:
+        return None if value is None else check_path(value)
 
     @property
     def source_names(self) -> tuple[str, ...]:
@@ -91,5 +98,6 @@ class DataConfig(StrictConfig):
     def cache_path(self) -> Path:
         """Path of the cache folder, which may not exist yet."""
         if self.cache_dir is not None:
-            return Path(self.cache_dir).expanduser()
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowprec" / "data"
+            return Path(os.path.expanduser(self.cache_dir))
+        parent = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        return Path(parent) / "lowprec" / "data"

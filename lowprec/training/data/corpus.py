@@ -55,6 +55,15 @@ class Corpus:
             "max_bytes": self.config.max_bytes,
         }
 
+    def check_unchanged(self) -> None:
+        """Raise UserError if a file is not as it was when the sources were resolved."""
+        for source in self.sources:
+            for file in source.files:
+                if SourceFile.of(file.path) != file:
+                    raise UserError(
+                        f"data.source: {file.path} has changed while it was read; start again"
+                    )
+
     def documents(self, dropped: Counter[str] | None = None) -> Iterator[Document]:
         """Yield every document once, in the order of the sources, files and rows.
 

@@ -1,8 +1,8 @@
 """Resolves the names in `data.source` to lists of files and hub datasets, before anything is read.
 
 Resolving is cheap and strict: it looks at folders and file sizes only. So a wrong path fails at
-once, and the cache key, which needs the file list with sizes and modification times, costs little
-if the tokens are in the cache already.
+once, and the cache key, which needs the file list with the state of each file, costs little if the
+tokens are in the cache already.
 
 A name is resolved in this order: one of the two built-in sources; an existing file or folder; a
 glob. A name that looks like a path but does not exist is an error. Any other name is a dataset on
@@ -13,6 +13,7 @@ import glob
 import os
 import platform
 import re
+import stat
 import sys
 import sysconfig
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -32,14 +33,39 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFile:
-    """A file, with its `size` in bytes and its modification time `mtime_ns` in nanoseconds.
+    """A file, with what the file system says of its state.
 
-    A change of either one means that the contents may have changed.
+    If the state is the same, the contents are. A program may set the modification time back, as
+    `cp -p` and `rsync -t` do, but the system sets the time of the last change itself.
     """
 
     path: Path
     size: int
+    """Size in bytes."""
     mtime_ns: int
+    """Time of the last modification [ns]."""
+    ctime_ns: int
+    """Time of the last change of the contents or the inode [ns]."""
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> "SourceFile | None":
+        """Return the file at `path` as it is now; None if it can't be found, or is a device, a FIFO
+        or a socket."""
+        try:
+            found = path.stat()
+        except (OSError, ValueError):
+            # A broken link, or a package that is being removed right now.
+            return None
+        if not stat.S_ISREG(found.st_mode):
+            return None
+        return cls(
+            path=path,
+            size=found.st_size,
+            mtime_ns=found.st_mtime_ns,
+            ctime_ns=found.st_ctime_ns,
+            inode=found.st_ino,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +86,10 @@ class Source:
                 "column": config.text_column,
             }
         identity: dict[str, Any] = {
-            "files": [[str(file.path), file.size, file.mtime_ns] for file in self.files]
+            "files": [
+                [str(file.path), file.size, file.mtime_ns, file.ctime_ns, file.inode]
+                for file in self.files
+            ]
         }
         if self.kind == "python-stdlib":
             identity["python"] = platform.python_version()
@@ -83,16 +112,18 @@ def _resolve(name: str) -> Source:
         return Source(name=name, kind=name, files=tuple(_library_files()))
     if name == "site-packages":
         return Source(name=name, kind=name, files=tuple(_package_files()))
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(name))
+    if os.path.isdir(path):
         files = _in_folder(path, lambda found: found.suffix.lower() in SUFFIXES)
         return _local(name, files, f"the folder {name} holds no {_listed(SUFFIXES)} file")
-    if path.exists():
+    if os.path.exists(path):
         known = path.suffix.lower() in SUFFIXES
         return _local(name, [path] if known else [], f"{name} is not a {_listed(SUFFIXES)} file")
     if glob.has_magic(name):
         matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
-        files = [match for match in matches if match.suffix.lower() in SUFFIXES and match.is_file()]
+        files = [
+            match for match in matches if match.suffix.lower() in SUFFIXES and os.path.isfile(match)
+        ]
         return _local(name, files, f"no {_listed(SUFFIXES)} file matches {name}")
     if path.suffix.lower() in SUFFIXES or not _HUB_NAME.fullmatch(name):
         raise UserError(f"data.source: no file or folder {name}")
@@ -103,9 +134,10 @@ def _local(name: str, paths: list[Path], none_found: str) -> Source:
     """Return a source of local files. Raise UserError with `none_found` if `paths` is empty."""
     if not paths:
         raise UserError(f"data.source: {none_found}")
-    return Source(
-        name=name, kind="files", files=tuple(_with_stat(path.resolve() for path in paths))
-    )
+    files = tuple(_with_stat(path.resolve() for path in paths))
+    if not files:
+        raise UserError(f"data.source: {name} is no regular file, or can't be read")
+    return Source(name=name, kind="files", files=files)
 
 
 def _library_files() -> Iterator[SourceFile]:
@@ -153,13 +185,12 @@ def _in_folder(
 
 
 def _with_stat(paths: Iterable[Path]) -> Iterator[SourceFile]:
-    """Yield each path with its size and modification time. Files that vanished are skipped."""
+    """Yield each path with its state. Files that vanished, and those that are no regular files, are
+    skipped."""
     for path in paths:
-        try:
-            stat = path.stat()
-        except OSError:  # A broken link, or a package that is being removed right now.
-            continue
-        yield SourceFile(path=path, size=stat.st_size, mtime_ns=stat.st_mtime_ns)
+        file = SourceFile.of(path)
+        if file is not None:
+            yield file
 
 
 def _listed(words: tuple[str, ...]) -> str:

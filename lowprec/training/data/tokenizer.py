@@ -11,6 +11,7 @@ of a token's spelling is one byte.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lowprec.errors import UserError, nearest
-from lowprec.training.data.cache import build_once, content_key
+from lowprec.training.data.cache import build_once, check_entry, content_key
 from lowprec.training.data.config import DataConfig
 from lowprec.training.data.corpus import Corpus
 
@@ -30,7 +31,7 @@ END = "<|endoftext|>"
 BPE_TRAINING_BYTES = 64 * 2**20
 """Bytes of text that a BPE is trained on at most. Its merges settle long before that, while the
 training time and memory still grow."""
-_BPE_VERSION = 1
+_BPE_VERSION = 2
 """Version of the training procedure below. A cached tokenizer of another version is not used."""
 
 Encoder = Callable[[Sequence[str]], list[np.ndarray]]
@@ -58,6 +59,7 @@ def load_tokenizer(config: DataConfig, corpus: Corpus) -> "PreTrainedTokenizerFa
         build_once(
             folder, lambda unfinished: _train_and_save(corpus, config.vocab_size, unfinished)
         )
+        check_entry(folder)
         return _load(str(folder))
     return _load(config.tokenizer)
 
@@ -266,6 +268,7 @@ def _train_and_save(corpus: Corpus, vocab_size: int, folder: Path) -> None:
                 yield document.text
 
     _wrap(train_bpe(texts(), vocab_size)).save_pretrained(folder)
+    corpus.check_unchanged()
 
 
 def _wrap(tokenizer: "Tokenizer") -> "PreTrainedTokenizerFast":
@@ -280,9 +283,9 @@ def _wrap(tokenizer: "Tokenizer") -> "PreTrainedTokenizerFast":
 def _load(name: str) -> "PreTrainedTokenizerFast":
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    if name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().is_dir():
+    name = os.path.expanduser(name)
+    if name.startswith(("/", "./", "../", "~")) and not os.path.isdir(name):
         raise UserError(f"data.tokenizer: no folder {name}")
-    name = str(Path(name).expanduser()) if name.startswith("~") else name
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:

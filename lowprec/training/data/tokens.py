@@ -24,14 +24,14 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from lowprec.errors import UserError
-from lowprec.training.data.cache import build_once, content_key
+from lowprec.training.data.cache import build_once, check_entry, content_key
 from lowprec.training.data.corpus import SPLITS, Corpus, Document, Split
 from lowprec.training.data.tokenizer import make_encoder, token_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_FORMAT = 1
+_FORMAT = 2
 """Version of the file format above."""
 _BATCH_BYTES = 4 * 2**20
 """Bytes of text that are encoded at a time: enough to keep every core busy, and few enough to
@@ -102,6 +102,7 @@ def tokenise(corpus: Corpus, tokenizer: "PreTrainedTokenizerFast") -> TokenisedC
     }
     folder = corpus.config.cache_path / f"tokens-{content_key(identity)}"
     build_once(folder, lambda unfinished: _write(unfinished, corpus, tokenizer))
+    check_entry(folder)
     return _open(folder)
 
 
@@ -171,6 +172,7 @@ def _write(folder: Path, corpus: Corpus, tokenizer: "PreTrainedTokenizerFast") -
             "byte_count": writer.bytes,
         }
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    corpus.check_unchanged()
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

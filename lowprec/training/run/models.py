@@ -6,9 +6,9 @@ from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from lowprec.config.schema import StrictConfig
+from lowprec.config.schema import StrictConfig, check_path
 from lowprec.errors import UserError, nearest
 from lowprec.training.checkpoint.no_code import check_index
 from lowprec.training.run.model_fields import apply_overrides, validate, vocabulary
@@ -87,6 +87,11 @@ class ModelConfig(StrictConfig):
     are any; else the weights are random."""
     overrides: dict[str, Any] = Field(default_factory=dict)
     """Fields of the model's configuration to change, such as {num_hidden_layers: 2}."""
+
+    @field_validator("path")
+    @classmethod
+    def _is_a_path(cls, value: str | None) -> str | None:
+        return None if value is None else check_path(value)
 
 
 def build_config(model: ModelConfig, vocab_size: int) -> "PretrainedConfig":

@@ -14,13 +14,12 @@ run has another way for.
 
 import enum
 import math
-import os
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lowprec.config.schema import check_plain
+from lowprec.config.schema import check_path, check_plain
 from lowprec.errors import UserError, nearest, shown
 
 _LARGEST_INT = 2**53
@@ -152,7 +151,10 @@ def check_field(name: str, hint: Any, value: Any) -> None:
         for word in [value] if isinstance(value, str) else _texts(value):
             _check_word(where, word, words, several=name == "debug")
     if name in _PATHS and isinstance(value, str):
-        check_path(value, where)
+        try:
+            check_path(value)
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from None
 
 
 def _texts(value: Any) -> list[str]:
@@ -172,11 +174,3 @@ def _enum_values(hint: Any) -> Iterator[str]:
         yield from (str(member.value) for member in hint)
     for argument in typing.get_args(hint):
         yield from _enum_values(argument)
-
-
-def check_path(path: str, where: str) -> None:
-    """Raise UserError if no file system takes a path: it is empty, or too long."""
-    if not path.strip():
-        raise UserError(f"{where}: expected a path, got {shown(path)}")
-    if any(len(os.fsencode(part)) > 255 for part in path.split("/")) or len(path) > 3500:
-        raise UserError(f"{where}: the path is too long: {shown(path)}")
