@@ -156,7 +156,6 @@ def _convert_linear(module: nn.Module, decision: Decision, device_type: str, num
     if isinstance(module, CONVERTED) and not stays:
         module.to_linear()
     if _has_recipes(decision):
-        assert isinstance(module, nn.Linear)
         layers.convert(
             module,
             decision.recipe or AS_IT_IS,

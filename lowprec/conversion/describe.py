@@ -2,7 +2,7 @@
 
 from lowprec.conversion import swiglu_fusion
 from lowprec.conversion.decide import Decision, Decisions
-from lowprec.conversion.layer_backends import CONVERTED, LayerBackend, layer_backend
+from lowprec.conversion.layer_backends import LayerBackend, layer_backend
 from lowprec.conversion.plan import GemmPlan, LayerPlan, Plan
 from lowprec.errors import UserError
 from lowprec.recipe import GEMMS, Recipe
@@ -39,7 +39,7 @@ def _describe_layer(name: str, decision: Decision, device_type: str) -> LayerPla
         reason = "; ".join(dict.fromkeys(gemm.reason for gemm in gemms if not gemm.native))
     return LayerPlan(
         name=name,
-        kind="Linear" if isinstance(weight.module, CONVERTED) else type(weight.module).__name__,
+        kind=weight.kind,
         shape=weight.shape,
         recipe=None if recipe is None else recipe.name,
         rule=decision.rule,

@@ -9,7 +9,11 @@ from torch import nn
 
 from lowprec.conversion.layer_backends import CONVERTED, LayerBackend
 from lowprec.conversion.peft_names import name_without_peft
+from lowprec.conversion.plain_forward import why_not_plain
 from lowprec.nn import LowPrecisionLinear, experts
+from lowprec.nn.dtypes import why_not_dtype, why_not_tensor
+from lowprec.nn.known import is_conv1d, is_fsdp2
+from lowprec.nn.linear import original_class, shape_of
 from lowprec.recipe import Recipe
 
 _HEADS = ("lm_head", "embed_out", "output_projection", "score", "classifier")
@@ -30,8 +34,10 @@ class Weight:
     module: nn.Module
     stack: str = ""
     """Name of the parameter that holds several matrices; "" for a linear layer."""
-    bypassed: bool = False
-    """Flag: torch's own code multiplies by it without calling the module."""
+    bypassed: str = ""
+    """The reason, if torch's own code multiplies by it without calling the module."""
+    under_fsdp: bool = False
+    """Flag: the module is inside a unit of FSDP2."""
 
     @property
     def data(self) -> Any:
@@ -49,25 +55,35 @@ class Weight:
         if self.stack:
             _, N, K = experts.stack_shape(self.module, self.stack)
             return N, K
-        N, K = self.data.t().shape if _is_conv1d(self.module) else self.data.shape
-        return N, K
+        if len(self.data.shape) == 2:
+            N, K = reversed(self.data.shape) if is_conv1d(self.module) else self.data.shape
+            return N, K
+        return shape_of(self.module)  # a quantised weight may be stored in another shape
+
+    @property
+    def kind(self) -> str:
+        """Name of the class that the module has without a recipe."""
+        if isinstance(self.module, CONVERTED) and not isinstance(self.module, LowPrecisionLinear):
+            return "Linear"
+        return original_class(self.module).__name__
 
 
 def find_weights(model: nn.Module) -> Iterator[tuple[str, Weight]]:
     """Yield every weight matrix of a linear layer, nn.Linear or one like it, and every stack of
     matrices, once, with its full name."""
-    readers = (
-        module
-        for module in model.modules()
-        if isinstance(module, nn.TransformerEncoderLayer) and _has_fast_path(module)
-    )
-    bypassed = {id(layer) for module in readers for layer in (module.linear1, module.linear2)}
+    bypassed = _bypassed(model)
+    units = (module for module in model.modules() if is_fsdp2(module))
+    sharded = {module for unit in units for module in unit.modules()}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) or _is_conv1d(module):
-            yield name, Weight(module, bypassed=id(module) in bypassed)
+        if isinstance(module, nn.Linear) or is_conv1d(module):
+            reason = bypassed.get(module, "")
+            yield name, Weight(module, bypassed=reason, under_fsdp=module in sharded)
         else:
             for stack in experts.stacks(module):
-                yield f"{name}.{stack}".lstrip("."), Weight(module, stack)
+                yield (
+                    f"{name}.{stack}".lstrip("."),
+                    Weight(module, stack, under_fsdp=module in sharded),
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +115,8 @@ def survey(model: nn.Module) -> Survey:
 def why_not_convert(weight: Weight, recipe: Recipe, layers: LayerBackend) -> str | None:
     """Return why a weight can't be converted to a recipe by these layers; None if it can."""
     module = weight.module
-    kind = type(module).__name__
-    if kind.startswith("FSDP"):
+    kind = weight.kind
+    if is_fsdp2(module) and not isinstance(module, CONVERTED):
         return f"{kind}: already sharded; convert before fully_shard"
     if "forward" in module.__dict__ and not (
         isinstance(module, CONVERTED) or experts.is_converted(module)
@@ -110,18 +126,21 @@ def why_not_convert(weight: Weight, recipe: Recipe, layers: LayerBackend) -> str
             "before that"
         )
     if weight.bypassed:
-        return (
-            "nn.TransformerEncoderLayer multiplies by its weight without calling it, in eval() and "
-            "without gradients"
-        )
+        return weight.bypassed
+    if (reason := _why_not_data(weight)) is not None:
+        return reason
     if weight.stack:
         return layers.why_not_stack(module, recipe)
-    if _is_conv1d(module):
-        return "transformers' Conv1D keeps its weight transposed and is no nn.Linear"
-    if type(module) not in (nn.Linear, *CONVERTED):
-        return f"{kind} is a subclass of nn.Linear with a forward of its own"
-    assert isinstance(module, nn.Linear)
+    if not isinstance(module, CONVERTED) and (reason := why_not_plain(module)) is not None:
+        return reason
     return layers.why_not_linear(module, recipe)
+
+
+def _why_not_data(weight: Weight) -> str | None:
+    """Return why a weight is nothing that a recipe quantises; None if it is a plain parameter."""
+    if (weight.stack or "weight") not in weight.module._parameters:
+        return "its weight is no parameter: a parametrization or a hook computes it"
+    return why_not_tensor(weight.data, weight.under_fsdp) or why_not_dtype(weight.data)
 
 
 def recipes_of(model: nn.Module) -> dict[str, Recipe]:
@@ -174,18 +193,39 @@ def expert_gates(model: nn.Module) -> set[str]:
     return found
 
 
+def _bypassed(model: nn.Module) -> dict[nn.Module, str]:
+    """Return the layers by whose weights torch's own code multiplies without calling them, and
+    which code that is."""
+    found: dict[nn.Module, str] = {}
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and _has_fast_path(module):
+            reason = (
+                "nn.TransformerEncoderLayer multiplies by its weight without calling it, in eval() "
+                "and without gradients"
+            )
+            found |= {module.linear1: reason, module.linear2: reason}
+        elif isinstance(module, nn.MultiheadAttention) and _runs(module, nn.MultiheadAttention):
+            found[module.out_proj] = (
+                "nn.MultiheadAttention multiplies by its weight without calling it"
+            )
+    return found
+
+
+def _runs(module: nn.Module, base: Any) -> bool:
+    """Return whether a module runs the forward of its base class, also by super()."""
+    forward = type(module).forward
+    # Code that calls super() has a cell `__class__`.
+    cells = getattr(getattr(forward, "__code__", None), "co_freevars", ("__class__",))
+    return forward is base.forward or "__class__" in cells
+
+
 def _has_fast_path(layer: nn.TransformerEncoderLayer) -> bool:
     """Return whether torch may read the weights of `layer`'s linear layers itself, in eval() and
     without gradients: torch's own conditions on the layer, without those on an input
     (torch/nn/modules/transformer.py)."""
-    forward = type(layer).forward
     attention = layer.self_attn
-    # A subclass's forward may call torch's by super(); its code then has a cell `__class__`.
-    calls_super = "__class__" in getattr(
-        getattr(forward, "__code__", None), "co_freevars", ("__class__",)
-    )
     return (
-        (forward is nn.TransformerEncoderLayer.forward or calls_super)
+        _runs(layer, nn.TransformerEncoderLayer)
         and attention.batch_first
         and attention.in_proj_bias is not None
         and attention._qkv_same_embed_dim
@@ -193,9 +233,3 @@ def _has_fast_path(layer: nn.TransformerEncoderLayer) -> bool:
         and bool(layer.activation_relu_or_gelu)
         and layer.norm1.eps == layer.norm2.eps
     )
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """Return whether a module is transformers' Conv1D, the linear layer of GPT-2. It is recognised
-    by its name, so that transformers need not be imported."""
-    return type(module).__name__ == "Conv1D"

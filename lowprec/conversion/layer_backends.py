@@ -1,7 +1,7 @@
 """The ways to compute a linear layer under a recipe, by the name that `precision.backend` gives.
 
-A LayerBackend says which layers and recipes it takes, and turns an nn.Linear into a layer of its
-own class. Backends of `lowprec.gemm` multiply the operands that our layers quantise; all of them
+A LayerBackend says which layers and recipes it takes, and turns a linear layer into one of its own
+classes. Backends of `lowprec.gemm` multiply the operands that our layers quantise; all of them
 share one class of layers, `GemmLayers`. `LAYER_BACKENDS` holds those that are modules of another
 library. To add one, write its class and its entry there.
 """
@@ -16,16 +16,17 @@ from lowprec.errors import UserError
 from lowprec.gemm import Support, select
 from lowprec.nn import LowPrecisionLinear, experts
 from lowprec.nn.gemms import gemm_size
+from lowprec.nn.linear import original_class
 from lowprec.nn.te_linear import DelayedTELinear, TELinear
 from lowprec.nn.te_recipes import te_reason, why_not_shape, why_not_te
 from lowprec.recipe import Recipe
 
 
 class ConvertedLinear(Protocol):
-    """A linear layer that a LayerBackend made of an nn.Linear."""
+    """A linear layer that a LayerBackend has converted."""
 
-    def to_linear(self) -> nn.Linear:
-        """Turn the layer back into the nn.Linear that it was, in place."""
+    def to_linear(self) -> nn.Module:
+        """Turn the layer back into what it was, in place."""
         ...
 
 
@@ -40,7 +41,7 @@ class LayerBackend(ABC):
     """Flag: its layers may read a fused SwiGLU (`swiglu_fusion`)."""
 
     @abstractmethod
-    def why_not_linear(self, linear: nn.Linear, recipe: Recipe) -> str | None:
+    def why_not_linear(self, linear: nn.Module, recipe: Recipe) -> str | None:
         """Return why it can't convert a linear layer to `recipe`; None if it can."""
 
     @abstractmethod
@@ -62,7 +63,7 @@ class LayerBackend(ABC):
     @abstractmethod
     def convert(
         self,
-        linear: nn.Linear,
+        linear: nn.Module,
         recipe: Recipe,
         device_type: str,
         *,
@@ -70,7 +71,8 @@ class LayerBackend(ABC):
         keeps: tuple[Recipe, ...],
         evaluation: Recipe | None,
     ) -> None:
-        """Turn an nn.Linear, or a layer of its own, into its layer for `recipe`, in place.
+        """Turn a linear layer, or one that it has converted, into its layer for `recipe`, in
+        place.
 
         Args:
             layer: place of the layer among the model's weights.
@@ -88,7 +90,7 @@ class GemmLayers(LayerBackend):
     def __init__(self, backend: str) -> None:
         self.backend = backend
 
-    def why_not_linear(self, linear: nn.Linear, recipe: Recipe) -> str | None:
+    def why_not_linear(self, linear: nn.Module, recipe: Recipe) -> str | None:
         return None
 
     def why_not_stack(self, module: nn.Module, recipe: Recipe) -> str | None:
@@ -108,7 +110,7 @@ class GemmLayers(LayerBackend):
 
     def convert(
         self,
-        linear: nn.Linear,
+        linear: nn.Module,
         recipe: Recipe,
         device_type: str,
         *,
@@ -135,7 +137,10 @@ class TransformerEngineLayers(LayerBackend):
     changes_precision = False
     fuses = False
 
-    def why_not_linear(self, linear: nn.Linear, recipe: Recipe) -> str | None:
+    def why_not_linear(self, linear: nn.Module, recipe: Recipe) -> str | None:
+        if not isinstance(linear, self.modules) and original_class(linear) is not nn.Linear:
+            return f"backend te takes nn.Linear only, not {original_class(linear).__name__}"
+        assert isinstance(linear, nn.Linear)
         return why_not_shape(linear, recipe)
 
     def why_not_stack(self, module: nn.Module, recipe: Recipe) -> str | None:
@@ -152,7 +157,7 @@ class TransformerEngineLayers(LayerBackend):
 
     def convert(
         self,
-        linear: nn.Linear,
+        linear: nn.Module,
         recipe: Recipe,
         device_type: str,
         *,
@@ -160,6 +165,7 @@ class TransformerEngineLayers(LayerBackend):
         keeps: tuple[Recipe, ...],
         evaluation: Recipe | None,
     ) -> None:
+        assert isinstance(linear, nn.Linear)
         TELinear.from_linear(linear, recipe)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lowprec.formats.random import derive_key
 from lowprec.nn.calls import note_call
+from lowprec.nn.dtypes import check_dtypes
 from lowprec.nn.gemms import ChosenGemms, LinearGemms, backend_or_auto
 from lowprec.nn.linear_function import LinearFunction
 from lowprec.quant import TwoWay
@@ -242,10 +243,19 @@ class LowPrecisionExperts:
         projection = self.low_precision[name]
         bias = getattr(self, f"{name}_bias") if self.has_bias else None
         arguments = counts, getattr(self, name), bias, self.is_transposed
-        if projection.recipe_now.is_plain or not torch.is_autocast_enabled(device_type):
+        if projection.recipe_now.is_plain:
+            return projection(x, *arguments)
+        autocast = torch.is_autocast_enabled(device_type)
+        weight = getattr(self, name)
+
+        def product(x: Tensor) -> Tensor:
+            return nn.functional.linear(x, weight[0].t() if self.is_transposed else weight[0])
+
+        x = x.to(check_dtypes(x, weight, autocast, product, projection.recipe_now))
+        if not autocast:
             return projection(x, *arguments)
         with torch.autocast(device_type, enabled=False):
-            return projection(x.to(torch.get_autocast_dtype(device_type)), *arguments)
+            return projection(x, *arguments)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         # pickle can't find the class itself by its name.

@@ -1,4 +1,7 @@
-"""The low-precision linear layer: an nn.Linear whose three GEMMs run under a recipe.
+"""The low-precision linear layer: a linear layer whose three GEMMs run under a recipe.
+
+It is a mix-in. A converted module gets a class made of it and of the module's own class: nn.Linear,
+a subclass that multiplies plainly, or transformers' Conv1D, which holds its weight as [K, N].
 
 `LinearFunction` (`linear_function.py`) computes them. The layer holds what outlasts a call: its
 recipe and the backends chosen for it, the recipe's state, and, on a GPU, operands that need not be
@@ -6,14 +9,19 @@ made again: layers that are called with the same tensor, as q, k and v are, shar
 weight's codes are kept until it changes (`codes.py`).
 """
 
-from typing import Any
+import inspect
+from functools import cache
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from lowprec.errors import UserError
 from lowprec.nn.calls import note_call
 from lowprec.nn.codes import forget, shared_codes, weight_codes
+from lowprec.nn.dtypes import check_dtypes
 from lowprec.nn.gemms import ChosenGemms, LinearGemms, backend_or_auto
+from lowprec.nn.known import is_conv1d, is_plain
 from lowprec.nn.linear_function import LinearFunction, autocast_is_on
 from lowprec.quant import TwoWay
 from lowprec.quant.triton_quantize import takes
@@ -28,15 +36,34 @@ from lowprec.recipe.state import (
     this_rank,
 )
 
+OWN_ATTRIBUTES = (
+    "recipe",
+    "backend",
+    "gemms",
+    "seed",
+    "sharded",
+    "plain",
+    "keeps",
+    "evaluation",
+    "evaluation_gemms",
+)
+"""Names of the attributes that a module has while it is converted."""
+
 KEEPS_CODES = ("cuda",)
 """Device types on which codes outlive a call (`codes.py`)."""
 
 
-class LowPrecisionLinear(nn.Linear):
-    """An nn.Linear whose three GEMMs run under a recipe. `from_linear` makes one in place."""
+class LowPrecisionLinear(nn.Module):
+    """A linear layer whose three GEMMs run under a recipe. `from_linear` makes one in place."""
 
+    original: ClassVar[type[nn.Module]]
+    """The class that the module has without the recipe."""
+    transposed: ClassVar[bool]
+    """Flag: the weight is [K, N]."""
     takes_gate = True
     """Flag: `forward` accepts `times_silu_of`."""
+    weight: Tensor
+    bias: Tensor | None
     recipe: Recipe
     backend: str
     gemms: ChosenGemms[str]
@@ -46,7 +73,7 @@ class LowPrecisionLinear(nn.Linear):
     sharded: bool
     """Flag: FSDP2 shards the weight."""
     plain: bool
-    """Flag: the recipe leaves all operands in high precision, so the layer runs as nn.Linear."""
+    """Flag: the recipe leaves all operands in high precision: the module's own forward runs."""
     keeps: tuple[Recipe, ...]
     """Other recipes of the run, whose state the layer holds too."""
     evaluation: Recipe | None
@@ -56,7 +83,7 @@ class LowPrecisionLinear(nn.Linear):
     @classmethod
     def from_linear(
         cls,
-        linear: nn.Linear,
+        linear: nn.Module,
         recipe: Recipe,
         backend: str = "auto",
         device_type: str | None = None,
@@ -65,13 +92,15 @@ class LowPrecisionLinear(nn.Linear):
         layer: int = 0,
         keeps: tuple[Recipe, ...] = (),
         evaluation: Recipe | None = None,
-    ) -> "LowPrecisionLinear":
+    ) -> Self:
         """Turn `linear` into a LowPrecisionLinear, in place, and return it.
 
         The module stays the same object: hooks, outside references, parameters and state-dict keys
         do not change. Only a recipe that keeps state adds buffers (`recipe/state.py`).
 
         Args:
+            linear: an nn.Linear, one of a subclass that multiplies as nn.Linear does, transformers'
+                Conv1D, or a LowPrecisionLinear.
             device_type: the type of device that it will run on, if the weight is not there yet.
             seed, layer: numbers from which the draws of stochastic rounding start.
             keeps: other recipes that the layer has had or will have. It holds their state too, and
@@ -81,26 +110,27 @@ class LowPrecisionLinear(nn.Linear):
             UserError: `backend` can't run the recipe there, or the recipes' states don't fit
                 together.
         """
-        assert type(linear) in (nn.Linear, cls)
-        device_type = device_type or linear.weight.device.type
+        weight: Any = linear.weight
+        device_type = device_type or weight.device.type
         gemms: ChosenGemms[str] = ChosenGemms()
         if device_type != "meta":
-            shape = (linear.out_features, linear.in_features)
+            shape = shape_of(linear)
             gemms[device_type] = LinearGemms.on(device_type, recipe, backend, shape)
         if evaluation is not None:
             keeps = (*keeps, evaluation)
         forget(linear)
-        state = states_of((recipe, *keeps), linear.weight.device, seed, layer)
+        state = states_of((recipe, *keeps), weight.device, seed, layer)
         held = {name: buffer for name, buffer in linear._buffers.items() if keeps and name in state}
-        linear.__class__ = cls
-        assert isinstance(linear, LowPrecisionLinear)
+        if not isinstance(linear, LowPrecisionLinear):
+            linear.__class__ = low_precision_class(type(linear))
+        assert isinstance(linear, cls)
         linear._drop_state()
         linear.recipe = recipe
         linear.backend = backend
         linear.gemms = gemms
         linear.seed = (seed, layer)
         linear.plain = recipe.is_plain
-        linear.sharded = type(linear.weight).__name__ == "DTensor"
+        linear.sharded = not is_plain(linear.weight)
         linear.keeps = keeps
         linear.evaluation = evaluation
         linear.evaluation_gemms = ChosenGemms()
@@ -110,30 +140,50 @@ class LowPrecisionLinear(nn.Linear):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # FSDP2 sets the sharded weight and the gathered one this way. It refills the gathered one's
-        # memory without counting a version, so codes of such a weight must not be kept.
-        if name == "weight" and type(value).__name__ == "DTensor":
+        # memory without counting a version, so codes of such a weight must not be kept. The sharded
+        # weight is a DTensor. Of no other class of tensors are codes kept either.
+        if name == "weight" and not is_plain(value):
             self.sharded = True
         super().__setattr__(name, value)
 
-    def to_linear(self) -> nn.Linear:
-        """Undo `from_linear`, in place."""
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # pickle can't find the class itself by its name.
+        return _new_low_precision, (self.original,), self.__getstate__()
+
+    def to_linear(self) -> nn.Module:
+        """Undo `from_linear`, in place.
+
+        Raises:
+            UserError: something else, such as `fully_shard`, has changed the layer's class since.
+        """
+        if type(self) is not low_precision_class(self.original):
+            raise UserError(
+                f"a layer can't be reverted: its class has become {type(self).__name__} since its "
+                "conversion (fully_shard and parametrizations do that): revert before that"
+            )
         forget(self)
         self._drop_state()
-        for name in LowPrecisionLinear.__annotations__:
+        for name in OWN_ATTRIBUTES:
             del self.__dict__[name]
-        self.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue]
+        self.__class__ = self.original  # pyright: ignore[reportAttributeAccessIssue]
         return self
 
+    @property
+    def w_NK(self) -> Tensor:
+        """The weight as nn.Linear holds it, [N, K]."""
+        return self.weight.t() if self.transposed else self.weight
+
     def reset_parameters(self) -> None:
-        """Draw new parameters, and reset the recipe's state; torch calls it to give real values to
-        a module that was built on the meta device."""
-        super().reset_parameters()
+        """Draw new parameters, if the layer's own class does, and reset the recipe's state; torch
+        calls it to give real values to a module that was built on the meta device."""
+        if hasattr(self.original, "reset_parameters"):
+            super().reset_parameters()  # pyright: ignore[reportAttributeAccessIssue]
         with torch.no_grad():
             fresh = states_of((self.recipe, *self.keeps), self.weight.device, *self.seed)
             for name, buffer in fresh.items():
                 self.get_buffer(name).copy_(buffer)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "LowPrecisionLinear":
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
         # Kept codes refer to the weight, which torch may want to swap for another tensor.
         forget(self)
         histories = {
@@ -184,24 +234,26 @@ class LowPrecisionLinear(nn.Linear):
         note_call(self)
         device_type = input.device.type
         gate = times_silu_of
-        if input.shape[-1:] != (self.in_features,):
-            raise ValueError(f"expected inputs [..., {self.in_features}], got {list(input.shape)}")
+        _, K = shape_of(self)
+        if input.shape[-1:] != (K,):
+            raise ValueError(f"expected inputs [..., {K}], got {list(input.shape)}")
         if self.plain and (self.evaluation is None or self.training):
-            x = input if gate is None else nn.functional.silu(gate) * input
-            return nn.functional.linear(x, self.weight, self.bias)
-        if not autocast_is_on(device_type):
-            return self._run(input, gate, input, device_type)
+            return super().forward(input if gate is None else nn.functional.silu(gate) * input)
+        autocast = autocast_is_on(device_type)
+        dtype = check_dtypes(input, self.weight, autocast, super().forward, self.recipe)
+        if not autocast:
+            return self._run(input.to(dtype), gate, input, device_type)
         # x is cast as nn.Linear would cast it. w is not: it is quantised from its master copy.
         with torch.autocast(device_type, enabled=False):
-            dtype = torch.get_autocast_dtype(device_type)
             gate = None if gate is None else gate.to(dtype)
             return self._run(input.to(dtype), gate, input, device_type)
 
     def _run(self, x: Tensor, gate: Tensor | None, input: Tensor, device_type: str) -> Tensor:
         """Run the recipe. `x` is `input` after autocast's cast; other layers know it by `input`."""
         gemms = self._gemms_on(device_type)
-        x_MK = x.reshape(-1, self.in_features)
-        gate_MK = None if gate is None else gate.reshape(-1, self.in_features)
+        N, K = shape_of(self)
+        x_MK = x.reshape(-1, K)
+        gate_MK = None if gate is None else gate.reshape(-1, K)
         x_ready = TwoWay()
         w_ready = TwoWay()
         if (
@@ -214,7 +266,7 @@ class LowPrecisionLinear(nn.Linear):
             w_ready = self._kept_w(x.requires_grad, gemms)
         y_MN = LinearFunction.apply(
             x_MK,
-            self.weight,
+            self.w_NK,
             self.bias,
             gate_MK,
             gemms,
@@ -223,7 +275,7 @@ class LowPrecisionLinear(nn.Linear):
             w_ready,
             *self._state(),
         )
-        return y_MN.view(*x.shape[:-1], self.out_features)
+        return y_MN.view(*x.shape[:-1], N)
 
     def _gemms_on(self, device_type: str) -> LinearGemms:
         """Return the GEMMs of the present recipe; they are chosen once for each type of device."""
@@ -237,8 +289,7 @@ class LowPrecisionLinear(nn.Linear):
             backend = self.backend
             if recipe is not self.recipe:
                 backend = backend_or_auto(recipe, backend, device_type)
-            shape = (self.out_features, self.in_features)
-            gemms = LinearGemms.on(device_type, recipe, backend, shape)
+            gemms = LinearGemms.on(device_type, recipe, backend, shape_of(self))
             chosen[device_type] = gemms
         return gemms
 
@@ -263,10 +314,51 @@ class LowPrecisionLinear(nn.Linear):
         if not (self.training and torch.is_grad_enabled() and takes(self.weight)):
             return TwoWay()
         wanted = spec.tiles if needs_cols else spec.tiles.only(True, False)
-        return weight_codes(self, self.weight.detach(), wanted)
+        return weight_codes(self, self.w_NK.detach(), wanted)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, recipe={self.recipe.name}"
+        parts = [super().extra_repr(), f"recipe={self.recipe.name}"]
+        return ", ".join(filter(None, parts))
+
+
+def original_class(linear: nn.Module) -> type[nn.Module]:
+    """Return the class that a linear layer has without a recipe."""
+    return linear.original if isinstance(linear, LowPrecisionLinear) else type(linear)
+
+
+def shape_of(linear: Any) -> tuple[int, int]:
+    """Return outputs N and inputs K of a linear layer, also while its weight is sharded."""
+    if is_conv1d(linear):
+        return linear.nf, linear.nx
+    return linear.out_features, linear.in_features
+
+
+@cache
+def low_precision_class(kind: type[nn.Module]) -> type[LowPrecisionLinear]:
+    """Return the class of the converted layers of a class. Objects of it are also of `kind`."""
+    transposed = not issubclass(kind, nn.Linear)
+    members: dict[str, Any] = {
+        "__module__": __name__ if kind is nn.Linear else kind.__module__,
+        "original": kind,
+        "transposed": transposed,
+    }
+    if hasattr(kind, "from_linear"):
+        members["from_linear"] = inspect.getattr_static(kind, "from_linear")  # their own stays
+    name = "LowPrecisionLinear" if kind is nn.Linear else kind.__name__
+    if transposed:
+        # Conv1D's own representation has no place for the recipe.
+        members["__repr__"] = _repr_of_conv1d
+    return type(name, (LowPrecisionLinear, kind), members)
+
+
+def _repr_of_conv1d(layer: Any) -> str:
+    return f"{type(layer).__name__}(nf={layer.nf}, nx={layer.nx}, recipe={layer.recipe.name})"
+
+
+def _new_low_precision(kind: type[nn.Module]) -> Any:
+    """Return an empty converted layer of `kind`, which unpickling fills."""
+    made: Any = low_precision_class(kind)
+    return made.__new__(made)
 
 
 def _capturing(device_type: str) -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lowprec.errors import UserError
 from lowprec.nn.calls import note_call
+from lowprec.nn.known import is_plain
 from lowprec.nn.linear import LowPrecisionLinear
 from lowprec.nn.te_recipes import te_recipe, twin_of, why_not_shape
 from lowprec.recipe import Recipe
@@ -67,7 +68,7 @@ class TELinear(nn.Linear):
         linear.recipe = recipe
         linear.twin = made
         linear.multiple = twin.multiple
-        linear.sharded = type(linear.weight).__name__ == "DTensor"
+        linear.sharded = not is_plain(linear.weight)
         linear._forget()
         return linear
 
@@ -155,7 +156,7 @@ class TELinear(nn.Linear):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # FSDP2 sets the sharded weight this way.
-        if name == "weight" and type(value).__name__ == "DTensor":
+        if name == "weight" and not is_plain(value):
             self.sharded = True
         super().__setattr__(name, value)
 

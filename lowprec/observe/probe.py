@@ -35,6 +35,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lowprec.nn import LowPrecisionLinear, experts
 from lowprec.nn.experts import ExpertProjection
+from lowprec.nn.known import is_dtensor
 from lowprec.quant import OperandSpec, quantize
 from lowprec.recipe.state import history_name
 
@@ -211,7 +212,7 @@ def _measure_inputs(found: dict[str, Tensor]) -> Any:
             if gate is not None:
                 x = nn.functional.silu(gate) * x
             _keep(found, "x", x, module)
-            _keep(found, "w", module.weight, module)
+            _keep(found, "w", module.w_NK, module)
 
     return hook
 
@@ -234,7 +235,7 @@ def _keep(
     gemm, side = _OPERANDS[operand]
     spec = module.recipe.gemm(gemm)
     source = getattr(spec, side)
-    if type(t).__name__ == "DTensor":
+    if is_dtensor(t):
         # A layer that is an FSDP2 unit by itself is not gathered yet. Measure this rank's shard.
         t = t.to_local()  # pyright: ignore[reportAttributeAccessIssue]
     t = t.detach().reshape(-1, t.shape[-1])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 import lowprec
 from lowprec.conversion.config import ConversionConfig, RuleConfig, parse_conversion
@@ -114,21 +115,28 @@ def test_the_head_that_a_model_names_itself():
     assert converted(model) == {"body": "bf16"}
 
 
-def test_gpt2_keeps_its_conv1d_and_says_why():
+def test_gpt2_runs_all_linear_weights_but_the_head():
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=1, n_head=2)).eval()  # it has dropout
-    before = run(model)
+    before, keys, weight = run(model), list(model.state_dict()), model.transformer.h[0].attn.c_attn.weight
     plan = convert(model, "fp8_blockwise")
-    blocked = [layer for layer in plan.layers if layer.blocked]
-    assert [layer.name.removeprefix("transformer.h.0.") for layer in blocked] == ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
-    assert {layer.kind for layer in blocked} == {"Conv1D"}
-    assert {layer.reason for layer in blocked} == {"transformers' Conv1D keeps its weight transposed and is no nn.Linear"}
-    assert blocked[0].shape == (96, 32)  # N x K, although its weight is K x N
-    assert converted(model) == {}
+    names = [layer.name.removeprefix("transformer.h.0.") for layer in plan.converted]
+    assert names == ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+    assert {layer.kind for layer in plan.converted} == {"Conv1D"}
+    assert [layer.name for layer in plan.layers if not layer.converted] == ["lm_head"]
+    assert plan.layers[0].shape == (96, 32)  # N x K, although its weight is K x N
+    layer = model.transformer.h[0].attn.c_attn
+    assert isinstance(layer, Conv1D)
+    assert not isinstance(layer, nn.Linear)  # others tell by that how its weight lies
+    assert 0 < (run(model) - before).norm() / before.norm() < 0.1
+    assert list(model.state_dict()) == keys
+    assert model.transformer.h[0].attn.c_attn.weight is weight
+    assert revert(model) == 4
+    assert type(model.transformer.h[0].attn.c_attn) is Conv1D
     assert torch.equal(run(model), before)
 
 
-def test_a_subclass_of_linear_stays_in_high_precision():
+def test_a_subclass_with_a_forward_of_its_own_stays_in_high_precision():
     model = nn.ModuleDict({"plain": nn.Linear(8, 8), "narrow": Narrow(8, 8)})
     plan = convert(model, "bf16")
     assert converted(model) == {"plain": "bf16"}

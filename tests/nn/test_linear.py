@@ -30,8 +30,17 @@ def through_fprop(name: str) -> bool:
     return isinstance(library.get(name).wgrad.b, FromFprop)
 
 
-def layer(name: str, k: int, n: int, *, bias: bool = True, seed: int = 0, dtype: torch.dtype = torch.float32) -> LowPrecisionLinear:
-    linear = nn.Linear(k, n, bias=bias, dtype=dtype)
+class Casting(nn.Linear):
+    """A linear layer that takes inputs of any dtype, as nn.Linear does not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+def layer(
+    name: str, k: int, n: int, *, bias: bool = True, seed: int = 0, dtype: torch.dtype = torch.float32, kind: Any = nn.Linear
+) -> LowPrecisionLinear:
+    linear = kind(k, n, bias=bias, dtype=dtype)
     with torch.no_grad():
         linear.weight.copy_(gaussian(n, k, seed) / k**0.5)
         if bias:
@@ -115,8 +124,13 @@ def test_no_tokens(leading, name):
 @pytest.mark.parametrize("w_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_dtypes(x_dtype, w_dtype, name):
-    """y and dx take x's dtype, dw and db their parameters' dtypes; each is the fp32 layer's result on the same values, rounded once."""
-    module, x, g = layer(name, 96, 40, dtype=w_dtype), gaussian(24, 96, 2).to(x_dtype), gaussian(24, 40, 3).to(x_dtype)
+    """y and dx take x's dtype, dw and db their parameters' dtypes; each is the fp32 layer's result on the same values, rounded once.
+
+    A layer takes another dtype than its weight's if its own class does; nn.Linear refuses it."""
+    module, x, g = layer(name, 96, 40, dtype=w_dtype, kind=Casting), gaussian(24, 96, 2).to(x_dtype), gaussian(24, 40, 3).to(x_dtype)
+    if x_dtype != w_dtype:
+        with pytest.raises(RuntimeError, match="must have the same dtype"):
+            layer(name, 96, 40, dtype=w_dtype)(x)
     got = gradients(module, x, g)
     assert [t.dtype for t in got] == [x_dtype, x_dtype, w_dtype, w_dtype]
     wide = copy.deepcopy(module).float()
@@ -156,7 +170,7 @@ def test_an_expanded_gradient():
 
 @every_recipe
 def test_autocast_casts_x_and_quantises_w_from_its_master_copy(name):
-    module, x, g = layer(name, 96, 40), gaussian(24, 96, 2), gaussian(24, 40, 3)
+    module, x, g = layer(name, 96, 40, kind=Casting), gaussian(24, 96, 2), gaussian(24, 40, 3)
     x_leaf = x.clone().requires_grad_()
     rewind(module)
     with torch.autocast("cpu", torch.bfloat16):
@@ -401,7 +415,7 @@ def test_deepcopy_is_independent(name):
     module, x, g = layer(name, 40, 24), gaussian(16, 40, 2), gaussian(16, 24, 3)
     twin = copy.deepcopy(module)
     expected = gradients(module, x, g)
-    assert type(twin) is LowPrecisionLinear
+    assert type(twin) is type(module)
     assert twin.recipe == module.recipe
     for a, b in zip(gradients(twin, x, g), expected, strict=True):
         assert torch.equal(a, b)
