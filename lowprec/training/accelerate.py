@@ -15,7 +15,7 @@ import functools
 import logging
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -38,6 +38,7 @@ from lowprec.errors import UserError
 from lowprec.training.checkpoint.no_code import check_no_code, load_data
 from lowprec.training.checkpoint.saved import read_json, save_json
 from lowprec.training.control.controller import PrecisionController
+from lowprec.training.control.references import References
 from lowprec.training.control.schedule import make_schedule
 from lowprec.training.control.wandb_log import log_plan
 from lowprec.training.log import show_log
@@ -59,6 +60,7 @@ def prepare(
     steps: int | None = None,
     tokens: int | None = None,
     compiled: bool = False,
+    references: Iterable[nn.Module] = (),
     directory: str | Path | None = None,
 ) -> tuple[Any, ...]:
     """Convert `model` in place, then `accelerator.prepare(model, optimizer, *others)`.
@@ -76,6 +78,8 @@ def prepare(
             FP8 pays for (see `lowprec.convert`).
         compiled: whether the blocks are compiled, if the accelerator's dynamo backend does not say
             so.
+        references: models that the loop compares `model` with. They are converted with it, in each
+            phase, and put into `eval()` without gradients.
         directory: where events.jsonl is written; None: nowhere.
     Returns:
         The result of `accelerator.prepare` for model, optimizer and others, in this order.
@@ -93,6 +97,7 @@ def prepare(
         and controller.tokens * accelerator.num_processes * accelerator.gradient_accumulation_steps
     )
     make_schedule(controller.config.schedule, steps, per_step)
+    References(controller, references).begin()
     plan = controller.convert(model, accelerator.device)
     changed = sum_in_fp32(accelerator.state, model)
     if accelerator.is_main_process:

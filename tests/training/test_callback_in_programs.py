@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch._dynamo
 from safetensors.torch import load_file
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, set_seed
 from transformers.training_args import ParallelMode
 
 import lowprec
@@ -23,10 +23,105 @@ from lowprec.training.control.controller import PrecisionController
 from tests.builders import losses, prose, small_trainer, tiny_llama
 from tests.training.control.test_guard_in_training import GUARD, NaNGradient
 
+pytestmark = [
+    pytest.mark.filterwarnings(r"ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings(r"ignore:The \.grad attribute of a Tensor that is not a leaf:UserWarning"),
+    pytest.mark.filterwarnings(r"ignore:`torch\.jit\.script_method` is deprecated:DeprecationWarning"),
+]
+
 
 def test_two_callbacks_in_one_trainer(tmp_path: Path):
     with pytest.raises(UserError, match="this Trainer has two LowPrecisionCallbacks"):
         small_trainer(tmp_path, LowPrecisionCallback("mxfp8"), LowPrecisionCallback("mxfp4"))
+
+
+def test_one_callback_twice_in_one_trainer(tmp_path: Path):
+    callback = LowPrecisionCallback("mxfp8")
+    with pytest.raises(UserError, match="this Trainer has the same LowPrecisionCallback twice"):
+        small_trainer(tmp_path, callback, callback)
+    trainer = small_trainer(tmp_path, callback)
+    trainer.add_callback(callback)
+    with pytest.raises(UserError, match="this Trainer has the same LowPrecisionCallback twice"):
+        trainer.train()
+
+
+def test_a_class_is_no_callback_with_a_precision(tmp_path: Path):
+    with pytest.raises(UserError, match=r'Give the Trainer an instance, such as callbacks=\[LowPrecisionCallback\("fp8_blockwise"\)\]'):
+        Trainer(tiny_llama(), small_trainer(tmp_path).args, callbacks=[LowPrecisionCallback])
+
+
+@pytest.mark.parametrize("settings", [{}, {"torch_compile": True, "torch_compile_backend": "eager"}], ids=["eager", "compiled"])
+def test_a_callback_that_is_added_later(settings: dict[str, Any], tmp_path: Path):
+    """The model is converted when training begins, and trains as if the callback had been there from the start."""
+    model = tiny_llama()
+    late = small_trainer(tmp_path / "late", model=model, max_steps=3, **settings)
+    late.add_callback(LowPrecisionCallback("mxfp4_aws"))
+    late.train()
+    early = small_trainer(tmp_path / "early", LowPrecisionCallback("mxfp4_aws"), max_steps=3, **settings)
+    early.train()
+    assert losses(late) == losses(early)
+    assert len(recipes_of(model)) == 14
+    assert (tmp_path / "late" / "plan.json").read_text() == (tmp_path / "early" / "plan.json").read_text()
+
+
+def test_a_callback_that_is_added_later_to_a_run_that_resumes(tmp_path: Path):
+    saves = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
+    for recipe in ("fp8_blockwise", "fp8_delayed"):
+        small_trainer(tmp_path, LowPrecisionCallback(recipe), **saves).train()
+        late = small_trainer(tmp_path, **saves)
+        late.add_callback(LowPrecisionCallback(recipe))
+        if recipe == "fp8_blockwise":
+            late.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+            continue
+        with pytest.raises(UserError, match=r"without recipe state; give the callback to the Trainer when it is made: callbacks=\["):
+            late.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_callback_that_takes_the_place_of_another(tmp_path: Path):
+    trainer = small_trainer(tmp_path, LowPrecisionCallback("mxfp8"), max_steps=1)
+    trainer.add_callback(LowPrecisionCallback("mxfp4"))
+    with pytest.raises(UserError, match=r"two LowPrecisionCallbacks.*trainer\.remove_callback\(LowPrecisionCallback\)"):
+        trainer.train()
+    trainer.remove_callback(LowPrecisionCallback)
+    trainer.train()
+    assert {recipe.name for recipe in recipes_of(trainer.model).values()} == {"mxfp4"}
+
+
+def test_a_model_that_takes_the_place_of_another(tmp_path: Path):
+    callback = LowPrecisionCallback("mxfp4_aws")
+    trainer = small_trainer(tmp_path / "1", callback, max_steps=2)
+    trainer.model = trainer.model_wrapped = tiny_llama(seed=1)
+    set_seed(trainer.args.seed)  # as the Trainer did when it was made
+    trainer.train()
+    assert len(recipes_of(trainer.model)) == 14
+    other = small_trainer(tmp_path / "2", callback, model=tiny_llama(seed=1), max_steps=2)
+    other.train()
+    assert losses(other) == losses(trainer)
+
+
+def test_two_trainers_that_share_a_callback_by_turns(tmp_path: Path):
+    """Recipes with state resume, too: the callback converted both models before they loaded a checkpoint."""
+    callback = LowPrecisionCallback("fp8_delayed")
+    saves = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
+    first, second = (small_trainer(tmp_path / name, callback, **saves) for name in "ab")
+    first.train()
+    second.train()
+    expected = losses(first)
+    set_seed(first.args.seed)
+    first.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert losses(second) == expected == losses(first)
+
+
+def test_compiled_code_is_seen_or_said_not_to_be(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    seen, declared = LowPrecisionCallback("mxfp8"), LowPrecisionCallback("mxfp8", compiled=True)
+    trainer = small_trainer(tmp_path, seen, max_steps=1)
+    assert not seen.controller.compiled
+    trainer.model.model.layers[0].compile(backend="eager")
+    trainer.train()
+    assert seen.controller.compiled
+    assert "compiled=True" not in caplog.text
+    small_trainer(tmp_path, declared, max_steps=1).train()
+    assert "compiled=True was declared, but no module of the model is compiled" in caplog.text
 
 
 def test_several_gpus_in_one_process(tmp_path: Path):

@@ -178,7 +178,7 @@ class PrecisionController:
         self._schedule = make_schedule(self.config.schedule, total_steps, tokens_per_step)
         if self._schedule.counts_tokens:
             self.tokens_seen.begin(step, tokens_per_step)
-        self.tokens_seen.watch(called or model)
+        self.tokens_seen.watch(model if called is None else called)
         self._main = main
         compile_deterministically()
         self._model = model

@@ -105,8 +105,9 @@ class References:
             reason = "its log-probabilities were computed before it could be converted"
         if reason is not None:
             raise UserError(
-                f"{name}, with which the converted model is compared: {reason}; give the Trainer "
-                f"{name}=model, and the callback references=[model], for one model of yours"
+                f"{name}, with which the converted model is compared: {reason}; load that model "
+                f"yourself, and give it to the Trainer ({name}=model) and to the callback "
+                "(LowPrecisionCallback(..., references=[model]))"
             )
 
 
