@@ -19,6 +19,7 @@ in fp32. The result is in runs/<config name>/<number>/model: the model, or with 
 
 import contextlib
 import dataclasses
+import math
 import os
 import sys
 import time
@@ -41,7 +42,7 @@ from lowprec.distributed.processes import (
     on_main_process,
     use_one_gpu,
 )
-from lowprec.errors import UserError, nearest, reported
+from lowprec.errors import TrainingStopped, UserError, nearest, reported
 from lowprec.training.control.precision import PrecisionConfig, parse_precision
 from lowprec.training.data.config import DataConfig
 from lowprec.training.data.sources import ROW_SUFFIXES, resolve_sources
@@ -177,6 +178,8 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         if summary["val_loss"] is not None:
             losses += f", val_loss {summary['val_loss']:.4f}"
         print(f"{summary['steps']} steps, {losses}; written to {run_dir}")
+    if not all(math.isfinite(summary[name] or 0.0) for name in ("train_loss", "val_loss")):
+        raise TrainingStopped(f"the run has ended with a loss that is not finite; see {run_dir}")
     return summary
 
 

@@ -1,7 +1,6 @@
 """`lowprec bench`: what the parts cost on this machine. The measuring itself is in `lowprec.bench`,
 that of training steps in `lowprec.cli.bench_train`."""
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +8,7 @@ import click
 
 from lowprec.cli.common import JSON, Group, answers
 from lowprec.errors import UserError
+from lowprec.files import to_json
 
 _DEVICE = click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 _SHAPES = click.option(
@@ -62,7 +62,7 @@ def quantize_command(
 
     rivals = _names(against)
     result = quantize.run(device, rivals, (int(rows), int(columns)), compiled, dtype)
-    return json.dumps(result, indent=1) if as_json else bench_table(result, rivals)
+    return to_json(result, indent=1) if as_json else bench_table(result, rivals)
 
 
 @command.command("gemm")
@@ -88,7 +88,7 @@ def gemm_command(
     from lowprec.cli.tables import gemm_table
 
     result = gemm.run(device, shapes, recipe, _names(against), _names(backend), seconds)
-    return json.dumps(result, indent=1) if as_json else gemm_table(result)
+    return to_json(result, indent=1) if as_json else gemm_table(result)
 
 
 @command.command("linear")
@@ -118,7 +118,7 @@ def linear_command(
         click.echo(linear_row(row), err=True)
 
     result = linear.run(device, shapes, recipe, _names(against), compiled, seconds, report)
-    return json.dumps(result, indent=1) if as_json else linear_table(result)
+    return to_json(result, indent=1) if as_json else linear_table(result)
 
 
 @command.command("train")
@@ -165,7 +165,7 @@ def train_command(recipe: str, against: str, as_json: bool, **settings: Any) -> 
     from lowprec.cli.tables import train_table
 
     result = bench_train.run(recipes=_names(recipe), against=_names(against), **settings)
-    return json.dumps(result, indent=1) if as_json else train_table(result)
+    return to_json(result, indent=1) if as_json else train_table(result)
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -1,7 +1,6 @@
 """`lowprec doctor`: this machine and what it can do."""
 
 import importlib.metadata
-import json
 import os
 import platform
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ import click
 
 from lowprec import __version__
 from lowprec.cli.common import JSON, answers
+from lowprec.files import to_json
 
 if TYPE_CHECKING:
     from lowprec.recipe import Recipe
@@ -43,7 +43,7 @@ def command(as_json: bool) -> str:
     from lowprec.cli.tables import doctor_table
 
     report = examine()
-    return json.dumps(report, indent=1) if as_json else doctor_table(report)
+    return to_json(report, indent=1) if as_json else doctor_table(report)
 
 
 def examine() -> dict[str, Any]:

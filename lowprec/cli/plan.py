@@ -1,11 +1,10 @@
 """`lowprec plan`: the plan of a run, without its data and its weights."""
 
-import json
-
 import click
 
 from lowprec.cli.common import CONFIG, JSON, OVERRIDES, answers
 from lowprec.config import shipped
+from lowprec.files import to_json
 
 
 @click.command("plan")
@@ -23,4 +22,4 @@ def command(config: str, overrides: tuple[str, ...], as_json: bool) -> str:
     from lowprec.training.run.plan import plan_run
 
     plan = plan_run(run)
-    return json.dumps(plan.to_dict(), indent=1, ensure_ascii=False) if as_json else str(plan)
+    return to_json(plan.to_dict(), indent=1, ensure_ascii=False) if as_json else str(plan)

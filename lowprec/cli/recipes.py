@@ -1,11 +1,11 @@
 """`lowprec recipes`: the named recipes as equations."""
 
-import json
 from typing import Any
 
 import click
 
 from lowprec.cli.common import JSON, answers
+from lowprec.files import to_json
 
 
 @click.command("recipes")
@@ -16,7 +16,7 @@ def command(as_json: bool) -> str:
     from lowprec.cli.tables import recipes_table
 
     recipes = describe()
-    return json.dumps(recipes, indent=1, ensure_ascii=False) if as_json else recipes_table(recipes)
+    return to_json(recipes, indent=1, ensure_ascii=False) if as_json else recipes_table(recipes)
 
 
 def describe() -> list[dict[str, Any]]:

@@ -1,7 +1,6 @@
 """The Plan: the precision and the backend of each linear layer, native or emulated, and the reason
 where a layer stays in high precision."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
@@ -10,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from lowprec.files import write_atomically
+from lowprec.files import to_json, write_atomically
 
 NATIVE = "native"
 EMULATED = "emulated"
@@ -175,9 +174,7 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, whole or not at all."""
-        write_atomically(
-            Path(path), json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
-        )
+        write_atomically(Path(path), to_json(self.to_dict(), indent=1, ensure_ascii=False) + "\n")
 
     def __repr__(self) -> str:
         """Return counts by recipe and status: '<Plan for cuda: 22 linear layers, 21 fp8_blockwise

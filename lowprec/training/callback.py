@@ -48,10 +48,12 @@ from lowprec.training.checkpoint.saved import (
     load_tensors,
     put_into_trainer_state,
     save_tensors,
+    write_valid_json,
 )
 from lowprec.training.checkpoint.saving import CheckpointWriter
 from lowprec.training.checkpoint.torn import check_resumed
 from lowprec.training.control.controller import PrecisionController
+from lowprec.training.control.finite import LossSum
 from lowprec.training.control.guard import check_replay
 from lowprec.training.control.precision import PrecisionConfig
 from lowprec.training.control.references import References, check_precomputed
@@ -132,6 +134,7 @@ class LowPrecisionCallback(TrainerCallback):
         self._log = TrainerLog(self.controller)
         self._writer = CheckpointWriter(_add_recipe_state)
         self._owner = Owner()
+        self._losses = LossSum()
         self._hooked: nn.Module | None = None
         """The model that has this callback's hooks."""
         self._finished: FinishedFlag | None = None
@@ -178,13 +181,15 @@ class LowPrecisionCallback(TrainerCallback):
         Returns:
             The result of `trainer.train`.
         Raises:
-            TrainingStopped: there is no checkpoint to go back to.
+            TrainingStopped: there is no checkpoint to go back to, or the weights are not finite any
+                more.
             ValueError: there is no checkpoint to resume from.
         """
         self._owner.take(trainer.args)
         try:
             self._writer.take_over(trainer)
-            return self._replay.train(trainer, resume_from_checkpoint)
+            with self._losses.raised_at_the_end():
+                return self._replay.train(trainer, resume_from_checkpoint)
         finally:
             self._owner.release()
 
@@ -257,6 +262,8 @@ class LowPrecisionCallback(TrainerCallback):
         if not was_read and state.global_step and leaves_state_out(model):
             self._load_recipe_state(model, args, state)
         put_into_trainer_state(controller, state)
+        write_valid_json(state)
+        self._losses.begin(model, compiled=bool(args.torch_compile))
         self._log.begin(args, state)
         self._set_finished(False)
 
@@ -270,7 +277,12 @@ class LowPrecisionCallback(TrainerCallback):
             self._log.show_events(args, state)
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
     ) -> TrainerControl:
         self.controller.after_step(state.global_step)
         self._log.show_events(args, state)
@@ -280,6 +292,9 @@ class LowPrecisionCallback(TrainerCallback):
             control.should_training_stop = True
             control.should_save = False
             control.should_evaluate = False
+        elif control.should_save and not control.should_log:
+            guarded = self.precision.guard is not None
+            self._losses.stop_if_hopeless(model, state, control, guarded=guarded)
         self._owner.before_save(args, control)
         return control
 
@@ -316,11 +331,17 @@ class LowPrecisionCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, Any] | None = None,
+        model: Any = None,
         **kwargs: Any,
     ) -> None:
-        if logs is None or "loss" not in logs:
+        if logs is None or not {"loss", "train_loss"} & logs.keys():
             return
-        values = self.controller.scalars()
+        values = self.controller.scalars() if "loss" in logs else {}
+        if "loss" in logs:
+            norm = logs.get("grad_norm")
+            guarded = self.precision.guard is not None
+            self._losses.stop_if_hopeless(model, state, control, norm, guarded=guarded)
+        values |= self._losses.show(logs)
         logs |= values
         if state.log_history:
             state.log_history[-1].update(values)
@@ -330,9 +351,11 @@ class LowPrecisionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.controller.stop()
+        self._losses.end()
         self._set_finished(self.controller.replay_before is None)
         if not self._replay.runs:
             self._owner.release()
+        self._losses.raise_if_hopeless()
 
     # Inside
 

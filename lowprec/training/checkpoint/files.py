@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowprec.files import plain
 from lowprec.training.checkpoint import manifest, structure
 
 if TYPE_CHECKING:
@@ -154,5 +155,5 @@ def is_checkpoint_of(checkpoint: Path, state: "TrainerState") -> bool:
         return False
     if held["global_step"] != state.global_step:
         return False
-    # As text, NaN equals NaN.
-    return json.dumps(held.get("log_history")) == json.dumps(state.log_history)
+    # In `plain` NaN equals NaN.
+    return plain(held.get("log_history")) == plain(state.log_history)

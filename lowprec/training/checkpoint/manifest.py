@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lowprec.files import write_atomically
+from lowprec.files import to_json, write_atomically
 
 MANIFEST = "lowprec_manifest.json"
 _FORMAT = 1
@@ -50,7 +50,7 @@ def write_manifest(folder: Path, step: int | None = None) -> None:
         size, crc32 = _checksum(path, flush=True)
         entries[name] = {"size": size, "crc32": crc32}
     content = {"format": _FORMAT, "step": step, "files": entries}
-    write_atomically(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
+    write_atomically(folder / MANIFEST, to_json(content, indent=1) + "\n")
 
 
 def has_manifest(folder: Path) -> bool:

@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 from lowprec.errors import UserError
+from lowprec.files import to_json
 
 logger = logging.getLogger("lowprec")
 
@@ -59,7 +60,7 @@ def hold(directory: Path) -> None:
     if file is None:
         return
     os.ftruncate(file, 0)
-    os.write(file, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+    os.write(file, to_json({"pid": os.getpid(), "host": socket.gethostname()}).encode())
     _held[key] = _Hold(file)
 
 

@@ -9,6 +9,7 @@ the place:
     Accelerate      <name>.json beside the files of `accelerator.save_state`: plain JSON data
 """
 
+import copy
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -38,6 +39,20 @@ class Saved(Protocol):
 def put_into_trainer_state(part: Saved, state: "TrainerState") -> None:
     """Put the part into the state that the Trainer writes with its next checkpoint."""
     _entries(state)[part.name] = plain(part.state_dict())
+
+
+def write_valid_json(state: "TrainerState") -> None:
+    """Make the Trainer write its state as valid JSON: losses that are not finite as strings (see
+    `lowprec.files`). Read those of a resumed run as floats."""
+    history: Any = with_floats(state.log_history)
+    state.log_history = history
+
+    def save_to_json(path: str) -> None:
+        written = copy.copy(state)
+        vars(written).update(plain(vars(state)))
+        type(state).save_to_json(written, path)
+
+    vars(state)["save_to_json"] = save_to_json
 
 
 def load_from_trainer_state(part: Saved, state: "TrainerState") -> bool:

@@ -1,12 +1,11 @@
 """The events of a run: new phases of the precision, corrections of the plan, breaches and
 recoveries. They are kept in memory, in the log and in the run's events.jsonl."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
-from lowprec.files import keep_lines_until
+from lowprec.files import keep_lines_until, to_json
 from lowprec.training.file_names import EVENTS
 
 logger = logging.getLogger("lowprec")
@@ -58,7 +57,7 @@ class Events:
             )
         if self._directory is not None:
             with open(self._directory / EVENTS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(to_json(record) + "\n")
 
     def forget_stale(self) -> None:
         """Remove stale events from the file. Only the first call after `begin` does something."""

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from lowprec.errors import UserError
+from lowprec.files import to_json
 
 MANIFEST = "manifest.json"
 _BLOCK = 4 * 2**20
@@ -42,7 +43,7 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def content_key(identity: Any) -> str:
     """Return a hash of `identity`, any tree of JSON values, as 32 hex digits."""
-    text = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    text = to_json(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -149,7 +150,7 @@ def _write_manifest(folder: Path) -> None:
         size = path.stat().st_size
         files[path.name] = [size, [_block_sum(path, block) for block in range(-(-size // _BLOCK))]]
     manifest = {"files": files, "key": content_key(files)}
-    (folder / MANIFEST).write_text(json.dumps(manifest) + "\n", encoding="utf-8")
+    (folder / MANIFEST).write_text(to_json(manifest) + "\n", encoding="utf-8")
 
 
 def _read_manifest(entry: Path) -> dict[str, tuple[int, list[int]]]:

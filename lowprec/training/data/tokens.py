@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from lowprec.errors import UserError
+from lowprec.files import to_json
 from lowprec.training.data.cache import build_once, check_entry, content_key
 from lowprec.training.data.corpus import SPLITS, Corpus, Document, Split
 from lowprec.training.data.tokenizer import make_encoder, token_dtype
@@ -171,7 +172,7 @@ def _write(folder: Path, corpus: Corpus, tokenizer: "PreTrainedTokenizerFast") -
             "document_count": len(writer.starts),
             "byte_count": writer.bytes,
         }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    (folder / "meta.json").write_text(to_json(meta, indent=2) + "\n", encoding="utf-8")
     corpus.check_unchanged()
 
 

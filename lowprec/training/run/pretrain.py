@@ -1,6 +1,7 @@
 """A pretraining run, from its configuration to the saved model."""
 
 import logging
+import math
 import os
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.utils.logging import disable_progress_bar
 
 from lowprec.distributed.processes import distributed_state, on_main_process
-from lowprec.errors import UserError
+from lowprec.errors import TrainingStopped, UserError
 from lowprec.training.callback import LowPrecisionCallback
 from lowprec.training.checkpoint import files as checkpoint_files
 from lowprec.training.checkpoint.no_code import check_no_code
@@ -90,6 +91,7 @@ def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> d
             setup, model, trainer, low_precision, examples, first_step=first_step, wall_s=wall_s
         )
         save_result(trainer, summary)
+        _check_finite(trainer, summary)
         return summary
     finally:
         run_directory.release(directory)
@@ -126,6 +128,18 @@ def _start_directory(
         resume_checks.write_config(directory, checkpoint, data)
     if "wandb" in (args.report_to or ()):
         os.environ.setdefault("WANDB_DIR", str(directory))
+
+
+def _check_finite(trainer: Trainer, summary: dict[str, Any]) -> None:
+    """Raise TrainingStopped if the run has ended with a loss that is not finite."""
+    last = next((logs["loss"] for logs in reversed(trainer.state.log_history) if "loss" in logs), 0)
+    found = {"loss": last, "val_loss": summary["val_loss"]}
+    if bad := {name: value for name, value in found.items() if not math.isfinite(value)}:
+        losses = " and ".join(f"{name} {value}" for name, value in bad.items())
+        raise TrainingStopped(
+            f"the run has ended with {losses}; lower the learning rate, take another recipe, or "
+            f"let precision.guard: true watch it (results: {summary['output_dir']})"
+        )
 
 
 def _check_trained(trainer: Trainer, first_step: int, examples: LoadedData) -> None:

@@ -1,6 +1,5 @@
 """Callbacks that report a run's progress: throughput, metrics.jsonl and the progress bar."""
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lowprec.files import to_json
 from lowprec.training.file_names import METRICS
 from lowprec.training.run.machine import peak_flops
 
@@ -73,7 +73,7 @@ class MetricsCallback(TrainerCallback):
     ) -> None:
         if logs and state.is_world_process_zero:
             with open(Path(str(args.output_dir)) / METRICS, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+                file.write(to_json({"step": state.global_step, **logs}) + "\n")
 
 
 class ProgressBar(TrainerCallback):

@@ -1,13 +1,12 @@
 """The result of a finished run: summary.json and the model."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, Trainer
 
-from lowprec.files import write_atomically
+from lowprec.files import to_json, write_atomically
 from lowprec.training.callback import LowPrecisionCallback
 from lowprec.training.checkpoint.saving import whole_folder
 from lowprec.training.data import LoadedData
@@ -65,7 +64,7 @@ def save_result(trainer: Trainer, summary: dict[str, Any]) -> None:
     """
     directory = Path(str(trainer.args.output_dir))
     if trainer.args.should_save:
-        text = json.dumps(summary, indent=1) + "\n"
+        text = to_json(summary, indent=1) + "\n"
         write_atomically(directory / UNFINISHED_SUMMARY, text)
     if trainer.args.save_strategy != "no":
         with whole_folder(directory / MODEL, args=trainer.args) as folder:
