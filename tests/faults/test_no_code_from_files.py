@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from lowprec import LowPrecisionCallback, UserError
 from lowprec.config.yaml import load
 from lowprec.training.accelerate import controller, prepare
+from lowprec.training.checkpoint.manifest import MANIFEST
 from lowprec.training.checkpoint.no_code import check_no_code, read_sharded_as_data
 from lowprec.training.data import load_data
 from lowprec.training.data.config import DataConfig
@@ -90,9 +91,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "checkpoint-1"
 
 
+def copied(checkpoint: Path, target: Path) -> Path:
+    """Copy a checkpoint without its manifest, as another program would write one."""
+    shutil.copytree(checkpoint, target)
+    (target / MANIFEST).unlink()
+    return target
+
+
 def resume(checkpoint: Path) -> None:
     callback = LowPrecisionCallback("mxfp8")
-    trainer = small_trainer(checkpoint.parent, callback, max_steps=2)
+    trainer = small_trainer(checkpoint.parent / "run", callback, max_steps=2)
     callback.train(trainer, str(checkpoint))
 
 
@@ -101,7 +109,7 @@ def resume(checkpoint: Path) -> None:
     "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt", "pytorch_model.bin", "adapter/adapter_model.bin"]
 )
 def test_a_checkpoint_of_the_trainer(name: str, write: Callable[[Path, Path], None], trained: Path, marker: Path, tmp_path: Path):
-    checkpoint = shutil.copytree(trained, tmp_path / "checkpoint-1")
+    checkpoint = copied(trained, tmp_path / "checkpoint-1")
     (checkpoint / name).parent.mkdir(exist_ok=True)
     write(checkpoint / name, marker)
     with pytest.raises(UserError) as error:
@@ -114,14 +122,14 @@ def test_a_checkpoint_of_the_trainer(name: str, write: Callable[[Path, Path], No
 
 
 def test_what_nothing_reads_does_not_stop_a_run(trained: Path, marker: Path, tmp_path: Path):
-    checkpoint = shutil.copytree(trained, tmp_path / "checkpoint-1")
+    checkpoint = copied(trained, tmp_path / "checkpoint-1")
     as_archive(checkpoint / "training_args.bin", marker)
     resume(checkpoint)
 
 
 def test_the_best_checkpoint_of_a_run_is_checked(trained: Path, marker: Path, tmp_path: Path):
-    checkpoint = shutil.copytree(trained, tmp_path / "checkpoint-1")
-    best = shutil.copytree(trained, tmp_path / "elsewhere")
+    checkpoint = copied(trained, tmp_path / "checkpoint-1")
+    best = copied(trained, tmp_path / "elsewhere")
     as_archive(best / "pytorch_model.bin", marker)
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     (checkpoint / "trainer_state.json").write_text(json.dumps({**state, "best_model_checkpoint": str(best)}))
@@ -131,8 +139,9 @@ def test_the_best_checkpoint_of_a_run_is_checked(trained: Path, marker: Path, tm
 
 
 def test_an_index_outside_of_its_folder(trained: Path, tmp_path: Path):
-    checkpoint = shutil.copytree(trained, tmp_path / "checkpoint-1")
-    for name in ("../other.safetensors", "/tmp/other.safetensors"):
+    checkpoint = copied(trained, tmp_path / "checkpoint-1")
+    other = shutil.copy(checkpoint / "model.safetensors", tmp_path / "other.safetensors")
+    for name in ("../other.safetensors", str(other)):
         (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
         with pytest.raises(UserError) as error:
             resume(checkpoint)
