@@ -50,7 +50,7 @@ from lowprec.training.checkpoint.saved import (
     save_tensors,
     write_valid_json,
 )
-from lowprec.training.checkpoint.saving import CheckpointWriter
+from lowprec.training.checkpoint.saving import CheckpointWriter, delete_unfinished
 from lowprec.training.checkpoint.torn import check_resumed
 from lowprec.training.control.controller import PrecisionController
 from lowprec.training.control.finite import LossSum
@@ -210,6 +210,8 @@ class LowPrecisionCallback(TrainerCallback):
         trainer = calling_trainer()
         check_alone(trainer, LowPrecisionCallback)
         check_precomputed(trainer, self.controller)
+        if trainer is not None:
+            self._writer.take_over(trainer)
         self._take(args, state, model)
 
     def on_train_begin(
@@ -241,6 +243,10 @@ class LowPrecisionCallback(TrainerCallback):
         if state.global_step:
             check_resumed(state, self._resumed_from(args, state), args)
         self._owner.go_on(state, args)
+        if args.should_save:
+            delete_unfinished(output_dir(args))
+        if trainer is not None:
+            self._writer.take_over(trainer)
         self._load_own_state(state)
         tokens_per_step = (
             controller.tokens

@@ -4,10 +4,10 @@
 folder to its place. A kill before the move leaves `unfinished/`, which nothing reads and the next
 training in the run's directory deletes.
 
-The Trainer writes its checkpoints in place. `CheckpointWriter.take_over` makes it write them by
-`whole_folder`. Where the Trainer is not at hand, `CheckpointWriter.complete` adds the manifest
-after the Trainer's last file: a checkpoint that was being rewritten then differs from the manifest
-that it had before.
+The Trainer writes its checkpoints in place, and reads them without a look at what is there.
+`CheckpointWriter.take_over` makes it write them by `whole_folder`, and check them before it reads
+them. Where that is not possible, `CheckpointWriter.complete` adds the manifest after the Trainer's
+last file: a checkpoint that was being rewritten then differs from the manifest that it had before.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from transformers.trainer_utils import SaveStrategy
 from lowprec.training.checkpoint.files import remember_whole
 from lowprec.training.checkpoint.history import rotate
 from lowprec.training.checkpoint.manifest import write_manifest
+from lowprec.training.checkpoint.torn import check_whole
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
@@ -33,6 +34,9 @@ logger = logging.getLogger("lowprec")
 
 UNFINISHED = "unfinished"
 """Name of the folder, in the directory of a run, that holds what is not complete yet."""
+
+BEST = "load_best_model_at_end (false keeps the last weights)"
+"""What asks for the best checkpoint."""
 
 _AT_FDCWD = -100  # Linux: paths are relative to the working directory
 _RENAME_EXCHANGE = 2
@@ -128,16 +132,19 @@ class CheckpointWriter:
         """The checkpoint that was written last by `whole_folder`."""
 
     def take_over(self, trainer: "Trainer") -> None:
-        """Make `trainer` write its checkpoints by `whole_folder`.
+        """Make `trainer` write its checkpoints by `whole_folder`, and check each before it loads
+        it.
 
-        A Trainer that uploads its checkpoints goes on writing them in place: the upload reads them
-        while the training goes on.
+        Some Trainers go on writing checkpoints in place: one that uploads them, because the upload
+        reads them while the training goes on; and one of a user's own class that saves files of its
+        own, because it may look for the checkpoint's folder under its name.
         """
         args = trainer.args
-        if args.should_save:
-            delete_unfinished(Path(str(args.output_dir)))
-        _wait_for_all(args)
-        if args.push_to_hub or "_save_checkpoint" in vars(trainer):
+        if "_load_from_checkpoint" in vars(trainer):
+            return
+        trainer._load_from_checkpoint = _after_check(trainer._load_from_checkpoint, args)
+        trainer._load_best_model = _after_check_of_best(trainer)
+        if args.push_to_hub or not _saves_as_known(trainer):
             return
         save = trainer._save_checkpoint
         find_run = trainer._get_output_dir
@@ -175,6 +182,33 @@ class CheckpointWriter:
             self._add(model, checkpoint)
             write_manifest(checkpoint, step)
             remember_whole(checkpoint)
+
+
+def _saves_as_known(trainer: "Trainer") -> bool:
+    """Return whether the function that saves the Trainer's checkpoints is one of transformers' or
+    TRL's."""
+    module = getattr(trainer._save_checkpoint, "__module__", None) or ""
+    return module.split(".")[0] in ("transformers", "trl")
+
+
+def _after_check(load: Callable[..., Any], args: "TrainingArguments") -> Callable[..., Any]:
+    @functools.wraps(load)
+    def checked(resume_from_checkpoint: str, *more: Any, **settings: Any) -> Any:
+        check_whole(Path(resume_from_checkpoint), args)
+        return load(resume_from_checkpoint, *more, **settings)
+
+    return checked
+
+
+def _after_check_of_best(trainer: "Trainer") -> Callable[[], Any]:
+    load = trainer._load_best_model
+
+    @functools.wraps(load)
+    def checked() -> Any:
+        check_whole(Path(str(trainer.state.best_model_checkpoint)), trainer.args, BEST)
+        return load()
+
+    return checked
 
 
 def _find_best(trainer: "Trainer", folder: Path, run: Path) -> None:

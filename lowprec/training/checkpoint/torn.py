@@ -130,14 +130,19 @@ def no_checkpoint(directory: Path) -> str:
     return f"no whole checkpoint in {directory}: {path.name}: {problem}"
 
 
-def check_whole(checkpoint: Path, args: "TrainingArguments") -> None:
+def check_whole(
+    checkpoint: Path, args: "TrainingArguments", asked_by: str = "resume_from_checkpoint"
+) -> None:
     """Raise UserError if a checkpoint is damaged. Log a line if it has no manifest, or files that
     the manifest does not name. The first process reads the files."""
 
     def check() -> None:
         problem = damage(checkpoint)
         if problem is not None:
-            raise UserError(f"resume_from_checkpoint: {checkpoint} is not whole: {problem}")
+            raise UserError(f"{asked_by}: {checkpoint} is not whole: {problem}")
+        if checkpoint.resolve() in _told:
+            return
+        _told.add(checkpoint.resolve())
         if not is_verified(checkpoint):
             logger.warning(
                 "%s has no %s: the form of its files was checked, their content was not",
@@ -153,6 +158,10 @@ def check_whole(checkpoint: Path, args: "TrainingArguments") -> None:
             )
 
     on_main_process(_processes(args), check)
+
+
+_told: set[Path] = set()
+"""The checkpoints whose check was logged."""
 
 
 def check_resumed(state: "TrainerState", candidates: list[Path], args: "TrainingArguments") -> None:
