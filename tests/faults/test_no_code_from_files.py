@@ -145,6 +145,9 @@ def test_an_index_outside_of_its_folder(trained: Path, tmp_path: Path):
         (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
         with pytest.raises(UserError) as error:
             resume(checkpoint)
+        one_line(error, "model.safetensors.index.json")
+        with pytest.raises(UserError) as error:
+            check_no_code(checkpoint)
         one_line(error, "outside of its folder")
 
 
