@@ -111,7 +111,8 @@ def apply(model: nn.Module, decisions: Decisions) -> None:
     """Convert the layers of `model` as decided, in place."""
     begin_run(model)
     projections: dict[nn.Module, dict[str, ExpertProjection]] = {}
-    for number, decision in enumerate(decisions.layers.values()):
+    able = (layer for layer in decisions.layers.values() if layer.weight.matrix is None)
+    for number, decision in enumerate(able):
         weight = decision.weight
         if not weight.stack:
             _convert_linear(weight.module, decision, decisions.facts.device, number)

@@ -25,14 +25,12 @@ from functools import cached_property, partial
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from lowprec.conversion import swiglu_fusion
 from lowprec.conversion.config import ConversionConfig
 from lowprec.conversion.cost_model import TOKENS, against_bf16
 from lowprec.conversion.discover import Survey, Weight, survey, why_not_convert
 from lowprec.conversion.layer_backends import layer_backend
-from lowprec.errors import UserError
 from lowprec.gemm import LayerShape, select
 from lowprec.nn.gemms import backend_or_auto
 from lowprec.recipe import Recipe
@@ -142,11 +140,6 @@ def decide(model: nn.Module, config: ConversionConfig, facts: RunFacts) -> Decis
         UserError: a rule matches nothing, or a weight has no shape yet.
     """
     found = survey(model)
-    if lazy := next((name for name, w in found.weights.items() if is_lazy(w.data)), None):
-        raise UserError(
-            f"{lazy}.weight has no shape yet: let the model see one batch before its precision is "
-            "decided"
-        )
     rules = _plain_name_rules(config.ordered_rules(), found.plain)
     check_rules(rules, list(found.plain.values()))
     layers = {}
@@ -169,7 +162,9 @@ def _decide_layer(
     if rule is None and (reason := found.high_precision.get(name)) is not None:
         return decision(recipe=None, reason=reason)
     if (reason := why_not_convert(weight, recipe, layer_backend(config.backend))) is not None:
-        return decision(recipe=None, reason=reason, blocked=True)
+        # Of a parameter that may be no factor of a product, nobody has asked for a conversion.
+        asked = rule is not None or weight.matrix is None or weight.matrix.is_known
+        return decision(recipe=None, reason=reason, blocked=asked)
     may_skip = rule is None and config.skip_slow and config.backend == "auto"
     if may_skip and (reason := slowdown_reason(weight, recipe, facts)) is not None:
         return decision(recipe=None, reason=reason)

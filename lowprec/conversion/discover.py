@@ -1,29 +1,25 @@
 """Find the weights that a model multiplies by, of linear layers and of experts, and the reasons
 against converting them."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
+from lowprec.conversion import kept
 from lowprec.conversion.layer_backends import CONVERTED, LayerBackend
+from lowprec.conversion.matrices import Matrix, matrices, stacks_of
 from lowprec.conversion.peft_names import name_without_peft
 from lowprec.conversion.plain_forward import why_not_plain
+from lowprec.errors import UserError
 from lowprec.nn import LowPrecisionLinear, experts
-from lowprec.nn.dtypes import why_not_dtype, why_not_tensor
+from lowprec.nn.dtypes import DTYPES, why_not_dtype, why_not_tensor
 from lowprec.nn.known import is_conv1d, is_fsdp2
 from lowprec.nn.linear import original_class, shape_of
 from lowprec.recipe import Recipe
-
-_HEADS = ("lm_head", "embed_out", "output_projection", "score", "classifier")
-"""Last parts of the names of output layers, for models without `get_output_embeddings`."""
-
-_GATES = {"gate", "router", "shared_expert_gate"}
-"""Names of the modules that decide between the experts of a mixture."""
-
-_HEAD_STAYS = "the output head stays in high precision unless a rule names it"
-_GATE_STAYS = "a gate of experts stays in high precision unless a rule names it"
 
 
 @dataclass(frozen=True)
@@ -38,6 +34,8 @@ class Weight:
     """The reason, if torch's own code multiplies by it without calling the module."""
     under_fsdp: bool = False
     """Flag: the module is inside a unit of FSDP2."""
+    matrix: Matrix | None = None
+    """The matrix of a module that is no linear layer; it can't be converted."""
 
     @property
     def data(self) -> Any:
@@ -47,18 +45,23 @@ class Weight:
     @property
     def experts(self) -> int:
         """Number of matrices in the parameter."""
-        return self.data.shape[0] if self.stack else 1
+        if self.matrix is not None and self.matrix.shape is not None:
+            return 1
+        return math.prod(self.data.shape[:-2]) if self.stack else 1
 
     @property
     def shape(self) -> tuple[int, int]:
         """Outputs N and inputs K of the layer, or of one expert."""
+        if self.matrix is not None:
+            N, K = self.matrix.shape or self.data.shape[-2:]
+            return N, K
         if self.stack:
             _, N, K = experts.stack_shape(self.module, self.stack)
             return N, K
-        if len(self.data.shape) == 2:
-            N, K = reversed(self.data.shape) if is_conv1d(self.module) else self.data.shape
-            return N, K
-        return shape_of(self.module)  # a quantised weight may be stored in another shape
+        if self.data.dtype not in DTYPES:
+            return shape_of(self.module)  # a quantised weight may be stored in another shape
+        N, K = reversed(self.data.shape) if is_conv1d(self.module) else self.data.shape
+        return N, K
 
     @property
     def kind(self) -> str:
@@ -69,8 +72,8 @@ class Weight:
 
 
 def find_weights(model: nn.Module) -> Iterator[tuple[str, Weight]]:
-    """Yield every weight matrix of a linear layer, nn.Linear or one like it, and every stack of
-    matrices, once, with its full name."""
+    """Yield every weight matrix of a linear layer, nn.Linear or one like it, every stack of
+    matrices, and every other matrix that the model multiplies by, once, with its full name."""
     bypassed = _bypassed(model)
     units = (module for module in model.modules() if is_fsdp2(module))
     sharded = {module for unit in units for module in unit.modules()}
@@ -79,11 +82,12 @@ def find_weights(model: nn.Module) -> Iterator[tuple[str, Weight]]:
             reason = bypassed.get(module, "")
             yield name, Weight(module, bypassed=reason, under_fsdp=module in sharded)
         else:
-            for stack in experts.stacks(module):
-                yield (
-                    f"{name}.{stack}".lstrip("."),
-                    Weight(module, stack, under_fsdp=module in sharded),
-                )
+            for stack in stacks_of(module):
+                weight = Weight(module, stack, under_fsdp=module in sharded)
+                yield f"{name}.{stack}".lstrip("."), weight
+            for matrix in matrices(module):
+                weight = Weight(module, matrix.name, matrix=matrix)
+                yield f"{name}.{matrix.name}".lstrip("."), weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,28 +103,34 @@ class Survey:
 
 
 def survey(model: nn.Module) -> Survey:
-    """Return what there is to decide about `model`."""
+    """Return what there is to decide about `model`.
+
+    Raises:
+        UserError: a weight has no shape yet.
+    """
     weights = dict(find_weights(model))
+    if lazy := next((name for name, weight in weights.items() if is_lazy(weight.data)), None):
+        raise UserError(
+            f"{lazy}.weight has no shape yet: let the model see one batch before its precision is "
+            "decided"
+        )
     found = {name: name_without_peft(model, name, weight.stack) for name, weight in weights.items()}
     plain = {name: own for name, (own, _) in found.items()}
     adapters = [name for name, (_, added) in found.items() if added]
-    high_precision = {
-        **dict.fromkeys(adapters, "adapter: small, and trained in high precision"),
-        **dict.fromkeys(expert_gates(model), _GATE_STAYS),
-        **dict.fromkeys(output_heads(model, weights, plain), _HEAD_STAYS),
-    }
-    return Survey(weights=weights, plain=plain, high_precision=high_precision)
+    kept_ones = kept.reasons(model, weights, plain, adapters)
+    return Survey(weights=weights, plain=plain, high_precision=kept_ones)
 
 
 def why_not_convert(weight: Weight, recipe: Recipe, layers: LayerBackend) -> str | None:
     """Return why a weight can't be converted to a recipe by these layers; None if it can."""
     module = weight.module
     kind = weight.kind
-    if is_fsdp2(module) and not isinstance(module, CONVERTED):
+    if weight.matrix is not None:
+        return weight.matrix.reason
+    is_converted = isinstance(module, CONVERTED) or experts.is_converted(module)
+    if is_fsdp2(module) and not is_converted:
         return f"{kind}: already sharded; convert before fully_shard"
-    if "forward" in module.__dict__ and not (
-        isinstance(module, CONVERTED) or experts.is_converted(module)
-    ):
+    if "forward" in module.__dict__ and not is_converted:
         return (
             f"something has replaced the forward of this {kind} (offloading hooks do): convert "
             "before that"
@@ -156,40 +166,6 @@ def recipes_of(model: nn.Module) -> dict[str, Recipe]:
                 f"{name}.{stack}".lstrip("."): projection.recipe
                 for stack, projection in projections.items()
             }
-    return found
-
-
-def output_heads(model: nn.Module, weights: dict[str, Weight], plain: dict[str, str]) -> set[str]:
-    """Return the names of the layers whose output is the model's: the one that transformers
-    returns, those whose weight is tied to an embedding, and those with the name of a head."""
-    embeddings = {
-        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
-    }
-    given: Any = getattr(model, "get_output_embeddings", lambda: None)
-    head = given()
-    head = getattr(head, "base_layer", head)  # the layer that an adapter wraps
-    return {
-        name
-        for name, weight in weights.items()
-        if weight.module is head
-        or id(weight.data) in embeddings
-        or plain[name].rpartition(".")[2] in _HEADS
-    }
-
-
-def expert_gates(model: nn.Module) -> set[str]:
-    """Return the names of the layers that decide which experts a token goes to, or with which
-    weight: gates and routers beside experts."""
-    found = set()
-    for name, module in model.named_modules():
-        children = dict(module.named_children())
-        for gate in _GATES & children.keys() if "experts" in children else ():
-            beneath = (
-                inner
-                for inner, layer in children[gate].named_modules()
-                if isinstance(layer, nn.Linear)
-            )
-            found |= {".".join(filter(None, [name, gate, inner])) for inner in beneath}
     return found
 
 
