@@ -11,7 +11,8 @@ T T^t = 1, so a product is unchanged if both operands are transformed along the 
 (a T)(b T)^t = a b^t. Sources: arXiv 2502.20586, section 3.2; 2509.25149, section 4.2.
 
 The sums run as a butterfly: log2(n) levels of additions in a fixed order. A matrix product would
-not give the same bits on every device; the butterfly does.
+not give the same bits on every device; the butterfly does. Compiled code calls it as an operator:
+compiling its many small operations takes seconds for each shape.
 """
 
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ class Hadamard:
         x is padded with zeros, and the transform gives the padding non-zero values.
         """
         signs = self._signs(x_RK.device)
-        apply = torch.ops.lowprec.hadamard if _is_one_operator(x_RK) else _transform
+        apply = torch.ops.lowprec.hadamard if torch.compiler.is_compiling() else _transform
         if x_RK.stride(0) < x_RK.stride(1):  # x is column-major in memory
             return apply(x_RK.t(), signs, 0).t()
         return apply(x_RK, signs, 1)
@@ -75,16 +76,11 @@ class Hadamard:
     def invert(self, x_RK: Tensor, length: int) -> Tensor:
         """Return the first `length` columns of x T^t, fp32 [R, length]."""
         signs = self._signs(x_RK.device)
-        undo = torch.ops.lowprec.inverse_hadamard if _is_one_operator(x_RK) else _inverse
+        undo = torch.ops.lowprec.inverse_hadamard if torch.compiler.is_compiling() else _inverse
         return undo(x_RK, signs)[:, :length]
 
     def _signs(self, device: torch.device) -> Tensor:
         return torch.tensor(self.signs, dtype=torch.float32, device=device)
-
-
-def _is_one_operator(x: Tensor) -> bool:
-    """Return True in compiled code on a CPU, which gains nothing from tracing the butterfly."""
-    return torch.compiler.is_compiling() and x.device.type == "cpu"
 
 
 def _transform(x: Tensor, signs: Tensor, dim: int) -> Tensor:

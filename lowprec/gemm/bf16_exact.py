@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowprec.gemm.base import FP32_SUMS, Accumulation, GemmBackend, Operand, Support
-from lowprec.quant import OperandSpec, QTensor
+from lowprec.quant import OperandSpec
 
 
 class ExactInBf16Backend(GemmBackend):
@@ -43,7 +43,7 @@ class ExactInBf16Backend(GemmBackend):
         self, a_MK: Operand, b_NK: Operand, out_dtype: torch.dtype, sums: Accumulation = FP32_SUMS
     ) -> Tensor:
         a, b = (
-            t.dequantize(torch.bfloat16) if isinstance(t, QTensor) else t.to(torch.bfloat16)
+            t.to(torch.bfloat16) if isinstance(t, Tensor) else t.dequantize(torch.bfloat16)
             for t in (a_MK, b_NK)
         )
         if out_dtype == torch.bfloat16:

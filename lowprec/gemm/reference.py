@@ -21,7 +21,7 @@ from lowprec.gemm.base import (
     Size,
     Support,
 )
-from lowprec.quant import OperandSpec, QTensor, StoredOperand
+from lowprec.quant import OperandSpec
 
 MMA_K = 32
 """Number of elements that one step contracts: that of Hopper's FP8 instruction (PTX ISA,
@@ -101,5 +101,4 @@ def _aligned_sum(terms: Tensor, bits: int) -> Tensor:
 
 
 def _fp32(operand: Operand) -> Tensor:
-    quantised = isinstance(operand, QTensor | StoredOperand)
-    return operand.dequantize() if quantised else operand.to(torch.float32)
+    return operand.to(torch.float32) if isinstance(operand, Tensor) else operand.dequantize()

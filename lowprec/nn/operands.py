@@ -163,7 +163,7 @@ def make(
         history = state.history_of(operand)
     backend = gemms.backend_of(gemm)
     decoded = backend.decoded and not stored
-    if stored and history is None and is_one_operator(t):
+    if stored and backend.decoded and history is None and is_one_operator(t, source):
         return StoredOperand.of(t, source, key)
     if decoded and not (saturation or codes):
         return fake_quantize(t, source, key=key, history=history, dtype=backend.plain_dtype)

@@ -5,8 +5,9 @@ The result has the bits of `quantize(x, spec).dequantize()`. Three ways lead to 
 * a GPU takes one pass over memory where there is a kernel (`triton_quantize`);
 * a CPU takes a large matrix piece by piece: the temporaries of a piece stay in the cache, and the
   allocator hands out the same memory again instead of fresh pages for a chain of whole matrices;
-* otherwise, and in compiled code on a GPU, the matrix is taken as a whole. A compiler fuses the
-  chain. In compiled code on a CPU, all of this is one operator (`operators`).
+* otherwise the matrix is taken as a whole.
+
+In compiled code, the last two are one operator (`operators`).
 """
 
 import torch
@@ -43,7 +44,7 @@ def fake_quantize(
     """
     if spec.one_pass and takes(x_RK) and (not spec.stochastic or key is not None):
         return fake_quantize_fused(x_RK, spec, key=key, dtype=dtype)
-    if is_one_operator(x_RK) and generator is None and history is None:
+    if is_one_operator(x_RK, spec) and generator is None and history is None:
         transposed = is_transposed(x_RK)
         x = x_RK.t() if transposed else x_RK
         key = key if spec.stochastic else None

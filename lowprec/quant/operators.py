@@ -1,9 +1,9 @@
-"""The reference as operators of its own, for compiled code on a CPU.
+"""The reference as operators of its own, for compiled code.
 
-torch.compile could trace the reference, and it does so on a GPU, where it fuses the chain of small
-operations. On a CPU the compiled chain is slower than the reference (docs/experiments.md), and
-tracing the hundreds of operations of one layer takes seconds for each new shape. So there they are
-one operator each. The compiled layer then has the bits of the eager one.
+torch.compile could trace the reference and fuse its hundreds of small operations. But tracing and
+compiling them takes seconds to minutes for each layer and each new shape, and on a CPU the compiled
+chain is slower than the reference (docs/experiments.md). So they are one operator each, and a
+compiled layer has the codes of the eager one.
 
 Matrices go in and come out in the order that lies in memory: the caller transposes them.
 

@@ -80,7 +80,7 @@ def quantize(
     fmt = spec.element
     scaling = spec.scaling
     transposed = is_transposed(x_RK)
-    if is_one_operator(x_RK):
+    if is_one_operator(x_RK, spec):
         return _by_operator(x_RK, spec, key, history, transposed, decoded, saturation)
     noise = (
         uniform(key, (x_RK.shape[0], x_RK.shape[1]), transposed=transposed)
@@ -136,9 +136,13 @@ def quantize(
     return q if decoded else q.stored()
 
 
-def is_one_operator(x: Tensor) -> bool:
-    """Return True in compiled code on a CPU, where the reference is one operator (`operators`)."""
-    return torch.compiler.is_compiling() and x.device.type == "cpu"
+def is_one_operator(x: Tensor, spec: OperandSpec) -> bool:
+    """Return True in compiled code, where the reference is one operator (`operators`).
+
+    On a GPU, casts without scales are traced: a compiler fuses them with what is around them.
+    """
+    is_cast = spec.scaling is None and spec.rounding == "nearest"
+    return torch.compiler.is_compiling() and (x.device.type == "cpu" or not is_cast)
 
 
 def part_names(spec: OperandSpec, saturation: bool) -> list[str]:

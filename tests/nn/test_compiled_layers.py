@@ -186,3 +186,14 @@ def test_a_second_length_is_the_last_compilation(marked: bool):
                 assert torch.equal(ours, expected)
         graphs.append(unique_graphs())
     assert graphs == ([1] * 5 if marked else [1, 2, 2, 2, 2])
+
+
+def test_gemms_of_different_backends_in_one_layer():
+    """fprop is emulated, wgrad multiplies by torch: its operand must stay one that torch takes."""
+    recipe = library.resolve({"base": "fp8_rowwise", "wgrad": "fp32"})
+    module = LowPrecisionLinear.from_linear(nn.Linear(64, 64), recipe)
+    assert module.gemms["cpu"].wgrad_backend.name == "torch"
+    x = torch.randn(40, 64)
+    expected = step(module, x)
+    for ours, other in zip(step(torch.compile(module, backend="aot_eager", fullgraph=True), x), expected, strict=True):
+        assert torch.equal(ours, other)
