@@ -53,6 +53,7 @@ from lowprec.training.run.ending import train_or_end
 from lowprec.training.run.machine import resolve_device
 from lowprec.training.run.models import ModelConfig, build_config, build_model, check_length
 from lowprec.training.run.result import save_result
+from lowprec.training.run.trainer_fields import check_field
 from lowprec.training.run.training_args import (
     OWN_KEYS,
     autocast_settings,
@@ -254,8 +255,9 @@ def make_arguments(run: SftRun, device: str) -> tuple[SFTConfig, dict[str, Any]]
         )
     try:
         args = SFTConfig(**given)
-    except (ValueError, ImportError, TypeError, RuntimeError) as error:
-        raise UserError(f"trainer: {error}") from None
+    except Exception as error:
+        # TRL, transformers and Accelerate raise exceptions of many classes.
+        raise UserError(f"trainer: {error}") from error
     use_one_gpu(args)
     name_the_cpu(args)
     return args, trainer
@@ -275,7 +277,10 @@ def check_sft(settings: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(f"sft.{key}: set trainer.{key} instead")
         if key not in known:
             raise UserError(f"sft.{key}: unknown key{nearest(key, known)}")
-    return {key: parse_value(hints[key], value, f"sft.{key}") for key, value in settings.items()}
+    parsed = {key: parse_value(hints[key], value, f"sft.{key}") for key, value in settings.items()}
+    for key, value in parsed.items():
+        check_field(key, hints[key], value, "sft")
+    return parsed
 
 
 def make_adapters(lora: bool | dict[str, Any]) -> Any:

@@ -7,8 +7,27 @@ from typing import Any
 import click
 
 from lowprec.cli.common import JSON, Group, answers
-from lowprec.errors import UserError
+from lowprec.errors import UserError, shown
 from lowprec.files import to_json
+
+_LONGEST_S = 3600.0
+
+
+class Seconds(click.ParamType):
+    """A time in seconds, from 0 to an hour."""
+
+    name = "seconds"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        """Return the time as a float; fail for text, NaN and times out of the range."""
+        try:
+            seconds = float(value)
+        except ValueError:
+            seconds = -1.0
+        if not 0 <= seconds <= _LONGEST_S:
+            self.fail(f"expected seconds from 0 to {_LONGEST_S:g}, got {shown(value)}", param, ctx)
+        return seconds
+
 
 _DEVICE = click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 _SHAPES = click.option(
@@ -22,7 +41,7 @@ _SECONDS = click.option(
     "--seconds",
     default=0.5,
     show_default=True,
-    type=click.FloatRange(min=0.0),
+    type=Seconds(),
     help="Time that each row is measured for.",
 )
 
@@ -55,8 +74,8 @@ def quantize_command(
     """Quantise and dequantise a matrix in every format, beside a copy of it; on a GPU also make FP8
     codes."""
     rows, _, columns = shape.partition("x")
-    if not (rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
-        raise UserError(f"--shape: expected ROWSxCOLUMNS like 2048x1024, got '{shape}'")
+    if not (_is_size(rows) and _is_size(columns)):
+        raise UserError(f"--shape: expected ROWSxCOLUMNS like 2048x1024, got {shown(shape)}")
     from lowprec.bench import quantize
     from lowprec.cli.tables import bench_table
 
@@ -132,20 +151,24 @@ def linear_command(
 )
 @_against("torchao.")
 @click.option(
-    "--batch", default=1, show_default=True, type=click.IntRange(min=1), help="Sequences in a step."
+    "--batch",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1, 2**24),
+    help="Sequences in a step.",
 )
 @click.option(
     "--seq",
     default=128,
     show_default=True,
-    type=click.IntRange(min=2),
+    type=click.IntRange(2, 2**24),
     help="Tokens in a sequence.",
 )
 @click.option(
     "--vocab",
     default=32000,
     show_default=True,
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, 2**31 - 1),
     help="Size of the vocabulary.",
 )
 @click.option("--compile", "compiled", is_flag=True, help="torch.compile each decoder block.")
@@ -154,7 +177,7 @@ def linear_command(
     "--steps",
     default=10,
     show_default=True,
-    type=click.IntRange(min=2),
+    type=click.IntRange(2, 10**6),
     help="Steps that are timed, after four to warm up.",
 )
 @JSON
@@ -173,14 +196,19 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
+def _is_size(text: str) -> bool:
+    """Return True for a number from 1 to 999999999."""
+    return len(text) < 10 and text.isdecimal() and int(text) > 0
+
+
 def _shapes(text: str) -> list[tuple[int, int, int]]:
     """Return [(M, N, K)] from 'MxNxK,MxNxK'; raise UserError if it can't be read."""
     shapes = []
     for word in _names(text):
         parts = word.split("x")
-        if len(parts) != 3 or not all(part.isdecimal() and int(part) for part in parts):
+        if len(parts) != 3 or not all(map(_is_size, parts)):
             raise UserError(
-                f"--shape: expected MxNxK like 512x512x512, joined by commas, got '{text}'"
+                f"--shape: expected MxNxK like 512x512x512, joined by commas, got {shown(text)}"
             )
         shapes.append((int(parts[0]), int(parts[1]), int(parts[2])))
     if not shapes:

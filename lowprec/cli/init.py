@@ -1,5 +1,6 @@
 """`lowprec init`: a copy of a shipped configuration, to be changed."""
 
+import os
 from pathlib import Path
 
 import click
@@ -25,8 +26,10 @@ def command(name: str | None, path: Path | None) -> None:
         return
     source = shipped.path_of(name)
     target = path or Path()
-    if target.is_dir():
+    if os.path.isdir(target):
         target = target / source.name
+    if os.path.isfile(target.parent):
+        raise UserError(f"{target}: can't be written: {target.parent} is a file")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("x", encoding="utf-8") as file:

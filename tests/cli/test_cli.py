@@ -1,16 +1,22 @@
 """The command line: quick help, plans without weights, machine-readable output."""
 
+import errno
 import importlib
 import json
+import os
 import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
+import torch
 
 import lowprec
 from lowprec.cli.app import COMMANDS
+from lowprec.cli.main import main
+from lowprec.errors import reported
 from tests.processes import ROOT, run
 from tests.processes import lowprec as command
 from tests.runs import CONFIG
@@ -137,3 +143,73 @@ def test_a_group_alone_shows_its_help():
 def test_an_unknown_command_is_one_line():
     result = command("trian")
     assert (result.returncode, result.stderr) == (2, "lowprec: no command 'trian'; did you mean 'train'?\n")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("bench", "gemm", "--shape", "9" * 5000 + "x1x1"), "--shape: expected MxNxK like 512x512x512"),
+        (("bench", "quantize", "--shape", "9" * 5000 + "x1"), "--shape: expected ROWSxCOLUMNS"),
+        (("bench", "linear", "--seconds", "nan"), "expected seconds from 0 to 3600, got 'nan'"),
+        (("bench", "gemm", "--seconds", "inf"), "expected seconds from 0 to 3600, got 'inf'"),
+        (("bench", "train", "--steps", "9" * 20), "is not in the range 2<=x<=1000000"),
+        (("bench", "train", "--batch", "9" * 5000), "--batch"),
+        (("plan", "x" * 5000), "no such file or shipped configuration"),
+        (("plan", "fifo.yaml"), "fifo.yaml: not a regular file"),
+        (("plan", "/dev/zero"), "/dev/zero: not a regular file"),
+        (("plan", "file/x.yaml"), "file/x.yaml: can't be read: Not a directory"),
+        (("plan", "\x1b[2J"), "\\x1b[2J: no such file or shipped configuration"),
+        (("plan", "llama-tiny-cpu", "data.seq_len"), "'data.seq_len': an override is written key=value"),
+        (("plan", "llama-tiny-cpu", "=1"), "'=1': an override is written key=value"),
+        (("plan", "llama-tiny-cpu", "data..seq_len=1"), "an override is written key=value"),
+        (("plan", "llama-tiny-cpu", "data.seq_len=[1"), "data.seq_len=[1: not YAML"),
+        (("init", "llama-tiny-cpu", "x" * 300), "can't be written: File name too long"),
+        (("init", "llama-tiny-cpu", "file/x"), "can't be written: file is a file"),
+        (("init", "llama-tiny-cpu", "fifo.yaml"), "fifo.yaml: exists already"),
+        (("recipes", "x"), "Got unexpected extra argument (x)"),
+    ],
+    ids=range(19),
+)
+def test_bad_arguments_are_one_bounded_line(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("fifo.yaml")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stopped:
+        main(list(arguments))
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    (line,) = printed.err.strip().splitlines()
+    assert printed.out == ""
+    assert line.startswith("lowprec: ")
+    assert message in line
+    assert len(line) < 6000
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fifo.yaml", "file"]
+
+
+@pytest.mark.parametrize(
+    "error, code, message",
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/full/model"),
+            1,
+            "lowprec: stopped: can't write /full/model: No space left",
+        ),
+        (MemoryError(), 1, "lowprec: stopped: out of memory: Python could not allocate"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), 1, "lowprec: stopped: out of memory: CUDA out of memory. Tried"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "lowprec: stopped: out of memory: DefaultCPUAllocator"),
+        (RuntimeError("a bug"), None, ""),
+        (OSError(errno.EIO, "Input/output error"), None, ""),
+        (KeyError("a bug"), None, ""),
+    ],
+    ids=repr,
+)
+def test_limits_of_the_machine_are_one_line_and_bugs_keep_their_traceback(
+    error: Exception, code: int | None, message: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(type(error) if code is None else SystemExit) as stopped, reported("lowprec"):
+        raise error
+    if code is not None:
+        assert stopped.value.code == code
+    assert capsys.readouterr().err.startswith(message)

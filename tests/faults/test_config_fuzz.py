@@ -28,8 +28,8 @@ from lowprec.config import shipped, yaml
 from tests.runs import make_corpus
 
 SEED = 20261128
-LIMIT_S = 20
-"""Seconds that a case may take."""
+LIMIT_S = 60
+"""Seconds that a case may take, on a machine that has other work. Alone, a plan takes a tenth, a run of two steps one or two."""
 LONGEST_LINE = 4200
 
 TINY: dict[str, Any] = {
@@ -395,8 +395,8 @@ def _mutate_text(draw: random.Random, text: bytes) -> bytes:
     return b"\n".join(lines)
 
 
-class Slow(Exception):  # noqa: N818
-    """A case took longer than `LIMIT_S`."""
+class Slow(BaseException):
+    """A case took longer than `LIMIT_S`. No handler of exceptions catches it."""
 
 
 def _too_slow(*_: Any) -> None:

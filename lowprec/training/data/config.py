@@ -37,7 +37,7 @@ class DataConfig(StrictConfig):
     """Column that holds the text in .jsonl, .json, .parquet and hub rows. Every row is one
     document."""
 
-    seq_len: int = Field(default=512, ge=2)
+    seq_len: int = Field(default=512, ge=2, le=2**24)
     """Number of tokens in a training example."""
 
     packing: bool = True
@@ -50,7 +50,7 @@ class DataConfig(StrictConfig):
     the training split and kept in the cache), or a folder or hub name of a Hugging Face
     tokenizer."""
 
-    vocab_size: int = Field(default=32768, ge=257)
+    vocab_size: int = Field(default=32768, ge=257, le=2**24)
     """Size of a `bpe` vocabulary, separator included. A corpus with too few distinct words gives a
     smaller one. Other tokenizers have their own vocabulary."""
 

@@ -131,10 +131,10 @@ _WORDS: dict[str, tuple[str, ...]] = {
 _PATHS = ("output_dir", "resume_from_checkpoint")
 
 
-def check_field(name: str, hint: Any, value: Any) -> None:
+def check_field(name: str, hint: Any, value: Any, section: str = "trainer") -> None:
     """Raise UserError if the field `name` of type `hint` may not have `value`, which is of that
-    type."""
-    where = f"trainer.{name}"
+    type. `section` is the section of the configuration that holds the field."""
+    where = f"{section}.{name}"
     if value is None:
         return
     if isinstance(value, int | float) and not isinstance(value, bool):
