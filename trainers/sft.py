@@ -49,7 +49,6 @@ from lowprec.training.data.sources import ROW_SUFFIXES, resolve_sources
 from lowprec.training.run import directory as run_directory
 from lowprec.training.run import resume_checks
 from lowprec.training.run.config import read_settings
-from lowprec.training.run.ending import train_or_end
 from lowprec.training.run.machine import resolve_device
 from lowprec.training.run.models import ModelConfig, build_config, build_model, check_length
 from lowprec.training.run.result import save_result
@@ -204,7 +203,7 @@ def _train(
         os.environ.setdefault("WANDB_DIR", str(run_dir))
     low_precision.put_first(trainer)
     start = time.perf_counter()
-    output = train_or_end(trainer, low_precision, checkpoint, steps)
+    output = low_precision.train(trainer, None if checkpoint is None else str(checkpoint))
     precision = low_precision.precision
     summary = {
         "recipe": precision.recipe.name if precision.recipe else None,

@@ -33,6 +33,7 @@ from lowprec.distributed.fsdp2 import (
 )
 from lowprec.errors import UserError
 from lowprec.recipe.finished import FinishedFlag
+from lowprec.training.checkpoint.ended import EndedRun
 from lowprec.training.checkpoint.final_model import follow
 from lowprec.training.checkpoint.hf_names import accept_original_names
 from lowprec.training.checkpoint.no_code import read_sharded_as_data
@@ -50,7 +51,7 @@ from lowprec.training.checkpoint.saved import (
     save_tensors,
     write_valid_json,
 )
-from lowprec.training.checkpoint.saving import CheckpointWriter, delete_unfinished
+from lowprec.training.checkpoint.saving import CheckpointWriter
 from lowprec.training.checkpoint.torn import check_resumed
 from lowprec.training.control.controller import PrecisionController
 from lowprec.training.control.finite import LossSum
@@ -134,6 +135,7 @@ class LowPrecisionCallback(TrainerCallback):
         self._log = TrainerLog(self.controller)
         self._writer = CheckpointWriter(_add_recipe_state)
         self._owner = Owner()
+        self._ended = EndedRun()
         self._losses = LossSum()
         self._hooked: nn.Module | None = None
         """The model that has this callback's hooks."""
@@ -243,8 +245,7 @@ class LowPrecisionCallback(TrainerCallback):
         if state.global_step:
             check_resumed(state, self._resumed_from(args, state), args)
         self._owner.go_on(state, args)
-        if args.should_save:
-            delete_unfinished(output_dir(args))
+        self._ended.begin(trainer, state)
         if trainer is not None:
             self._writer.take_over(trainer)
         self._load_own_state(state)
@@ -357,6 +358,7 @@ class LowPrecisionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.controller.stop()
+        self._ended.end()
         self._losses.end()
         self._set_finished(self.controller.replay_before is None)
         if not self._replay.runs:

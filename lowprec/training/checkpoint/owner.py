@@ -11,6 +11,7 @@ from lowprec.errors import UserError
 from lowprec.training.checkpoint import run_lock
 from lowprec.training.checkpoint.files import checkpoints
 from lowprec.training.checkpoint.history import delete_rest, order_times, set_aside_later
+from lowprec.training.checkpoint.saving import delete_unfinished
 from lowprec.training.checkpoint.torn import wait_and_set_aside_torn
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class Owner:
 
         def set_aside() -> None:
             directory = output_dir(args)
+            delete_unfinished(directory)
             delete_rest(directory)
             set_aside_later(directory, state.global_step, args.save_total_limit)
             order_times(directory)

@@ -192,8 +192,8 @@ class PrecisionController:
             stale_after=step if self.recovery.replay_before is None else None,
         )
         self.recovery.replay_before = None
-        # A run that resumes after its last step stays in the phase of that step.
-        last = self._loaded_phase if step == total_steps else None
+        # A resumed run is in the phase of the step before until its next step begins.
+        last = self._loaded_phase if step else None
         self._loaded_phase = None
         plan = self._set_phase(self._phase_after(step) if last is None else last)
         self._first_step.begin(model, optimizer, plan)
@@ -322,6 +322,7 @@ class PrecisionController:
             "tokens_seen": self.tokens_seen.total,
             "uncalled": self._first_step.uncalled,
             "phase": self.phase,
+            "events": self._events.lines,
             **self.recovery.state_dict(),
         }
 
@@ -330,6 +331,7 @@ class PrecisionController:
         self.skipped_steps = state["skipped_steps"]
         self.tokens_seen.total = state.get("tokens_seen")  # older checkpoints have none
         self._first_step.uncalled = state.get("uncalled")  # older checkpoints have none
+        self._events.load_lines(state.get("events"))
         phase = state.get("phase")
         self._loaded_phase = phase if phase in range(len(self.phases)) else None
         self.recovery.load_state_dict(state)

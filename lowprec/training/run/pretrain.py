@@ -22,7 +22,6 @@ from lowprec.training.run import resume_checks
 from lowprec.training.run.arguments import make_arguments
 from lowprec.training.run.build import build_trained_model, build_trainer, load_examples
 from lowprec.training.run.config import RunConfig
-from lowprec.training.run.ending import train_or_end
 from lowprec.training.run.machine import keep_freed_memory
 from lowprec.training.run.models import build_config
 from lowprec.training.run.plan import plan_parts, plan_run
@@ -82,7 +81,7 @@ def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> d
         trainer = build_trainer(config, model, args, examples, low_precision)
         first_step = 0 if checkpoint is None else checkpoint_files.global_step(checkpoint)
         start = time.perf_counter()
-        train_or_end(trainer, low_precision, checkpoint, steps)
+        low_precision.train(trainer, None if checkpoint is None else str(checkpoint))
         wall_s = time.perf_counter() - start
         if first_step < steps:
             _check_trained(trainer, first_step, examples)

@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import Trainer
 
 from lowprec import LowPrecisionCallback
+from lowprec.conversion.discover import recipes_of
 from lowprec.training.checkpoint.history import rotate, set_aside_later
 from tests.builders import losses, prose, small_trainer
 from tests.training.control.test_guard_in_training import NaNGradient
@@ -114,3 +117,28 @@ def test_a_replay_sets_the_later_checkpoints_aside(tmp_path: Path):
     assert taken == ["checkpoint-5"]
     assert names(tmp_path) == {"checkpoint-5", "checkpoint-10", "checkpoint-15", "checkpoint-16", "replaced-checkpoint-10"}
     assert trainer.state.global_step == 16
+
+
+def test_a_trainer_that_resumes_after_its_last_step_takes_none(tmp_path: Path):
+    """transformers alone takes one step too many. The run ends in the phase of its last step, the first one here."""
+    precision = {"recipe": "mxfp4_aws", "schedule": [{"until": "4 steps", "recipe": "mxfp4"}, {"recipe": "bf16"}]}
+
+    def make_trainer(steps: int) -> Trainer:
+        return small_trainer(tmp_path, LowPrecisionCallback(precision), max_steps=steps, **SAVES)
+
+    first = make_trainer(4)
+    first.train()
+    again = make_trainer(4)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 4
+    assert recipes_of(again.model) == recipes_of(first.model)
+    assert not (tmp_path / "events.jsonl").exists()
+    for name, value in first.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name]), name
+    again.args.max_steps = 6  # the same Trainer goes on
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 6
+    told = (tmp_path / "events.jsonl").read_text()
+    assert told.count("phase 2 of 2") == 1
+    make_trainer(6).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))  # the phase begins after this checkpoint
+    assert (tmp_path / "events.jsonl").read_text() == told
