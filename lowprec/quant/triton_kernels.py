@@ -73,6 +73,11 @@ def uniform(key_ptr, rows, cols):
     """
     low = tl.load(key_ptr).to(tl.uint32)
     high = tl.load(key_ptr + 1).to(tl.uint32)
+    # formats.random.scramble
+    high = high ^ _mix(low + 0x1E3779B9)
+    low = low ^ _mix(high + 0x3C6EF372)
+    high = high ^ _mix(low + 0x5AA66D2B)
+    low = low ^ _mix(high + 0x78DDE6E4)
     bits = _mix(_mix(rows.to(tl.uint32) + low) ^ _mix(_mix(cols.to(tl.uint32) + high) + 0x632BE5AB))
     return (bits >> 8).to(tl.float32) * 5.9604644775390625e-08
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lowprec.formats.random import derive_key, key_from_generator, mix, uniform
+from lowprec.formats.random import derive_key, key_from_generator, mix, scramble, uniform
+from lowprec.recipe.state import next_key
 
 KEYS = [torch.tensor(key) for key in ([0, 0], [1, 0], [-5, 77], [0x1234567, -0x7654321], [2**31 - 1, -(2**31)])]
 SHAPE = (700, 900)
@@ -31,9 +32,18 @@ def test_mix_equals_unsigned_integer_arithmetic():
     assert [v % 2**32 for v in mix(x.to(torch.int32)).tolist()] == [mix_by_python(v % 2**32) for v in x.tolist()]
 
 
+def scramble_by_python(low: int, high: int) -> tuple[int, int]:
+    """Return the four rounds of a Feistel network with `mix_by_python`."""
+    high ^= mix_by_python((low + 0x1E3779B9) % 2**32)
+    low ^= mix_by_python((high + 0x3C6EF372) % 2**32)
+    high ^= mix_by_python((low + 0x5AA66D2B) % 2**32)
+    low ^= mix_by_python((high + 0x78DDE6E4) % 2**32)
+    return low, high
+
+
 @pytest.mark.parametrize("key", KEYS, ids=str)
 def test_uniform_follows_its_formula(key):
-    low, high = key.tolist()
+    low, high = scramble_by_python(*(word % 2**32 for word in key.tolist()))
     row = [mix_by_python((r + low) % 2**32) for r in range(6)]
     col = [mix_by_python((mix_by_python((c + high) % 2**32) + 0x632BE5AB) % 2**32) for c in range(9)]
     expected = [[(mix_by_python(r ^ c) >> 8) / 2**24 for c in col] for r in row]
@@ -127,3 +137,46 @@ def test_derived_keys_differ_and_take_a_tensor_as_well():
     assert len({low for low, _ in derived}) == len({high for _, high in derived}) == 2000
     assert torch.equal(derive_key(key, torch.tensor(7)), derive_key(key, 7))
     assert not torch.equal(derive_key(key, 1), derive_key(key + torch.tensor([0, 1]), 1))
+
+
+# Keys that are close to each other
+
+
+def neighbours_of_a_key() -> dict[str, list[torch.Tensor]]:
+    """Return keys that differ by a little, as users and layers make them."""
+    state = lambda seed, layer, step: next_key(torch.tensor([seed, layer, step]), 0, False)  # noqa: E731
+    pass_key = state(0, 0, 0)
+    return {
+        "seeds": [torch.tensor([s, 0]) for s in range(5)],
+        "second words": [torch.tensor([0, s]) for s in range(5)],
+        "both words": [torch.tensor([s, s]) for s in range(5)] + [torch.tensor([1, 0]), torch.tensor([0, 1])],
+        "bits": [torch.tensor([1 << bit, 0]) for bit in (0, 7, 16, 31)],
+        "operands": [derive_key(pass_key, n) for n in range(5)],
+        "layers, seeds and steps": [state(0, 0, 0), state(0, 1, 0), state(1, 0, 0), state(0, 0, 1), state(1, 1, 1)],
+        "ranks": [next_key(torch.tensor([0, 0, 0]), rank, False) for rank in range(4)],
+        "seed and rank": [next_key(torch.tensor([1, 0, 0]), 0, False), next_key(torch.tensor([0, 0, 0]), 1, False)],
+        "a key and its uses": [KEYS[3], derive_key(KEYS[3], 0), derive_key(derive_key(KEYS[3], 0), 0)],
+    }
+
+
+@pytest.mark.parametrize("kind", neighbours_of_a_key())
+def test_noises_of_close_keys_do_not_correlate_at_any_shift(kind):
+    """The largest of 2^16 circular correlations of independent noises is about 4.4 / sqrt(n). A copy shifted by r rows and c columns
+    has (1 - r / 256) (1 - c / 256)."""
+    spectra = [torch.fft.rfft2(uniform(key, (256, 256)).double() - 0.5) for key in neighbours_of_a_key()[kind]]
+    for a, b in itertools.combinations(spectra, 2):
+        correlation = torch.fft.irfft2(a * b.conj()) * 12 / 2**16
+        assert correlation.abs().max() < 6 / 2**8
+
+
+def test_scramble_spreads_each_bit_of_a_key():
+    """Flipping one of the 64 bits of a key flips each of the 64 bits of the result about half the time."""
+    keys = torch.arange(400)[:, None] * torch.tensor([1, 3]) - 200
+    words = lambda keys: torch.stack([torch.stack(scramble(key)) for key in keys])  # noqa: E731
+    before = words(keys)
+    for word, bit in itertools.product(range(2), (0, 1, 15, 31)):
+        flipped = keys.clone()
+        flipped[:, word] ^= 1 << bit
+        changed = words(flipped) ^ before
+        share = torch.stack([(changed >> k & 1).float().mean(0) for k in range(32)])
+        assert ((share - 0.5).abs() < 5 * 0.5 / 400**0.5).all()
