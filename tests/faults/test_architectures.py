@@ -22,6 +22,9 @@ FEW = ("gpt2", "jetmoe", "mamba", "qwen3_moe", "bert QuestionAnswering", "robert
 FEW += ("torch's encoder", "an LSTM", "reads weights", "subclasses")
 """Architectures that every run of the tests checks."""
 
+UNCONVERTED = ("torch's encoder",)
+"""Architectures of which no layer can be converted: torch reads their weights itself."""
+
 
 class Products(TorchDispatchMode):
     """Records which parameters are operands of a matrix product as they are, that is in high precision."""
@@ -96,7 +99,7 @@ def check(name: str) -> None:
     with calls.watching(), Products(model) as products:
         model(**batch)
     converted = {layer.name for layer in plan.converted}
-    assert converted, "nothing is converted"
+    assert bool(converted) == (name not in UNCONVERTED)
     # A layer that was not called is found, and no other one.
     assert sorted(converted - called) == sorted(calls.uncalled)
     # The weight of a layer that was called is never multiplied in high precision.
