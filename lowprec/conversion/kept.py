@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from lowprec.nn import experts
+from lowprec.nn.known import is_fsdp2
 
 _HEADS = ("lm_head", "embed_out", "output_projection", "score", "classifier")
 """Last parts of the names of output layers, for models whose structure does not tell."""
@@ -109,8 +110,17 @@ def _holds_blocks(module: nn.Module) -> bool:
     children = list(module.children())
     if isinstance(module, nn.ModuleList | nn.ModuleDict):
         return bool(children) and all(any(child.children()) for child in children)
-    kinds = [type(child) for child in children if any(child.children())]
+    kinds = [_kind(child) for child in children if any(child.children())]
     return isinstance(module, nn.Sequential) and len(kinds) > len(set(kinds))
+
+
+def _kind(module: nn.Module) -> type:
+    """Return the class that a module has without FSDP2 and without a fused SwiGLU: a model that is
+    converted and sharded is read as it was before."""
+    kind: Any = type(module)
+    if is_fsdp2(module):
+        kind = kind.__bases__[-1]
+    return getattr(kind, "unfused", kind)
 
 
 def _behind(module: nn.Module, name: str, bodies: set[str], linears: list[str]) -> Iterator[str]:
@@ -122,7 +132,7 @@ def _behind(module: nn.Module, name: str, bodies: set[str], linears: list[str]) 
     if name in bodies:
         with_blocks = [place for place, (_, child) in enumerate(children) if any(child.children())]
         # Behind the last of its own repeated blocks.
-        kinds = [type(child) for _, child in children]
+        kinds = [_kind(child) for _, child in children]
         with_blocks = [place for place in with_blocks if kinds.count(kinds[place]) > 1]
     else:
         with_blocks = [
@@ -194,7 +204,7 @@ def _lists_experts(name: str, module: nn.Module) -> bool:
     """Return whether a module is a list of experts, or a list that may be one."""
     if not isinstance(module, nn.ModuleList | nn.ModuleDict):
         return False
-    kinds = [type(child) for child in module.children()]
+    kinds = [_kind(child) for child in module.children()]
     return name.rpartition(".")[2] == "experts" or (len(kinds) > 1 and len(set(kinds)) == 1)
 
 

@@ -2,15 +2,21 @@
 
 from torch import nn
 
+from lowprec.nn.known import is_a
+
 _PEFT = {
-    "PeftModel": ("base_model",),
-    "PeftMixedModel": ("base_model",),
-    "BaseTuner": ("model", "lora_model"),
-    "BaseTunerLayer": ("base_layer",),
-    "AuxiliaryTrainingWrapper": ("original_module", "modules_to_save", "token_adapter"),
+    "peft:PeftModel": ("base_model",),
+    "peft:PeftMixedModel": ("base_model",),
+    "peft.tuners.tuners_utils:BaseTuner": ("model", "lora_model"),
+    "peft.tuners.tuners_utils:BaseTunerLayer": ("base_layer",),
+    "peft.utils.other:AuxiliaryTrainingWrapper": (
+        "original_module",
+        "modules_to_save",
+        "token_adapter",
+    ),
 }
-"""PEFT's wrappers, by the names of their classes, so that PEFT need not be imported; for each, the
-attributes that hold the module that it wraps, or its trained copy."""
+"""PEFT's wrappers; for each, the attributes that hold the module that it wraps, or its trained
+copy."""
 
 
 def name_without_peft(model: nn.Module, name: str, stack: str = "") -> tuple[str, bool]:
@@ -24,9 +30,7 @@ def name_without_peft(model: nn.Module, name: str, stack: str = "") -> tuple[str
     added = False
     module = model
     for part in name.removesuffix(stack).strip(".").split("."):
-        kept = next(
-            (_PEFT[base.__name__] for base in type(module).__mro__ if base.__name__ in _PEFT), None
-        )
+        kept = next((parts for path, parts in _PEFT.items() if is_a(module, path)), None)
         copies = isinstance(module, nn.ModuleDict) and plain[-1:] == ["modules_to_save"]
         added |= kept is not None and part not in kept
         if copies:  # the part is the adapter's name

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from lowprec.errors import UserError
+from lowprec.nn.known import known_class
 
 Mode = Literal["blocks", "off"]
 
@@ -122,10 +123,9 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def _is_declared_layer(cls: type, declared: set[str]) -> bool:
-    # The class is compared by name, so that a model from elsewhere needs no import of transformers.
-    return cls.__name__ in declared or any(
-        base.__name__ == "GradientCheckpointingLayer" for base in cls.__mro__
-    )
+    # Models declare the names of their layers' classes.
+    layer = known_class("transformers.modeling_layers:GradientCheckpointingLayer")
+    return cls.__name__ in declared or (layer is not None and issubclass(cls, layer))
 
 
 def _missing_cpp_compiler() -> str | None:

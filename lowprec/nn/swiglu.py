@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowprec.nn.known import known_class
+
 _FORMULA = "self.down_proj(self.act_fn(self.gate_proj(x))*self.up_proj(x))"
-_ACTIVATIONS = ("SiLU", "SiLUActivation")
 
 
 def swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,9 +88,9 @@ def _fused_class(kind: type) -> type:
 def is_swiglu(module: nn.Module) -> bool:
     """Return True if a module computes down_proj(act_fn(gate_proj(x)) * up_proj(x)) with SiLU, and
     nothing else."""
-    activation = type(getattr(module, "act_fn", None)).__name__
+    activation = type(getattr(module, "act_fn", None))
     return (
-        activation in _ACTIVATIONS
+        activation in (nn.SiLU, known_class("transformers.activations:SiLUActivation"))
         and "forward" not in module.__dict__
         and _has_formula(type(module))
     )

@@ -32,6 +32,7 @@ from lowprec.distributed.fsdp2 import (
     sum_in_fp32,
 )
 from lowprec.errors import UserError
+from lowprec.nn.known import is_fsdp2
 from lowprec.recipe.finished import FinishedFlag
 from lowprec.training.checkpoint.ended import EndedRun
 from lowprec.training.checkpoint.final_model import follow
@@ -445,6 +446,6 @@ class LowPrecisionCallback(TrainerCallback):
 
 def _add_recipe_state(model: Any, folder: Path) -> None:
     """Write recipe state beside the adapters in `folder`, if the Trainer leaves it out."""
-    is_sharded = type(model).__name__.startswith("FSDP")
+    is_sharded = is_fsdp2(model)
     if is_sharded and leaves_state_out(model):
         save_tensors(RecipeState(model), folder)

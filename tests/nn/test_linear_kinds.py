@@ -12,10 +12,11 @@ from transformers.pytorch_utils import Conv1D
 
 import lowprec
 from lowprec.errors import UserError
-from lowprec.nn import LowPrecisionLinear, codes
+from lowprec.nn import LowPrecisionLinear, codes, swiglu
 from lowprec.observe.probe import Probe
 from lowprec.recipe import library
 from lowprec.testing import gaussian
+from lowprec.training.checkpoint.peft import is_peft
 from tests.nn.native import on_cpu
 
 
@@ -190,11 +191,41 @@ def test_subclasses_that_are_not_known_to_be_plain_are_not_changed(kind: Any):
         assert layer.reason == f"{kind.__name__} is a subclass of nn.Linear with a forward of its own"
 
 
-def test_a_class_that_is_called_conv1d_is_what_it_is():
-    model = nn.Sequential(
-        type("Conv1D", (nn.Conv1d,), {})(8, 8, 3), type("Conv1D", (nn.Module,), {})(), type("FSDPLinear", (Inherits,), {})(8, 8)
+def named(name: str, *bases: type, **members: Any) -> Any:
+    """Return a user's class that has the name of another library's."""
+    return type(name, bases, members)
+
+
+class Gated(nn.Module):
+    """An MLP whose forward is the formula of SwiGLU, with an activation of the user's own."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(128, 256), nn.Linear(128, 256), nn.Linear(256, 128)
+        self.act_fn = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def test_a_class_with_the_name_of_another_is_what_it_is():
+    """Each class has the name of one that conversion knows, and nothing else of it."""
+    holder = named("BaseTuner", nn.Sequential)
+    model = nn.ModuleDict(
+        {
+            "conv": named("Conv1D", nn.Conv1d)(8, 8, 3),
+            "empty": named("Conv1D", nn.Module)(),
+            "sharded": named("FSDPLinear", Inherits)(8, 8),
+            "tuned": named("BaseTunerLayer", holder)(nn.Linear(8, 8)),
+            "peft": named("PeftModel", nn.ModuleDict)({"other": nn.Linear(8, 8)}),
+            "tensor": nn.Linear(8, 8),
+        }
     )
-    assert {layer.name: layer.converted for layer in lowprec.convert(model, "mxfp8").layers if layer.kind != "Conv1d"}["2"]
+    plan = lowprec.convert(model, {"recipe": "mxfp8", "rules": [{"modules": r"peft\.other", "recipe": "mxfp4"}]})
+    assert [layer.name for layer in plan.converted] == ["sharded", "tuned.0", "peft.other", "tensor"]
+    assert is_peft(named("PeftModel", nn.Module)()) is False
+    relu, silu = Gated(named("SiLU", nn.ReLU)()), Gated(nn.SiLU())
+    assert (swiglu.is_swiglu(relu), swiglu.is_swiglu(silu)) == (False, True)
 
 
 def test_the_layers_of_an_attention_that_does_not_call_them_stay():

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lowprec.nn.known import is_fsdp2
 from lowprec.recipe.state import is_state
 
 _NUMBER = re.compile(r"\d+")
@@ -36,7 +37,7 @@ def accept_original_names(model: nn.Module) -> Any:
 
 
 def _translate(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    if prefix or not isinstance(model, PreTrainedModel) or type(model).__name__.startswith("FSDP"):
+    if prefix or not isinstance(model, PreTrainedModel) or is_fsdp2(model):
         return
     known = _saved_names(model)
     missing = known - state_dict.keys()

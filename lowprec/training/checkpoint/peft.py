@@ -1,11 +1,13 @@
-"""PEFT models, recognised by the name of their class, so that PEFT is not imported."""
+"""PEFT models, recognised without an import of PEFT."""
 
 from typing import Any
+
+from lowprec.nn.known import is_a
 
 
 def is_peft(model: Any) -> bool:
     """Return whether `model` is a PeftModel."""
-    return any(kind.__name__ == "PeftModel" for kind in type(model).__mro__)
+    return is_a(model, "peft:PeftModel")
 
 
 def without_peft(model: Any) -> Any:

@@ -11,6 +11,7 @@ from transformers.training_args import ParallelMode
 
 from lowprec.distributed.fsdp2 import check_offloaded, check_strategy, is_offloaded
 from lowprec.errors import UserError
+from lowprec.nn.known import is_dtensor
 
 logger = logging.getLogger("lowprec")
 
@@ -119,4 +120,4 @@ def state_is_lost(trainer: Trainer | None) -> UserError:
 
 def is_sharded(model: nn.Module) -> bool:
     """Return True if FSDP2 has sharded the model's parameters."""
-    return any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
+    return any(map(is_dtensor, model.parameters()))
