@@ -5,11 +5,14 @@ as Protocol Buffers write them in JSON. `float` of Python and `Number` of JavaSc
 """
 
 import json
+import logging
 import math
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger("lowprec")
 
 _NAMES = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -83,16 +86,28 @@ def keep_lines_until(path: Path, step: int, *, end: str | None = None) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:  # A kill cut this line short.
+    damaged = 0
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        record = _record(line)
+        at = None if record is None else record.get("step", step)
+        if record is None or type(at) not in (int, float):
+            # A kill cuts the last line short.
+            damaged += bool(line.strip()) and number < len(lines)
             continue
-        if not isinstance(record, dict):
-            continue
-        at = record.get("step", step)
         if at == step and end is not None and end in record:
             break
         if at <= step:
-            kept.append(line + "\n")
+            kept.append(line.decode() + "\n")
+    if damaged:
+        logger.warning("%s: %d damaged lines are dropped", path, damaged)
     write_atomically(path, "".join(kept))
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """Return the mapping in a line of JSON; None if there is none."""
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None

@@ -34,7 +34,13 @@ from lowprec.distributed.fsdp2 import (
     is_offloaded,
     sum_in_fp32,
 )
+from lowprec.distributed.processes import on_main_process
 from lowprec.errors import UserError
+from lowprec.training.checkpoint.folders import (
+    check_model,
+    files_of_state,
+    write_manifest_of_state,
+)
 from lowprec.training.checkpoint.no_code import check_no_code, load_data
 from lowprec.training.checkpoint.saved import read_json, save_json
 from lowprec.training.control.controller import PrecisionController
@@ -286,13 +292,17 @@ class _Run:
         @functools.wraps(save_state)
         def save(*args: Any, **kwargs: Any) -> Any:
             self._prepare_to_save()
+            before = files_of_state(save_state, *args, **kwargs)
             folder = self._uncounted(save_state, *args, **kwargs)
+            accelerator.wait_for_everyone()
             if accelerator.project_configuration.save_on_each_node:
                 writes = accelerator.is_local_main_process
             else:
                 writes = accelerator.is_main_process
             if writes:
                 save_json(self, Path(folder))
+                write_manifest_of_state(Path(folder), self.step, before)
+            accelerator.wait_for_everyone()
             return folder
 
         return save
@@ -308,6 +318,10 @@ class _Run:
             folder = _checkpoint(accelerator, input_dir)
             if folder is None:  # Accelerate says what is wrong.
                 return load_state(input_dir, *args, **kwargs)
+            on_main_process(
+                accelerator.state if accelerator.num_processes > 1 else None,
+                lambda: check_model(folder, "load_state"),
+            )
             check_no_code(folder)
             state = read_json(self, folder)
             if state is not None:

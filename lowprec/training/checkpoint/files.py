@@ -59,7 +59,7 @@ def damage(checkpoint: Path, *, content: bool = True) -> str | None:
         return _find_damage(checkpoint, content=False)
     try:
         state = manifest.state_of_files(checkpoint)
-    except OSError:  # a link that leads nowhere, or another process is writing here
+    except OSError:  # there is no such folder, or another process is writing here
         return _find_damage(checkpoint, content=True)
     known = _known.get(checkpoint.resolve())
     if known is not None and known[0] == state:

@@ -12,7 +12,7 @@ import json
 import os
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,21 @@ READ_IF_PRESENT = (
 not name changes the run."""
 
 
-def write_manifest(folder: Path, step: int | None = None) -> None:
+def write_manifest(
+    folder: Path, step: int | None = None, *, names: Container[str] | None = None
+) -> None:
     """Write the manifest of `folder`. All other files must be complete; they are flushed to the
-    disk first."""
+    disk first.
+
+    Args:
+        folder: Folder of the files.
+        step: Step of a checkpoint.
+        names: Names of the files that the manifest may name; None: all of them.
+    """
     entries = {}
     for name, path in sorted(_files(folder)):
+        if names is not None and name not in names:
+            continue
         size, crc32 = _checksum(path, flush=True)
         entries[name] = {"size": size, "crc32": crc32}
     content = {"format": _FORMAT, "step": step, "files": entries}
@@ -63,18 +73,25 @@ def step_in(folder: Path) -> int | None:
     return _read(folder / MANIFEST)["step"]
 
 
-def damage(folder: Path, *, content: bool = True) -> str | None:
+def damage(
+    folder: Path, *, content: bool = True, names: Container[str] | None = None
+) -> str | None:
     """Return the first difference between `folder` and its manifest, as "<file>: <what is wrong>";
     None if they agree.
 
     Args:
         folder: A folder that has a manifest.
         content: Flag: checksums are compared, too. This reads each file once.
+        names: Names of the files to look at; None: all of them.
     """
     try:
         entries = _read(folder / MANIFEST)["files"]
+        if names is not None:
+            entries = {name: entry for name, entry in entries.items() if name in names}
         present = dict(_files(folder))
         problem = _differs_in_size(folder, entries, present)
+        if problem is None and names is None:
+            problem = _strange(entries, present)
         if problem is not None or not content:
             return problem
         return _differs_in_content(entries, present)
@@ -92,13 +109,12 @@ def unlisted(folder: Path) -> list[str]:
 
 
 def state_of_files(folder: Path) -> frozenset[Any]:
-    """Return a value that changes when a file in `folder` is written, replaced or removed. Raise
-    OSError if a file can't be found."""
+    """Return a value that changes when a file in `folder` is written, replaced or removed: a set of
+    tuples, each with the name of a file first. Raise OSError if a file can't be found."""
     found = []
     for path in folder.rglob("*"):
-        status = path.lstat()
-        if path.is_symlink():
-            status = path.stat()
+        leads_to_nothing = path.is_symlink() and not path.exists()
+        status = path.lstat() if leads_to_nothing else path.stat()
         name = path.relative_to(folder).as_posix()
         times = status.st_mtime_ns, status.st_ctime_ns
         found.append((name, status.st_ino, status.st_size, *times))
@@ -164,6 +180,10 @@ def _differs_in_size(folder: Path, entries: dict[str, Any], present: dict[str, P
         size = present[name].stat().st_size
         if size != entry["size"]:
             return f"{name}: has {size} bytes, {entry['size']} were written"
+    return None
+
+
+def _strange(entries: dict[str, Any], present: dict[str, Path]) -> str | None:
     for name in READ_IF_PRESENT:
         if name in present and name not in entries:
             return f"{name}: does not belong to this checkpoint: {MANIFEST} does not name it"

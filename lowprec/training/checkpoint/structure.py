@@ -28,6 +28,19 @@ _TRAINER_PARTS = {
 }
 """The files that the Trainer writes together, or none of them (`save_only_model`)."""
 
+_SUFFIXES = (".json", ".safetensors", ".pt", ".pth", ".bin")
+"""Ends of the names that belong to files; a folder of such a name takes the place of one."""
+
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+"""Files of a model and its tokenizer, each of which is a mapping."""
+
 _RANK = re.compile(r"rng_state_(\d+)\.pth")
 
 
@@ -44,16 +57,38 @@ def damage(folder: Path, *, content: bool = True) -> str | None:
         names = {
             path.relative_to(folder).as_posix(): path
             for path in sorted(folder.rglob("*"))
-            if path.is_symlink() or not path.is_dir()
+            if path.is_symlink() or not path.is_dir() or path.suffix in _SUFFIXES
         }
-        for name, path in names.items():
-            problem = not_a_file(path) or _check_of(path, content)(path)
-            if problem is not None:
-                return f"{name}: {problem}"
-        return _missing(names) or _missing_shard(names)
+        return _damaged(names, content=content) or _missing(names) or _missing_shard(names)
     except OSError as error:
-        name = Path(error.filename).name if error.filename else folder.name
-        return f"{name}: can't be read: {error.strerror}"
+        return _unreadable(folder, error)
+
+
+def damage_of_model(folder: Path) -> str | None:
+    """Return the first damage in the form of a file that transformers reads from the folder of a
+    model or a tokenizer; None if nothing is found. Weights are not read."""
+    try:
+        names = {
+            path.name: path
+            for path in sorted(folder.iterdir())
+            if path.name in MODEL_FILES or path.name.endswith((".safetensors", ".index.json"))
+        }
+        return _damaged(names, content=False) or _missing_shard(names)
+    except OSError as error:
+        return _unreadable(folder, error)
+
+
+def _damaged(names: dict[str, Path], *, content: bool) -> str | None:
+    for name, path in names.items():
+        problem = not_a_file(path) or _check_of(path, content)(path)
+        if problem is not None:
+            return f"{name}: {problem}"
+    return None
+
+
+def _unreadable(folder: Path, error: OSError) -> str:
+    name = Path(error.filename).name if error.filename else folder.name
+    return f"{name}: can't be read: {error.strerror}"
 
 
 def _check_of(path: Path, content: bool) -> Callable[[Path], str | None]:
@@ -79,7 +114,7 @@ def _check_json(path: Path) -> str | None:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         return "is no JSON; it is cut short or damaged" if path.stat().st_size else "is empty"
-    if path.name in ("config.json", "trainer_state.json") and not isinstance(data, dict):
+    if path.name in (*MODEL_FILES, "trainer_state.json") and not isinstance(data, dict):
         return f"is no mapping but a {type(data).__name__}"
     return None
 

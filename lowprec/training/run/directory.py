@@ -38,6 +38,7 @@ from lowprec.training.checkpoint.files import (
     last_checkpoint,
     run_of,
 )
+from lowprec.training.checkpoint.folders import check_files
 from lowprec.training.checkpoint.history import (
     REPLACED,
     delete_rest,
@@ -112,6 +113,10 @@ def locate(
         _check_writable(root / Path(config_path).stem)
         return None, None
     _check_writable(directory)
+    if checkpoint is not None:
+        check_files([directory / name for name in _FILES], "trainer.output_dir")
+        if (directory / CONFIG).is_file():
+            load_mapping(directory / CONFIG)
     run_lock.check_not_held(directory)
     _check_model(directory, trainer)
     return directory, checkpoint
@@ -199,9 +204,12 @@ def _check_model(directory: Path, trainer: Mapping[str, Any]) -> None:
     if trainer.get("save_strategy") == "no":
         return
     if os.path.lexists(directory / MODEL) and not _model_is_of_a_run(directory):
+        summary = directory / SUMMARY
+        reason = f" ({summary.name} there is no summary)" if summary.is_file() else ""
         raise UserError(
             f"trainer.output_dir: {directory / MODEL} is not the model of a run that finished "
-            "there, and this run would write over it; move it away, or choose another directory"
+            f"there{reason}, and this run would write over it; move it away, or choose another "
+            "directory"
         )
 
 

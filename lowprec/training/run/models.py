@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 
 from lowprec.config.schema import StrictConfig, check_path
 from lowprec.errors import UserError, nearest
+from lowprec.training.checkpoint.folders import check_model
 from lowprec.training.checkpoint.no_code import check_index
 from lowprec.training.run.model_fields import apply_overrides, validate, vocabulary
 
@@ -153,6 +154,8 @@ def build_model(
     import torch
     from transformers import AutoModelForCausalLM
 
+    if model.path is not None:
+        check_model(Path(model.path), "model.path")
     if model.path is not None and _has_weights(Path(model.path)):
         for index in Path(model.path).glob("*.safetensors.index.json"):
             check_index(index)

@@ -14,6 +14,7 @@ from lowprec.distributed.processes import distributed_state, on_main_process
 from lowprec.errors import TrainingStopped, UserError
 from lowprec.training.callback import LowPrecisionCallback
 from lowprec.training.checkpoint import files as checkpoint_files
+from lowprec.training.checkpoint.folders import check_tokenizer
 from lowprec.training.checkpoint.no_code import check_no_code
 from lowprec.training.data import LoadedData
 from lowprec.training.log import show_log
@@ -48,6 +49,8 @@ def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> d
     plan_run(config, trains=True)
     setup = RunSetup.of(config)
     reads = [Path(path) for path in (config.model.path, config.data.tokenizer) if path is not None]
+    if config.data.tokenizer is not None:
+        check_tokenizer(Path(config.data.tokenizer), "data.tokenizer")
     _, checkpoint = run_directory.locate(config_path, setup.trainer, reads=reads)
     if checkpoint is not None:
         _check_resumable(setup, checkpoint, data)
