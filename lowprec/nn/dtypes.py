@@ -58,7 +58,7 @@ def why_not_tensor(weight: Tensor, under_fsdp: bool = False) -> str | None:
     if is_a(weight, "torch._subclasses.fake_tensor:FakeTensor"):
         return None
     if not is_dtensor(weight):
-        return f"its weight is a {type(weight).__name__}, not a plain tensor"
+        return f"its weight is of class {type(weight).__name__}, not a plain tensor"
     # FSDP2 alone shards over the last dimension of its mesh. Under tensor parallelism, more
     # dimensions shard the weight.
     placements: Any = weight.placements  # pyright: ignore[reportAttributeAccessIssue]

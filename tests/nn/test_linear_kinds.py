@@ -286,7 +286,7 @@ def test_weights_that_are_no_plain_parameters_stay_and_strict_says_so():
     float8.weight = nn.Parameter(torch.zeros(8, 8).to(torch.float8_e4m3fn), requires_grad=False)
     parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
     cases = {
-        "is a Wrapped, not a plain tensor": wrapped,
+        "its weight is of class Wrapped, not a plain tensor": wrapped,
         "its weight is int8: already quantised": int8,
         "its weight is float8_e4m3fn: already quantised": float8,
         "its weight is no parameter: a parametrization or a hook computes it": parametrized,

@@ -12,6 +12,7 @@ from lowprec.config.schema import StrictConfig, check_path
 from lowprec.errors import UserError, nearest
 from lowprec.training.checkpoint.folders import check_model
 from lowprec.training.checkpoint.no_code import check_index
+from lowprec.training.checkpoint.stored_weights import check_stored_weights
 from lowprec.training.run.model_fields import apply_overrides, validate, vocabulary
 
 if TYPE_CHECKING:
@@ -99,8 +100,8 @@ def build_config(model: ModelConfig, vocab_size: int) -> "PretrainedConfig":
     """Return the transformers configuration of `model` for a tokenizer of `vocab_size` tokens.
 
     Raises:
-        UserError: a preset or a field is unknown, a folder is missing, a value is wrong, or the
-            vocabulary is too small for the tokenizer.
+        UserError: a preset or a field is unknown, a folder is missing or holds weights in low
+            precision, a value is wrong, or the vocabulary is too small for the tokenizer.
     """
     if (model.preset is None) == (model.path is None):
         raise UserError("model: give one of 'preset' and 'path'")
@@ -109,6 +110,7 @@ def build_config(model: ModelConfig, vocab_size: int) -> "PretrainedConfig":
         config = _preset_config(model.preset, vocab_size)
     else:
         config = _folder_config(Path(str(model.path)))
+        check_stored_weights(Path(str(model.path)), config)
     apply_overrides(config, model.overrides)
     validate(config)
     known = vocabulary(config)
