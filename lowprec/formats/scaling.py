@@ -29,6 +29,7 @@ The specifications leave two cases open. The choices here:
 """
 
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Literal, get_args
 
 import torch
@@ -44,7 +45,9 @@ _E8M0_BIAS = 127
 
 ScaleFormat = Literal["fp32", "e8m0", "e4m3"]
 Rule = Literal["floor", "ceil", "even", "rceil", "quest"]
+ErrorMeasure = Literal["mse", "mae"]
 RULES: tuple[str, ...] = get_args(Rule)
+ERROR_MEASURES: tuple[str, ...] = get_args(ErrorMeasure)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +65,16 @@ class BlockScaling:
     """Flag: no zero point. False adds an integer zero point to each block."""
     prescale: float = 1.0
     """Factor by which x is multiplied before it is quantised; dequantising divides by it. With 3/4,
-    the floor rule cuts no value, so that stochastic rounding stays unbiased (arXiv 2502.20586,
-    section 3.1)."""
+    the floor rule of e8m0 scales cuts no value, so that stochastic rounding stays unbiased (arXiv
+    2502.20586, section 3.1). With 16/17, an e4m3 scale cuts none (arXiv 2601.22813)."""
     history: int = 0
     """Length n of the amax history. 0 is current scaling; n > 0 is delayed scaling, by the largest
     of the last n amaxes (arXiv 2209.05433, section 3)."""
     four_over_six: bool = False
     """Flag: map the block's largest magnitude to 4 as well as to 6, and keep the scale with the
     smaller error (arXiv 2512.02010)."""
+    four_over_six_error: ErrorMeasure = "mse"
+    """Error by which four over six chooses: the sum of squares ("mse") or of magnitudes ("mae")."""
     prescale_ratio: tuple[int, int] = field(init=False, repr=False, compare=False)
     """The prescale as numerator and denominator. Compiled code must not read the float itself:
     torch.compile makes variables of the floats that it finds in objects."""
@@ -82,9 +87,11 @@ class BlockScaling:
             )
         if not self.symmetric and self.scale_format != "fp32":
             raise ValueError("a zero point goes with an fp32 scale")
-        if self.prescale != 1.0 and not (self.scale_format == "e8m0" and 0 < self.prescale < 1):
+        in_place = self.scale_format in ("e8m0", "e4m3") and 0 < self.prescale < 1
+        if self.prescale != 1.0 and not in_place:
             raise ValueError(
-                f"a prescale lies between 0 and 1 and goes with an e8m0 scale; got {self.prescale}"
+                "a prescale lies between 0 and 1 and goes with an e8m0 scale or an e4m3 scale; got "
+                f"{self.prescale}"
             )
         if self.history and not (
             self.history > 0
@@ -97,6 +104,12 @@ class BlockScaling:
             )
         if self.four_over_six and self.scale_format != "e4m3":
             raise ValueError("four over six chooses between two e4m3 scales")
+        if self.four_over_six_error not in ERROR_MEASURES:
+            raise ValueError(
+                f"four over six chooses by mse or by mae, not by {self.four_over_six_error!r}"
+            )
+        if self.four_over_six_error != "mse" and not self.four_over_six:
+            raise ValueError("an error measure goes with four over six")
 
     def __str__(self) -> str:
         block = {(ALL, ALL): "tensor", (1, ALL): "row"}.get(
@@ -107,12 +120,20 @@ class BlockScaling:
         if not self.symmetric:
             words.append("asymmetric")
         if self.four_over_six:
-            words.append("4/6")
+            words.append("4/6" if self.four_over_six_error == "mse" else "4/6:mae")
         if self.prescale != 1.0:
-            words.append(f"prescale:{self.prescale!r}")
+            words.append(f"prescale:{_shortest(self.prescale)}")
         if self.history > 0:
             words.append(f"delayed:{self.history}")
         return " ".join(words)
+
+
+def _shortest(number: float) -> str:
+    """Return the text of a number: decimal if that is short, else a fraction of small integers if
+    that is exact."""
+    fraction = Fraction(number).limit_denominator(64)
+    decimal = repr(number)
+    return decimal if len(decimal) <= 6 or float(fraction) != number else str(fraction)
 
 
 def scale_from_amax(amax: Tensor, fmt: ElementFormat, scaling: BlockScaling) -> Tensor:

@@ -236,31 +236,43 @@ def _scale_blocks(
 
 def _two_level(blocks: Tensor, amax: Tensor, fmt: ElementFormat, scaling: BlockScaling) -> _Scaled:
     """Scale blocks by NVFP4's two levels of scales (see `nvfp4`); `amax` is that of each block."""
-    s_enc, s_dec = nvfp4.tensor_scales(
-        amax.amax() if amax.numel() else amax.new_zeros(()), fmt, scaling
+    amax_t = amax.amax() if amax.numel() else amax.new_zeros(())
+    s_enc, s_dec = nvfp4.tensor_scales(amax_t, fmt, scaling)
+    if not scaling.four_over_six:
+        scale = nvfp4.block_scale(amax, s_enc, fmt, scaling)
+        scaled = _times(blocks, nvfp4.encoding_scale(scale, s_dec))
+        return _Scaled(x=scaled, scale=scale, tensor_scale=s_dec)
+    scale, scale_4 = nvfp4.two_block_scales(amax, s_enc, fmt, scaling)
+    scaled, scaled_4 = (_times(blocks, nvfp4.encoding_scale(s, s_dec)) for s in (scale, scale_4))
+    # The power of two below s_enc: the squares of tiny or huge errors would leave fp32's range.
+    power = (s_enc.view(torch.int32) & 0x7F800000).view(torch.float32)
+    original = blocks * power
+    four, six = (
+        _error(original, candidate, s, amax_t * power, fmt, scaling)
+        for candidate, s in ((scaled_4, scale_4), (scaled, scale))
     )
-    scale = nvfp4.block_scale(amax, s_enc, fmt)
-    scaled = _times(blocks, nvfp4.encoding_scale(scale, s_dec))
-    if scaling.four_over_six:
-        scale_4 = nvfp4.block_scale(amax, s_enc, fmt, stretch=1.5)
-        scaled_4 = _times(blocks, nvfp4.encoding_scale(scale_4, s_dec))
-        # Errors are multiplied by the power of two below s_enc: the squares of tiny or huge errors
-        # would leave fp32's range.
-        power = (s_enc.view(torch.int32) & 0x7F800000).view(torch.float32)
-        four = _squared_error(blocks, scaled_4, scale_4, s_dec, power, fmt)
-        six = _squared_error(blocks, scaled, scale, s_dec, power, fmt)
-        smaller = four < six
-        scale = torch.where(smaller, scale_4, scale)
-        scaled = torch.where(smaller[:, None, :, None], scaled_4, scaled)
-    return _Scaled(x=scaled, scale=scale, tensor_scale=s_dec)
+    smaller = four < six
+    return _Scaled(
+        x=torch.where(smaller[:, None, :, None], scaled_4, scaled),
+        scale=torch.where(smaller, scale_4, scale),
+        tensor_scale=s_dec,
+    )
 
 
-def _squared_error(
-    blocks: Tensor, scaled: Tensor, scale: Tensor, s_dec: Tensor, power: Tensor, fmt: ElementFormat
+def _error(
+    original: Tensor,
+    scaled: Tensor,
+    scale: Tensor,
+    amax_t: Tensor,
+    fmt: ElementFormat,
+    scaling: BlockScaling,
 ) -> Tensor:
-    """Return the sum of the squared errors of each block, in units of 1 / power^2."""
-    error = _times(round_to_format(scaled, fmt), scale).mul_(s_dec) - blocks
-    return error.mul_(power).square_().sum((1, 3))
+    """Return the error of each block by which four over six chooses; see `nvfp4`."""
+    codes = _times(round_to_format(scaled, fmt), scale)
+    value = nvfp4.dequantized_by_amax(codes, amax_t, nvfp4.bound(fmt, scaling))
+    error = value.sub_(original)
+    error = error.abs_() if scaling.four_over_six_error == "mae" else error.square_()
+    return error.sum((1, 3))
 
 
 def _amax(blocks: Tensor) -> Tensor:

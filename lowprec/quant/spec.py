@@ -5,7 +5,8 @@ The notation is an element format and, in brackets, a block with its scale forma
 
     bf16                            cast, without scales
     e4m3[1x128 fp32]                one fp32 scale for 128 neighbours along the contraction axis
-    e2m1[16x16 e4m3 4/6]            NVFP4 weights, four over six
+    e2m1[16x16 e4m3 4/6]            NVFP4 weights, four over six (4/6:mae chooses by magnitudes)
+    e2m1[1x16 e4m3 prescale:16/17 stochastic]
     e2m1[1x32 e8m0:floor prescale:0.75 stochastic]
     int8[row fp32 asymmetric]
     e5m2[tensor fp32 delayed:1024]
@@ -13,12 +14,13 @@ The notation is an element format and, in brackets, a block with its scale forma
 
 import re
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 from lowprec.errors import UserError, nearest
 from lowprec.formats.element import E2M1, E4M3, E5M2, FORMATS, ElementFormat
 from lowprec.formats.rounding import ROUNDINGS, Rounding
-from lowprec.formats.scaling import ALL, RULES, BlockScaling
+from lowprec.formats.scaling import ALL, ERROR_MEASURES, RULES, BlockScaling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,10 +168,12 @@ def _parse_word(word: str) -> dict[str, Any]:
         return {"scale_format": "e8m0"} | ({"rule": value} if value else {})
     if word == "asymmetric":
         return {"symmetric": False}
-    if word == "4/6":
-        return {"four_over_six": True}
+    if word == "4/6" or (key == "4/6" and value in ERROR_MEASURES):
+        return {"four_over_six": True} | ({"four_over_six_error": value} if value else {})
     if key == "prescale" and re.fullmatch(r"\d*\.?\d+(e-?\d+)?", value):
         return {"prescale": float(value)}
+    if key == "prescale" and re.fullmatch(r"[1-9]\d{0,5}/[1-9]\d{0,5}", value):
+        return {"prescale": float(Fraction(value))}
     if key == "delayed" and value.isdecimal():
         return {"history": int(value)}
     known = (
@@ -178,7 +182,9 @@ def _parse_word(word: str) -> dict[str, Any]:
         *(f"e8m0:{rule}" for rule in RULES),
         "asymmetric",
         "4/6",
+        "4/6:mae",
         "prescale:0.75",
+        "prescale:16/17",
         "delayed:1024",
         *ROUNDINGS,
     )

@@ -304,8 +304,7 @@ def _tensor_scales(x: Tensor, spec: OperandSpec) -> Tensor:
     assert spec.scaling is not None
     amax = torch.linalg.vector_norm(x, torch.inf, dtype=torch.float32)
     s_enc, s_dec = nvfp4.tensor_scales(amax, spec.element, spec.scaling)
-    inverse = torch.tensor(1.0 / spec.element.max, dtype=torch.float32, device=x.device)
-    return torch.stack((s_enc * inverse, s_dec))
+    return torch.stack((nvfp4.scale_per_unit(s_enc, spec.element, spec.scaling), s_dec))
 
 
 _parse = cache(OperandSpec.parse)

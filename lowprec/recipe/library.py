@@ -185,8 +185,8 @@ _RECIPES = (
     ),
     _nvfp4(
         "nvfp4",
-        about="NVIDIA's NVFP4: 16x16 weights, stochastic gradients, Hadamard on wgrad "
-        "(arXiv 2509.25149, section 4)",
+        about="NVIDIA's NVFP4: 16x16 weights, stochastic gradients (biased where a block's largest "
+        "value is cut), Hadamard on wgrad (arXiv 2509.25149, section 4)",
     ),
     _nvfp4(
         "nvfp4_4over6",

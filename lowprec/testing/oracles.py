@@ -106,12 +106,13 @@ def round_by_search(x: np.ndarray | np.floating, fmt: ElementFormat, rounding: s
 
 
 def nvfp4_by_numpy(
-    x_RK: Tensor, block: tuple[int, int], *, four_over_six: bool = False
+    x_RK: Tensor, block: tuple[int, int], *, four_over_six: bool = False, error: str = "mse"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Quantise a matrix to NVFP4 block by block, in fp32 scalars.
 
-    The order of operations is Transformer Engine's (arXiv 2509.25149, appendix B; arXiv 2512.02010
-    for four over six), in numpy's fp32, where every operation is correctly rounded.
+    The order of operations is Transformer Engine's (arXiv 2509.25149, appendix B), and for four
+    over six that of its authors' code (arXiv 2512.02010), in numpy's fp32, where every operation is
+    correctly rounded. `error` is the measure by which four over six chooses.
 
     Returns:
         (codes, block scales, tensor scale, dequantised matrix), all fp32. For a matrix with NaN or
@@ -132,6 +133,9 @@ def nvfp4_by_numpy(
     amax = f32(np.abs(x).max()) if x.size else f32(0)
     bound = f32(6 * 256 if four_over_six else 6 * 448)
     stretches = (f32(1), f32(1.5)) if four_over_six else (f32(1),)
+    # The published code takes the errors as they are. In these units they stay in fp32's range.
+    unit = f32(1) if amax == 0 else f32(2.0 ** min(127, -np.floor(np.log2(np.float64(amax)))))
+    measure = {"mse": np.square, "mae": np.abs}[error]
     with np.errstate(over="ignore", divide="ignore"):
         encode = f32(1) if amax == 0 else min(bound / amax, flt_max)
         decode = f32(1) / encode
@@ -139,7 +143,11 @@ def nvfp4_by_numpy(
             for j in range(grid[1]):
                 place = np.s_[i * r : (i + 1) * r, j * c : (j + 1) * c]
                 best = None
-                base = min(np.abs(x[place]).max() * (encode * (f32(1) / f32(6))), flt_max)
+                largest = np.abs(x[place]).max()
+                if four_over_six:
+                    base = largest / f32(6) * encode
+                else:
+                    base = min(largest * (encode * (f32(1) / f32(6))), flt_max)
                 for stretch in stretches:
                     scale = f32(round_by_search(base * stretch, E4M3, "nearest"))
                     factor = min(f32(1) / (scale * decode), flt_max)
@@ -147,9 +155,10 @@ def nvfp4_by_numpy(
                         np.clip(x[place] * factor, f32(-6), f32(6)), E2M1, "nearest"
                     )
                     value = code * scale * decode
-                    error = np.square((value - x[place]).astype(np.float64)).sum()
-                    if best is None or error < best[0]:
-                        best = error, code, scale, value
+                    seen = code * scale * (amax * unit) / bound - x[place] * unit
+                    total = measure(seen.astype(np.float64)).sum()
+                    if best is None or total < best[0]:
+                        best = total, code, scale, value
                 assert best is not None
                 _, codes[place], scales[i, j], out[place] = best
     return (

@@ -204,6 +204,10 @@ def test_wrong_scalings_are_refused():
             BlockScaling(**{"block": (ALL, ALL), "history": 4} | wrong)
     with pytest.raises(ValueError, match="four over six chooses between two e4m3 scales"):
         BlockScaling(block=(1, 16), four_over_six=True)
+    with pytest.raises(ValueError, match="by mse or by mae, not by 'max'"):
+        BlockScaling(block=(1, 16), scale_format="e4m3", four_over_six=True, four_over_six_error="max")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="goes with four over six"):
+        BlockScaling(block=(1, 16), scale_format="e4m3", four_over_six_error="mae")
 
 
 def test_names():

@@ -15,8 +15,9 @@ every_block = pytest.mark.parametrize("block", BLOCKS, ids=["1x16", "16x16"])
 every_choice = pytest.mark.parametrize("four_over_six", [False, True], ids=["six", "four_over_six"])
 
 
-def spec(block, four_over_six=False, rounding="nearest") -> OperandSpec:
-    scaling = BlockScaling(block=block, scale_format="e4m3", four_over_six=four_over_six)
+def spec(block, four_over_six=False, rounding="nearest", error="mse", prescale=1.0) -> OperandSpec:
+    fields = {"four_over_six": four_over_six, "four_over_six_error": error, "prescale": prescale}
+    scaling = BlockScaling(block=block, scale_format="e4m3", **fields)
     return OperandSpec(element=E2M1, scaling=scaling, rounding=rounding)
 
 
@@ -24,10 +25,10 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.contiguous().view(torch.int32), b.contiguous().view(torch.int32))
 
 
-def assert_agrees(x: Tensor, block: tuple[int, int], four_over_six: bool) -> None:
-    codes, scale, tensor_scale, value = nvfp4_by_numpy(x, block, four_over_six=four_over_six)
+def assert_agrees(x: Tensor, block: tuple[int, int], four_over_six: bool, error: str = "mse") -> None:
+    codes, scale, tensor_scale, value = nvfp4_by_numpy(x, block, four_over_six=four_over_six, error=error)
     for decoded in (False, True):
-        q = quantize(x, spec(block, four_over_six), decoded=decoded)
+        q = quantize(x, spec(block, four_over_six, error=error), decoded=decoded)
         assert q.scale is not None
         assert q.tensor_scale is not None
         assert q.scale_data is not None
@@ -254,6 +255,62 @@ def test_toward_zero_never_grows(block):
     assert torch.equal(q.scale, reference.scale)
     assert (q.dequantize().abs() <= x.abs() * (1 + 2.0**-22)).all()
     assert (q.values.abs() < reference.values.abs()).any()
+
+
+@every_block
+def test_four_over_six_by_magnitudes(block):
+    """Every bit is that of the published order, and some blocks choose another scale than by squares."""
+    x = torch.cat([gaussian(48, 64, 18), heavy_tailed(48, 64, 19)])
+    assert_agrees(x, block, True, "mae")
+    assert_agrees(1e30 * x, block, True, "mae")
+    x = gaussian(256, 256, 20)
+    by_squares, by_magnitudes = (quantize(x, spec(block, True, error=error), decoded=True) for error in ("mse", "mae"))
+    r, c = block
+    errors = [(q.dequantize() - x).abs().unflatten(1, (-1, c)).unflatten(0, (-1, r)).sum((1, 3)) for q in (by_squares, by_magnitudes)]
+    assert not torch.equal(by_squares.scale, by_magnitudes.scale)  # pyright: ignore[reportArgumentType]
+    assert (errors[1] <= errors[0] * (1 + 1e-5)).all()
+
+
+def test_four_over_six_divides_amax_by_six_before_it_multiplies():
+    """Both published codes take (amax / 6) s_enc. amax (s_enc / 6) lies on the other side of a midpoint of e4m3 for some blocks."""
+    rows = torch.cat([torch.full((1, 16), 1.5), torch.rand(4096, 16, generator=torch.Generator().manual_seed(0))])
+    amax = rows.abs().amax(1)
+    encode = torch.tensor(1536.0) / amax.max()
+    midpoints = (amax * encode / 6).to(torch.float8_e4m3fn).float()
+    step = 2.0 ** (midpoints.log2().floor() - 3)
+    nearby = torch.arange(-2, 3, dtype=torch.int32)  # ulps around the amax whose scale is a midpoint
+    target = ((midpoints + step / 2) * 6 / encode).view(torch.int32)[:, None] + nearby
+    x = torch.zeros(target.numel() + 1, 16)
+    x[0, 0] = amax.max()
+    x[1:, 0] = target.view(torch.float32).flatten().clamp(max=amax.max().item())
+    base = x[:, 0] / 6 * encode
+    published, larger = (scale.to(torch.float8_e4m3fn).float() for scale in (base, base * 1.5))
+    other = (x[:, 0] * (encode * torch.tensor(1 / 6))).to(torch.float8_e4m3fn).float()
+    scale = quantize(x, spec((1, 16), True)).scale
+    assert scale is not None
+    assert (published != other).any()
+    assert ((scale[:, 0] == published) | (scale[:, 0] == larger)).all()
+
+
+@every_block
+def test_the_unbiased_factor(block):
+    """With 16/17 the mean of stochastic rounding is x, also where a block is largest; without it, it is not."""
+    x = gaussian(64, 64, 21)
+    r, c = block
+    magnitudes = x.abs().unflatten(1, (-1, c)).unflatten(0, (-1, r))
+    largest = (magnitudes == magnitudes.amax((1, 3), keepdim=True)).flatten(2, 3).flatten(0, 1)
+    changes = []
+    for prescale in (1.0, 16 / 17):
+        unbiased = spec(block, rounding="stochastic", prescale=prescale)
+        assert OperandSpec.parse(str(unbiased)) == unbiased
+        draws = [quantize(x, unbiased, key=torch.tensor([seed, 0])) for seed in range(150)]
+        shift = (torch.stack([q.dequantize() for q in draws]).mean(0) - x) * x.sign()
+        sigma = torch.stack([q.dequantize() for q in draws]).std(0)[largest].norm() / 150**0.5 / x.abs()[largest].sum()
+        changes.append((shift[largest].sum() / x.abs()[largest].sum()).item())
+        if prescale != 1.0:
+            assert abs(changes[-1]) < 5 * sigma
+    assert changes[0] < -0.01 / len(block)
+    assert "prescale:16/17" in str(unbiased)
 
 
 def test_what_nvfp4_is_not():

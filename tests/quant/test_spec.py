@@ -36,6 +36,8 @@ def specs(draw) -> OperandSpec:
         fields["prescale"] = draw(st.sampled_from([1.0, 0.75, 0.5, 0.875, 0.0625]))
     elif fields["scale_format"] == "e4m3":
         fields["four_over_six"] = draw(st.booleans())
+        fields["four_over_six_error"] = draw(st.sampled_from(["mse", "mae"])) if fields["four_over_six"] else "mse"
+        fields["prescale"] = draw(st.sampled_from([1.0, 16 / 17, 0.5]))
     elif element.is_integer:
         fields["symmetric"] = draw(st.booleans())
     if fields["scale_format"] == "fp32" and fields["block"] == (ALL, ALL) and fields.get("symmetric", True):
