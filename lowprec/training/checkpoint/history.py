@@ -13,7 +13,7 @@ import shutil
 import time
 from pathlib import Path
 
-from lowprec.training.checkpoint.files import checkpoints, is_whole, step_of
+from lowprec.training.checkpoint.files import checkpoints, damage, step_of
 
 logger = logging.getLogger("lowprec")
 
@@ -46,7 +46,11 @@ def set_aside_later(directory: Path, step: int, limit: int | None) -> None:
         limit: The run's `save_total_limit`. If there are more replaced checkpoints than that, those
             of earlier calls are deleted, which is logged.
     """
-    later = [path for path in checkpoints(directory) if step_of(path) > step and is_whole(path)]
+    later = [
+        path
+        for path in checkpoints(directory)
+        if step_of(path) > step and damage(path, content=False) is None
+    ]
     if not later:
         return
     before = replaced_checkpoints(directory)

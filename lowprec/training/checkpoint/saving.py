@@ -15,14 +15,17 @@ import ctypes
 import functools
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from transformers.trainer_utils import SaveStrategy
 
-from lowprec.training.checkpoint.files import remember_whole
+from lowprec.errors import TrainingStopped
+from lowprec.training.checkpoint.files import last_checkpoint, remember_whole
 from lowprec.training.checkpoint.history import rotate
 from lowprec.training.checkpoint.manifest import write_manifest
 from lowprec.training.checkpoint.torn import check_whole
@@ -37,6 +40,9 @@ UNFINISHED = "unfinished"
 
 BEST = "load_best_model_at_end (false keeps the last weights)"
 """What asks for the best checkpoint."""
+
+_NOT_WRITTEN = "PytorchStreamWriter failed|IoError|I/O error"
+"""Words in the errors of torch and of safetensors when a file can't be written."""
 
 _AT_FDCWD = -100  # Linux: paths are relative to the working directory
 _RENAME_EXCHANGE = 2
@@ -154,7 +160,7 @@ class CheckpointWriter:
             run = Path(find_run(trial))
             step = trainer.state.global_step
             target = run / f"checkpoint-{step}"
-            with whole_folder(target, step=step, args=args) as folder:
+            with _one_line(target), whole_folder(target, step=step, args=args) as folder:
                 trainer._get_output_dir = lambda trial: str(folder.parent)
                 try:
                     save(model, trial)
@@ -164,8 +170,9 @@ class CheckpointWriter:
                     self._add(model, folder)
                 _find_best(trainer, folder, run)
             self._whole = target
-            if args.should_save:
+            if target.is_dir():
                 remember_whole(target)
+            if args.should_save:
                 best = trainer.state.best_model_checkpoint
                 rotate(run, args.save_total_limit, best, last=target)
 
@@ -182,6 +189,22 @@ class CheckpointWriter:
             self._add(model, checkpoint)
             write_manifest(checkpoint, step)
             remember_whole(checkpoint)
+
+
+@contextlib.contextmanager
+def _one_line(target: Path) -> Iterator[None]:
+    """Raise TrainingStopped in place of the error of a system that can't write the files of
+    `target`, such as a full disk. What was written of them is deleted."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        text = " ".join(str(error).split())
+        if not isinstance(error, OSError) and not re.search(_NOT_WRITTEN, text):
+            raise
+        shutil.rmtree(target.parent / UNFINISHED / target.name, ignore_errors=True)
+        last = last_checkpoint(target.parent)
+        rest = f"; the last whole checkpoint is {last}" if last else ""
+        raise TrainingStopped(f"{target} can't be written: {text}{rest}") from error
 
 
 def _saves_as_known(trainer: "Trainer") -> bool:

@@ -1,16 +1,18 @@
 """Going back to a checkpoint on disk after a breach (`guard.data: replay`), so that the batches
 since then are trained on again."""
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowprec.distributed.processes import on_main_process
 from lowprec.errors import TrainingStopped
 from lowprec.files import keep_lines_until
 from lowprec.training.checkpoint.files import (
     checkpoints,
+    damage,
     global_step,
     is_checkpoint_of,
-    is_whole,
     step_of,
 )
 from lowprec.training.checkpoint.history import set_aside_later
@@ -23,6 +25,8 @@ from lowprec.training.optim.loss_scaling import prepare_to_load
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerState
+
+logger = logging.getLogger("lowprec")
 
 
 class Replay:
@@ -65,7 +69,7 @@ class Replay:
             if before is None:
                 return output
             directory = Path(_output_dir(trainer))
-            checkpoint = self._last_good(before, last)
+            checkpoint = self._find_last_good(trainer, before, last)
             if checkpoint is None:
                 raise TrainingStopped(
                     f"guard: no checkpoint before step {before} in {directory} to go back to: save "
@@ -95,6 +99,14 @@ class Replay:
         known = [*reversed(self._checkpoints), own]
         return [path for path in known if is_checkpoint_of(path, state)]
 
+    def _find_last_good(
+        self, trainer: "Trainer", before: int, last: tuple[int, Path] | None
+    ) -> Path | None:
+        """Return the result of `_last_good` on the main process, which alone reads the files."""
+        args = trainer.args
+        processes = args.distributed_state if args.world_size > 1 else None
+        return on_main_process(processes, lambda: self._last_good(before, last))
+
     def _last_good(self, before: int, last: tuple[int, Path] | None) -> Path | None:
         """Return the checkpoint to go back to.
 
@@ -102,15 +114,23 @@ class Replay:
             before: the step of the breach.
             last: the step of the breach before that, and the checkpoint that the run went back to.
         """
-        steps = {path: global_step(path) for path in self._checkpoints if is_whole(path)}
+        steps = {
+            path: global_step(path)
+            for path in self._checkpoints
+            if damage(path, content=False) is None
+        }
         whole = sorted(
             (path for path, step in steps.items() if step < before), key=lambda path: steps[path]
         )
         good = [path for path in whole if steps[path] <= before - SETTLED]
         if last is not None and before <= last[0] + SETTLED:  # the same trouble once more
             good = [path for path in good if steps[path] < steps[last[1]]]
-        candidates = good[-1:] or whole[:1]
-        return candidates[0] if candidates else None
+        for path in (*reversed(good), *whole):
+            problem = damage(path)
+            if problem is None:
+                return path
+            logger.warning("%s is not gone back to: it is not whole: %s", path, problem)
+        return None
 
 
 def _output_dir(trainer: "Trainer") -> str:

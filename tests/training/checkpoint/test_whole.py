@@ -1,5 +1,6 @@
 """A checkpoint is written whole or not at all, and is checked against its manifest when it is loaded."""
 
+import errno
 import json
 import os
 import shutil
@@ -8,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import Trainer
 
 from lowprec import LowPrecisionCallback, UserError
+from lowprec.errors import TrainingStopped
 from lowprec.training.checkpoint import files as checkpoint_files
 from lowprec.training.checkpoint.manifest import MANIFEST
-from tests.builders import losses, small_trainer
+from tests.builders import counting, losses, small_trainer
 from tests.processes import run
 
 SAVES: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
@@ -134,3 +137,49 @@ def test_killed_while_it_writes_a_checkpoint(what: str, again: bool, finished: t
     callback.train(trainer, True if not again else str(tmp_path / "checkpoint-2"))
     assert losses(trainer) == finished[1]
     assert not (tmp_path / "unfinished").exists()
+
+
+def test_the_best_checkpoint_has_its_name_and_is_checked(tmp_path: Path):
+    data = {"data": counting(8), "evaluated": counting(4), "eval_strategy": "steps", "eval_steps": 2, "max_steps": 4}
+    trainer, _ = trainer_of(tmp_path, load_best_model_at_end=True, metric_for_best_model="loss", save_total_limit=1, **data)
+    trainer.train()
+    best = tmp_path / "checkpoint-4"
+    assert trainer.state.best_model_checkpoint == str(best)
+    assert json.loads((best / "trainer_state.json").read_text())["best_model_checkpoint"] == str(best)
+    assert checkpoint_files.checkpoints(tmp_path) == [best]
+    flip(best / "model.safetensors")
+    with pytest.raises(UserError, match=r"^load_best_model_at_end .*checkpoint-4 is not whole: model\.safetensors: its content"):
+        trainer._load_best_model()
+
+
+class Own(Trainer):
+    """A Trainer that looks for the checkpoint's folder under its name."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        (Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / "own.txt").write_text("own")
+
+
+def test_a_class_of_ones_own_writes_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("tests.builders.Trainer", Own)
+    trainer, _ = trainer_of(tmp_path, max_steps=2)
+    trainer.train()
+    assert "own.txt" in json.loads((tmp_path / "checkpoint-2" / MANIFEST).read_text())["files"]
+    assert checkpoint_files.is_whole(tmp_path / "checkpoint-2")
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    save = torch.save
+
+    def full(value: Any, path: Any, *args: Any) -> None:
+        if "checkpoint-4" in str(path):
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        save(value, path, *args)
+
+    monkeypatch.setattr(torch, "save", full)
+    trainer, _ = trainer_of(tmp_path)
+    with pytest.raises(TrainingStopped, match=r"checkpoint-4 can't be written: .*No space left on device.*; the last whole .*checkpoint-2"):
+        trainer.train()
+    assert sorted(path.name for path in tmp_path.glob("*checkpoint*")) == ["checkpoint-2"]
+    assert not list((tmp_path / "unfinished").glob("*"))
