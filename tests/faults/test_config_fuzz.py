@@ -528,7 +528,7 @@ def test_some_mutated_configurations(here: Path):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("seed", [1])
 def test_many_mutated_configurations(here: Path, seed: int):
-    faults = hunt(here, seed, range(1500), train_every=4)
+    faults = hunt(here, seed, range(1500), train_every=2)
     assert not faults, "\n\n".join(faults)
 
 

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from lowprec.conversion.plan import PartPlan
 from lowprec.distributed.fsdp2 import check_can_shard, check_offloaded, offloads
 from lowprec.distributed.processes import name_the_cpu, use_one_gpu, world_size
-from lowprec.errors import UserError
+from lowprec.errors import UserError, nearest
 from lowprec.training.callback import check_replay
 from lowprec.training.log import show_log
 from lowprec.training.optim.adamw import OptimizerConfig
@@ -23,7 +23,7 @@ from lowprec.training.run.training_args import training_arguments
 
 logger = logging.getLogger("lowprec")
 
-_SHARDING = ("fsdp", "fsdp_config")
+_SPREADING = ("ddp_backend", "fsdp", "fsdp_config")
 
 
 def make_arguments(setup: RunSetup) -> tuple[TrainingArguments, PartPlan]:
@@ -48,19 +48,20 @@ def make_arguments(setup: RunSetup) -> tuple[TrainingArguments, PartPlan]:
             keeps=config.precision.keeps_state,
         )
     _check(setup, args)
+    _check_hub(args)
     return args, part
 
 
 def check_arguments(setup: RunSetup) -> None:
     """Raise UserError if the settings below `trainer:` make no run, for `lowprec plan`.
 
-    Sharding is not checked: a plan may be made on another machine than the run. In a run of several
-    processes nothing is checked, because `make_arguments` follows.
+    How processes share the work is not checked: a plan may be made on another machine than the run.
+    In a run of several processes nothing is checked, because `make_arguments` follows.
     """
     if world_size() > 1:
         return
     autocast, _ = setup.autocast()
-    settings = {name: value for name, value in setup.trainer.items() if name not in _SHARDING}
+    settings = {name: value for name, value in setup.trainer.items() if name not in _SPREADING}
     _check(setup, training_arguments(settings, setup.device_type, autocast))
 
 
@@ -70,6 +71,37 @@ def _check(setup: RunSetup, args: TrainingArguments) -> None:
     check_scheduler(args)
     _check_loader(args)
     _check_best_model(args)
+    _check_accelerator(args)
+
+
+def _check_accelerator(args: TrainingArguments) -> None:
+    """Raise UserError for what Accelerate would refuse when the Trainer is made."""
+    from accelerate.utils import DynamoBackend
+
+    backends = [each.value.lower() for each in DynamoBackend]
+    backend = args.torch_compile_backend
+    if backend is not None and backend.lower() not in backends:
+        hint = nearest(backend, backends)
+        raise UserError(f"trainer.torch_compile_backend: unknown backend {backend!r}{hint}")
+    parallel = args.parallelism_config
+    if parallel is not None and parallel.total_size > 1:
+        raise UserError(
+            "trainer.parallelism_config: a run is spread by DDP or FSDP2 (trainer.fsdp); leave it "
+            "out"
+        )
+
+
+def _check_hub(args: TrainingArguments) -> None:
+    """Raise UserError if a run is to be pushed to the hub and the hub does not know the user."""
+    if not args.push_to_hub or not args.should_save:
+        return
+    from huggingface_hub import whoami
+
+    try:
+        whoami(token=args.hub_token)
+    except Exception as error:
+        # No network, no token, a refused token, offline mode: each raises its own exception.
+        raise UserError(f"trainer.push_to_hub: the hub can't be used: {error}") from error
 
 
 def _check_loader(args: TrainingArguments) -> None:

@@ -85,7 +85,8 @@ _ANY_NUMBER = Range()
 _RANGES = {
     "adam_beta1": _BETA,
     "adam_beta2": _BETA,
-    "adam_epsilon": Range(above=True),
+    # A smaller number is 0 in fp32.
+    "adam_epsilon": Range(low=1.2e-38),
     "data_seed": _SEED,
     "dataloader_num_workers": Range(high=1024),
     "dataloader_prefetch_factor": Range(low=1, high=2**20),

@@ -51,6 +51,8 @@ def check_trainer(settings: Mapping[str, Any]) -> dict[str, Any]:
         )
     for key, value in parsed.items():
         check_field(key, known[key], value)
+    if parsed.get("deepspeed"):
+        raise UserError("trainer.deepspeed: low precision needs one process, DDP or FSDP2")
     if parsed.get("use_liger_kernel"):
         raise UserError(
             "trainer.use_liger_kernel: say kernels.liger: auto, which knows what a recipe has "
