@@ -328,7 +328,10 @@ def original_class(linear: nn.Module) -> type[nn.Module]:
 
 def shape_of(linear: Any) -> tuple[int, int]:
     """Return outputs N and inputs K of a linear layer, also while its weight is sharded."""
-    if is_conv1d(linear):
+    # A converted layer knows its kind: torch 2.11 can't compile the look-up among modules.
+    known = isinstance(linear, LowPrecisionLinear)
+    transposed = linear.transposed if known else is_conv1d(linear)
+    if transposed:
         return linear.nf, linear.nx
     return linear.out_features, linear.in_features
 

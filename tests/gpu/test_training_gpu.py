@@ -75,8 +75,8 @@ def test_linear_gives_what_it_gives_on_a_cpu(name: str, dtype: torch.dtype):
     """The layers are emulated: FP8 units sum more coarsely, and test_fp8_gpu.py compares them with this emulation."""
     torch.manual_seed(0)
     backend = "reference" if name.startswith("fp8") else "auto"
-    here = LowPrecisionLinear.from_linear(torch.nn.Linear(300, 200), lowprec.recipes.get(name), backend)
-    there = LowPrecisionLinear.from_linear(torch.nn.Linear(300, 200), lowprec.recipes.get(name), backend)
+    here = LowPrecisionLinear.from_linear(torch.nn.Linear(300, 200, dtype=dtype), lowprec.recipes.get(name), backend)
+    there = LowPrecisionLinear.from_linear(torch.nn.Linear(300, 200, dtype=dtype), lowprec.recipes.get(name), backend)
     there.load_state_dict(here.state_dict())
     there.cuda()
     x, g = torch.randn(5, 33, 300).to(dtype), torch.randn(5, 33, 200).to(dtype)
