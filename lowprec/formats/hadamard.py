@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowprec.formats.random import uniform
+
 SIZES = (16, 32, 64, 128)
 
 NVFP4_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
@@ -34,8 +36,13 @@ class Hadamard:
     """Number n of elements in a group, one of `SIZES`."""
     signs: tuple[int, ...]
     """The n signs s, each 1 or -1."""
+    fresh: bool = False
+    """Flag: each pass of a layer draws its signs anew, from the key of the pass. `signs` are then
+    1."""
 
     def __post_init__(self) -> None:
+        if self.fresh and set(self.signs) != {1}:
+            raise ValueError("a Hadamard transform with fresh signs has no fixed ones")
         if self.size not in SIZES:
             raise ValueError(
                 f"a Hadamard transform has size {', '.join(map(str, SIZES))}; got {self.size}"
@@ -59,27 +66,38 @@ class Hadamard:
         """Return a transform whose signs are all 1."""
         return cls(size=size, signs=(1,) * size)
 
-    def __str__(self) -> str:
-        return f"H{self.size}"
+    @classmethod
+    def drawn(cls, size: int) -> "Hadamard":
+        """Return a transform whose signs each pass draws anew."""
+        return cls(size=size, signs=(1,) * size, fresh=True)
 
-    def apply(self, x_RK: Tensor) -> Tensor:
+    def __str__(self) -> str:
+        return f"H{self.size}(fresh)" if self.fresh else f"H{self.size}"
+
+    def apply(self, x_RK: Tensor, key: Tensor | None = None) -> Tensor:
         """Return x T, fp32 [R, K'], where K' is K rounded up to a multiple of the size.
 
-        x is padded with zeros, and the transform gives the padding non-zero values.
+        x is padded with zeros, and the transform gives the padding non-zero values. `key`, int64
+        [2], is that of fresh signs.
         """
-        signs = self._signs(x_RK.device)
+        signs = self._signs(x_RK.device, key)
         apply = torch.ops.lowprec.hadamard if torch.compiler.is_compiling() else _transform
         if x_RK.stride(0) < x_RK.stride(1):  # x is column-major in memory
             return apply(x_RK.t(), signs, 0).t()
         return apply(x_RK, signs, 1)
 
-    def invert(self, x_RK: Tensor, length: int) -> Tensor:
+    def invert(self, x_RK: Tensor, length: int, key: Tensor | None = None) -> Tensor:
         """Return the first `length` columns of x T^t, fp32 [R, length]."""
-        signs = self._signs(x_RK.device)
+        signs = self._signs(x_RK.device, key)
         undo = torch.ops.lowprec.inverse_hadamard if torch.compiler.is_compiling() else _inverse
         return undo(x_RK, signs)[:, :length]
 
-    def _signs(self, device: torch.device) -> Tensor:
+    def _signs(self, device: torch.device, key: Tensor | None) -> Tensor:
+        """Return the signs, fp32 [n]."""
+        if self.fresh:
+            if key is None:
+                raise ValueError(f"{self}: fresh signs need a key")
+            return torch.where(uniform(key, (1, self.size))[0] < 0.5, 1.0, -1.0)
         return torch.tensor(self.signs, dtype=torch.float32, device=device)
 
 

@@ -146,7 +146,7 @@ def _backward(ctx: Any, g_MN: Tensor) -> tuple[Tensor | None, ...]:
             w_KN = operands.w(w_NK, gemms, state, rows=False, cols=True).cols
         dx_MK = gemms.dgrad(g.rows, w_KN, ctx.x_dtype)  # [M, N] . [K, N]^T -> [M, K]
         hadamard = gemms.recipe.fprop.hadamard if gemms.reuses_fprop_w else None
-        dx_MK = _straight_through(dx_MK, x_saturated, hadamard, ctx.features)
+        dx_MK = _straight_through(dx_MK, x_saturated, hadamard, ctx.features, state)
         if gate_MK is not None:
             dgate_MK, dx_MK = swiglu_backward(dx_MK, gate_MK, up_MK)
 
@@ -158,7 +158,7 @@ def _backward(ctx: Any, g_MN: Tensor) -> tuple[Tensor | None, ...]:
         dw_NK = gemms.wgrad(g.cols, x_KM, w_NK.dtype)  # [N, M] . [K, M]^T -> [N, K]
         w_saturated = w_fprop.saturated if isinstance(w_fprop, QTensor) else None
         hadamard = gemms.recipe.fprop.hadamard if gemms.reuses_fprop_x else None
-        dw_NK = _straight_through(dw_NK, w_saturated, hadamard, ctx.features)
+        dw_NK = _straight_through(dw_NK, w_saturated, hadamard, ctx.features, state)
 
     if needs_db:
         db_N = g_MN.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
@@ -180,7 +180,11 @@ def _needed(ctx: Any, grad_enabled: bool = True) -> tuple[bool, bool, bool]:
 
 
 def _straight_through(
-    grad: Tensor, saturated: Tensor | None, hadamard: Hadamard | None, features: int
+    grad: Tensor,
+    saturated: Tensor | None,
+    hadamard: Hadamard | None,
+    features: int,
+    state: PassState,
 ) -> Tensor:
     """Return the gradient through the rounding of an operand of fprop.
 
@@ -190,7 +194,8 @@ def _straight_through(
     if saturated is not None:
         grad = grad.masked_fill(saturated, 0)
     if hadamard is not None:
-        grad = hadamard.invert(grad, features).to(grad.dtype)
+        key = state.signs_key("fprop") if hadamard.fresh else None
+        grad = hadamard.invert(grad, features, key).to(grad.dtype)
     return grad
 
 

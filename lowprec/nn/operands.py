@@ -27,7 +27,7 @@ from lowprec.quant import OperandSpec, QTensor, StoredOperand, TwoWay, fake_quan
 from lowprec.quant.quantize import is_one_operator
 from lowprec.quant.two_way import quantize_two_way
 from lowprec.recipe import FromFprop
-from lowprec.recipe.base import OperandSource
+from lowprec.recipe.base import GEMMS, OperandSource
 from lowprec.recipe.state import OPERANDS
 
 
@@ -44,6 +44,10 @@ class PassState(NamedTuple):
         if self.key is None or not isinstance(source, OperandSpec) or not source.stochastic:
             return None
         return derive_key(self.key, OPERANDS.index(operand))
+
+    def signs_key(self, gemm: str) -> Tensor | None:
+        """Return the key of the Hadamard signs of a GEMM, which both of its operands share."""
+        return None if self.key is None else derive_key(self.key, len(OPERANDS) + GEMMS.index(gemm))
 
     def history_of(self, operand: tuple[str, str]) -> Tensor | None:
         return self.histories[OPERANDS.index(operand)]
@@ -151,7 +155,7 @@ def make(
     spec = gemms.recipe.gemm(gemm)
     source = getattr(spec, side)
     if spec.hadamard is not None:
-        t = spec.hadamard.apply(t)
+        t = spec.hadamard.apply(t, state.signs_key(gemm) if spec.hadamard.fresh else None)
     if isinstance(source, FromFprop):
         source = source.requantize
     if source is None:

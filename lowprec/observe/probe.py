@@ -243,7 +243,8 @@ def _keep(
         found[operand] = torch.zeros(4, dtype=torch.float64, device=t.device)
         return
     if spec.hadamard is not None:
-        t = spec.hadamard.apply(t)
+        # Any signs give such figures: fresh ones need not be those of the pass.
+        t = spec.hadamard.apply(t, torch.zeros(2, dtype=torch.int64, device=t.device))
     history = module._buffers.get(history_name(gemm, side))
     found[operand] = _figures(t, source, None if history is None else history.clone())
 

@@ -131,6 +131,15 @@ class Recipe:
         return spec.a, b
 
     @property
+    def draws(self) -> bool:
+        """Flag: each pass draws random numbers, for stochastic rounding or for Hadamard signs."""
+        gemms = [self.gemm(gemm) for gemm in GEMMS]
+        sources = [source for gemm in gemms for source in (gemm.a, gemm.b)]
+        specs = [s.requantize if isinstance(s, FromFprop) else s for s in sources]
+        rounded = any(spec is not None and spec.stochastic for spec in specs)
+        return rounded or any(gemm.hadamard is not None and gemm.hadamard.fresh for gemm in gemms)
+
+    @property
     def is_plain(self) -> bool:
         """Flag: no operand is changed, so the products are those of an nn.Linear."""
         return all(spec == GemmSpec() for spec in map(self.gemm, GEMMS))

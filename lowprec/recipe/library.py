@@ -4,6 +4,7 @@
 well.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
@@ -233,6 +234,8 @@ def resolve(value: Any) -> Recipe:
     {base: NAME, fprop: NAME, dgrad: {a: OPERAND, b: OPERAND, hadamard: SIZE, accumulator_bits: B,
     promote_every: N}, wgrad: ...}
 
+    SIZE is a number, for fixed signs, or "16 fresh" for signs that each pass draws anew.
+
     The GEMM of another recipe is given by its name; a mapping changes single fields. An OPERAND is
     written as in an equation ("e4m3[1x128 fp32]", see `quant/spec.py`); "none" is high precision.
 
@@ -283,6 +286,11 @@ def _gemm_field(key: str, value: Any) -> Any:
         if value == "from_fprop":
             return FROM_FPROP
         return value if isinstance(value, OperandSpec) else OperandSpec.parse(str(value))
+    if key == "hadamard" and isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d{1,4})\s+fresh\s*", value)
+        if match is None:
+            raise UserError(f"hadamard is a size like 16, or '16 fresh'; got {value!r}")
+        return Hadamard.drawn(int(match[1]))
     if isinstance(value, bool) or not isinstance(value, int):
         raise UserError(f"{key} is a whole number, got {value!r}")
     return Hadamard.seeded(value) if key == "hadamard" else value

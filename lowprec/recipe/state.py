@@ -1,9 +1,10 @@
 """The state that a recipe keeps between steps: named buffers of the layer, so that they move, are
 saved and are restored with it.
 
-    rounding_state             int64 [3], for stochastic rounding: a key of two 32-bit words and the
-                               number of forward passes so far. Each pass derives a new key, and
-                               each operand its own key from that (see `formats.random`).
+    rounding_state             int64 [3], for stochastic rounding and fresh Hadamard signs: a key of
+                               two 32-bit words and the number of forward passes so far. Each pass
+                               derives a new key, and each operand and each transform its own key
+                               from that (see `formats.random`).
     amax_history_<gemm>_<a|b>  fp32 [n], for delayed scaling: the last amaxes of this operand, the
                                oldest first; zeros where there was none yet.
 
@@ -66,10 +67,9 @@ def new_state(
         seed, layer: key of the draws of stochastic rounding; each layer of a model should have its
             own.
     """
-    specs = [operand_spec(recipe, *operand) for operand in OPERANDS]
     state = {}
     with torch.inference_mode(False):  # training changes the buffers in place
-        if any(spec is not None and spec.stochastic for spec in specs):
+        if recipe.draws:
             state[ROUNDING_STATE] = torch.tensor(
                 [seed % 2**32, layer, 0], dtype=torch.int64, device=device
             )
