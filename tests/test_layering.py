@@ -14,7 +14,7 @@ PACKAGE = Path(lowprec.__file__).parent
 
 # Each row may import the rows above it; parts in one row may not import each other. `testing` is last: nothing imports it.
 ORDER = (
-    ("errors",),
+    ("errors", "log"),
     ("config", "files"),
     ("formats",),
     ("quant",),

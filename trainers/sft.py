@@ -35,6 +35,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArgumen
 
 from lowprec import LowPrecisionCallback
 from lowprec.config.schema import StrictConfig, parse, parse_value
+from lowprec.conversion.shares import format_shares
 from lowprec.distributed.processes import (
     distributed_state,
     is_main_process,
@@ -51,7 +52,7 @@ from lowprec.training.run import resume_checks
 from lowprec.training.run.config import read_settings
 from lowprec.training.run.machine import resolve_device
 from lowprec.training.run.models import ModelConfig, build_config, build_model, check_length
-from lowprec.training.run.result import save_result
+from lowprec.training.run.result import save_result, what_ran
 from lowprec.training.run.trainer_fields import check_field
 from lowprec.training.run.training_args import (
     OWN_KEYS,
@@ -177,7 +178,10 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         losses = f"train_loss {summary['train_loss']:.4f}"
         if summary["val_loss"] is not None:
             losses += f", val_loss {summary['val_loss']:.4f}"
+        print(f"{format_shares(summary['ran']['weights'])} of the linear weights")
         print(f"{summary['steps']} steps, {losses}; written to {run_dir}")
+        for warning in summary["warnings"]:
+            print(warning)
     if not all(math.isfinite(summary[name] or 0.0) for name in ("train_loss", "val_loss")):
         raise TrainingStopped(f"the run has ended with a loss that is not finite; see {run_dir}")
     return summary
@@ -204,9 +208,8 @@ def _train(
     low_precision.put_first(trainer)
     start = time.perf_counter()
     output = low_precision.train(trainer, None if checkpoint is None else str(checkpoint))
-    precision = low_precision.precision
     summary = {
-        "recipe": precision.recipe.name if precision.recipe else None,
+        **what_ran(low_precision.controller),
         "steps": trainer.state.global_step,
         "train_loss": mean_loss(trainer.state.log_history, default=output.training_loss),
         "val_loss": None if trainer.eval_dataset is None else trainer.evaluate()["eval_loss"],

@@ -20,6 +20,7 @@ from lowprec.bench.ceilings import Ceilings, Floor
 from lowprec.bench.inputs import describe, open_device, resolve_recipe
 from lowprec.bench.timing import Timing, measure_steps
 from lowprec.conversion.convert import convert, make_plan
+from lowprec.conversion.plan import Plan
 from lowprec.errors import UserError, nearest
 from lowprec.integrations import apply_liger, compile_blocks, plan_liger
 from lowprec.recipe import Recipe, library
@@ -59,8 +60,9 @@ def run(
         {"device", "threads", "torch", "model", "batch", "seq", "vocab", "compiled", "liger": names
         of its kernels, "parameters", "rows": [{"name", "tokens_per_second", "step": timing,
         "peak_memory_gib", "speedup": over bf16, "floor", "of_floor", "loss", "precision",
-        "failure"}], "ceilings"}; "failure" is None, or the reason for missing figures. Memory is
-        None on a CPU.
+        "weights": the share of the linear weights that runs in each recipe, None for bf16 and
+        rivals, "failure"}], "ceilings"}; "failure" is None, or the reason for missing figures.
+        Memory is None on a CPU.
     Raises:
         UserError: a preset, recipe, rival or device is unknown, a rival is not installed, or the
             kernels or the compiler can't be used.
@@ -79,6 +81,8 @@ def run(
     baseline = rows[0]["step"]
     for row, (_, _, recipe) in zip(rows, contenders, strict=True):
         time = row["step"]
+        ours = recipe is not None and row["name"] == recipe.name
+        row["weights"] = case.plan(recipe).totals()["weights"] if ours else None
         row |= case.floor(recipe, ceilings).beside(None if time is None else Timing(**time))
         row["speedup"] = baseline["median"] / time["median"] if baseline and time else None
     settings = {
@@ -112,7 +116,8 @@ def _contenders(
             recipe = resolve_recipe(name)
 
             def convert_model(model: nn.Module, recipe: Recipe = recipe) -> str:
-                return convert(model, recipe, device=device, **known).summary()
+                plan = convert(model, recipe, device=device, quiet=True, **known)
+                return "; ".join((plan.summary(), *plan.warnings))
 
             found.append((name, convert_model, recipe))
     for kind in _TORCHAO if "torchao" in against else ():
@@ -195,17 +200,23 @@ class _Case:
             ("tokens_per_second", "step", "peak_memory_gib", "loss", "precision")
         ) | {"failure": failure}
 
+    def plan(self, recipe: Recipe | None) -> Plan:
+        """Return the plan of the model in `recipe`, or in bf16."""
+        return make_plan(
+            self._skeleton(),
+            recipe or library.get("bf16"),
+            device=self.device,
+            tokens=self.batch * self.seq,
+            compiled=self.compiled,
+        )
+
     def floor(self, recipe: Recipe | None, ceilings: Ceilings) -> Floor:
         """Return the floor of all linear layers' products: in bf16 for the layers that `recipe`
         keeps in high precision."""
         tokens = self.batch * self.seq
-        chosen = recipe or library.get("bf16")
-        plan = make_plan(
-            self._skeleton(), chosen, device=self.device, tokens=tokens, compiled=self.compiled
-        )
         floors = [
             ceilings.layer_floor((tokens, *layer.shape), recipe if layer.converted else None, ())
-            for layer in plan.layers
+            for layer in self.plan(recipe).layers
         ]
         kinds = dict.fromkeys(kind for floor in floors for kind in floor.ceilings)
         return Floor(products=sum(floor.products for floor in floors), ceilings=tuple(kinds))

@@ -22,4 +22,7 @@ def command(config: str, overrides: tuple[str, ...], as_json: bool) -> str:
     from lowprec.training.run.plan import plan_run
 
     plan = plan_run(run)
-    return to_json(plan.to_dict(), indent=1, ensure_ascii=False) if as_json else str(plan)
+    if as_json:
+        return to_json(plan.to_dict(), indent=1, ensure_ascii=False)
+    # At both ends, since a plan may be long.
+    return "\n".join([*plan.warnings, str(plan), *plan.warnings])

@@ -6,14 +6,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lowprec.conversion.shares import HIGH_PRECISION, format_shares
+
 _WIDTH = 110
 
 
 def summary_table(summary: dict[str, Any]) -> str:
-    """Return the result of a run, from its summary."""
-    recipe = summary["recipe"] or "high precision"
+    """Return the result of a run, from its summary. The warnings about its precision come last."""
     table = Table(
-        title=f"{recipe}: {summary['steps']} steps in {_duration(summary['wall_s'])}",
+        title=f"{_title(summary)}: {summary['steps']} steps in {_duration(summary['wall_s'])}",
         title_justify="left",
     )
     table.add_column("result")
@@ -35,8 +36,18 @@ def summary_table(summary: dict[str, Any]) -> str:
         f"{totals['native'] + totals['emulated']} of {totals['linears']} linear layers converted, "
         f"{totals['native']} native and {totals['emulated']} emulated on {summary['device']}",
     )
+    for kind, what in (("weights", "linear weights"), ("flops", "their operations")):
+        table.add_row(f"{what}, by recipe", format_shares(summary["ran"][kind]))
     table.add_row("written to", summary["output_dir"])
-    return _text(table)
+    return "\n".join([_text(table), *summary["warnings"]])
+
+
+def _title(summary: dict[str, Any]) -> str:
+    """Return the recipes that a run has run in, from most to least of its linear weights."""
+    shares = summary["ran"]["weights"]
+    low = [name for name in shares if name != HIGH_PRECISION]
+    low.sort(key=lambda name: -shares[name])
+    return ", ".join(low) or HIGH_PRECISION
 
 
 def doctor_table(report: dict[str, Any]) -> str:
@@ -188,8 +199,10 @@ def train_table(result: dict[str, Any]) -> str:
         speed = "-" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:,.0f}"
         memory = "-" if row["peak_memory_gib"] is None else f"{row['peak_memory_gib']:.2f} GiB"
         loss = "-" if row["loss"] is None else f"{row['loss']:.3f}"
+        # A row whose recipe pays for no layer has measured bf16.
+        named = row["name"] if _runs_its_recipe(row) else f"bf16, not {row['name']}"
         table.add_row(
-            row["name"],
+            named,
             speed,
             _times(row["speedup"]),
             _milliseconds(row["step"]),
@@ -200,6 +213,10 @@ def train_table(result: dict[str, Any]) -> str:
         )
     notes = [f"{row['name']}: {row['precision']}" for row in result["rows"] if row["precision"]]
     return "\n".join([_text(table), *notes, *_failures(result["rows"])])
+
+
+def _runs_its_recipe(row: dict[str, Any]) -> bool:
+    return row["weights"] is None or set(row["weights"]) != {HIGH_PRECISION}
 
 
 def _bench(title: str, *columns: str) -> Table:

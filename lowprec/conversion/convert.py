@@ -13,6 +13,7 @@ before `fully_shard` or parametrizations, which give a module a class of their o
 keep state add buffers: load a plain checkpoint before converting to one of them, or not strictly.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
@@ -25,6 +26,7 @@ from lowprec.conversion.decide import Decision, Decisions, RunFacts, decide
 from lowprec.conversion.describe import describe
 from lowprec.conversion.layer_backends import CONVERTED, layer_backend
 from lowprec.conversion.plan import Plan
+from lowprec.log import tell
 from lowprec.nn import experts
 from lowprec.nn.experts import ExpertProjection
 from lowprec.recipe import GemmSpec, Recipe
@@ -50,6 +52,7 @@ def convert(
     compiled: bool = False,
     raised: Mapping[str, Recipe] = MappingProxyType({}),
     later: Sequence[Precision] = (),
+    quiet: bool = False,
 ) -> Plan:
     """Convert the linear layers of `model` in place.
 
@@ -70,6 +73,7 @@ def convert(
         later: other precisions that the model will get. The layers hold the state that their
             recipes keep (`recipe/state.py`) from the start, and keep the state that they hold
             already.
+        quiet: whether the caller shows the plan's warnings itself.
     Returns:
         The Plan: every linear layer, its recipe and backend, and the reason where it stays in high
             precision.
@@ -88,6 +92,8 @@ def convert(
     )
     _check_states(decisions)
     apply(model, decisions)
+    for warning in () if quiet else plan.warnings:
+        tell(warning, logging.WARNING)
     return plan
 
 

@@ -81,6 +81,8 @@ class Decision:
     """The reason why it stays in high precision."""
     blocked: bool = False
     """Flag: the layer was meant to be converted, but can't be."""
+    slow: bool = False
+    """Flag: the recipe would slow the layer down."""
     backend: str = "auto"
     evaluation: Recipe | None = None
     """The recipe of evaluation, if that is another one."""
@@ -167,7 +169,7 @@ def _decide_layer(
         return decision(recipe=None, reason=reason, blocked=asked)
     may_skip = rule is None and config.skip_slow and config.backend == "auto"
     if may_skip and (reason := slowdown_reason(weight, recipe, facts)) is not None:
-        return decision(recipe=None, reason=reason)
+        return decision(recipe=None, reason=reason, slow=True)
     return decision(
         recipe=recipe,
         backend=config.backend,

@@ -4,8 +4,13 @@ from lowprec.conversion import swiglu_fusion
 from lowprec.conversion.decide import Decision, Decisions
 from lowprec.conversion.layer_backends import LayerBackend, layer_backend
 from lowprec.conversion.plan import GemmPlan, LayerPlan, Plan
+from lowprec.conversion.shares import shortfall
 from lowprec.errors import UserError
+from lowprec.nn import experts
 from lowprec.recipe import GEMMS, Recipe
+
+_HIGH_PRECISION_BITS = 16
+"""Bits of an operand from which on a recipe counts as high precision."""
 
 
 def describe(decisions: Decisions) -> Plan:
@@ -20,7 +25,17 @@ def describe(decisions: Decisions) -> Plan:
         _describe_layer(name, decision, device_type) for name, decision in decisions.layers.items()
     )
     parts = (swiglu_fusion.part(decisions.fused),) if decisions.fused else ()
-    plan = Plan(device=device_type, layers=layers, parts=parts)
+    asked = decisions.config.recipe
+    warning = None
+    if asked is not None and asked.narrowest_bits < _HIGH_PRECISION_BITS:
+        warning = shortfall(layers, asked.name)
+    plan = Plan(
+        device=device_type,
+        layers=layers,
+        parts=parts,
+        recipe=None if asked is None else asked.name,
+        warnings=() if warning is None else (warning,),
+    )
     if decisions.config.strict:
         _check_strict(plan)
     return plan
@@ -47,6 +62,8 @@ def _describe_layer(name: str, decision: Decision, device_type: str) -> LayerPla
         reason=reason,
         blocked=decision.blocked,
         experts=weight.experts,
+        per_token=experts.per_token(weight.module, weight.stack) if weight.stack else 1,
+        slow=decision.slow,
     )
 
 

@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from lowprec.conversion.shares import flops_by_recipe, weights_by_recipe
 from lowprec.files import to_json, write_atomically
 
 NATIVE = "native"
@@ -49,6 +50,10 @@ class LayerPlan:
     """Flag: the layer was meant to be converted, but can't be."""
     experts: int = 1
     """Number of matrices of this shape in the parameter."""
+    per_token: float = 1
+    """Number of these matrices that multiply a token."""
+    slow: bool = False
+    """Flag: it is kept in high precision because the recipe would slow it down."""
     called: bool = True
     """Flag: the model calls the layer, as far as is known. False: it was converted, but the first
     step did not multiply by its weight in the recipe."""
@@ -98,6 +103,10 @@ class Plan:
     """The device type that it was made for."""
     layers: tuple[LayerPlan, ...]
     parts: tuple[PartPlan, ...] = ()
+    recipe: str | None = None
+    """The recipe that the configuration asks for."""
+    warnings: tuple[str, ...] = ()
+    """Lines that a user should see: the recipe runs in few layers, why, and how to change that."""
 
     def with_parts(self, parts: Iterable[PartPlan]) -> "Plan":
         """Return a plan that shows these parts as well."""
@@ -132,8 +141,8 @@ class Plan:
         return [f"{', '.join(layers)}: {reason}" for reason, layers in merged.items()]
 
     def totals(self) -> dict[str, Any]:
-        """Return counts of layers by status and by recipe, and the share of linear weights that is
-        converted."""
+        """Return counts of layers by status and by recipe, the share of linear weights that is
+        converted, and the shares of weights and operations by recipe (`shares.py`)."""
         weights = sum(layer.weights for layer in self.layers)
         converted = sum(layer.weights for layer in self.converted)
         return {
@@ -142,6 +151,8 @@ class Plan:
             **Counter(layer.status for layer in self.layers),
             "recipes": dict(Counter(layer.recipe for layer in self.converted)),
             "converted_weights": converted / weights if weights else 0.0,
+            "weights": weights_by_recipe(self.layers),
+            "flops": flops_by_recipe(self.layers),
         }
 
     def summary(self) -> str:
@@ -170,6 +181,8 @@ class Plan:
             "totals": self.totals(),
             "layers": layers,
             "parts": [asdict(part) for part in self.parts],
+            "recipe": self.recipe,
+            "warnings": list(self.warnings),
         }
 
     def save(self, path: str | Path) -> None:

@@ -39,6 +39,9 @@ from lowprec.recipe.state import (
 
 _KNOWN_BY = ("num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gate", "down_proj")
 
+_EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")
+"""Names under which configurations of transformers give the number of a token's experts."""
+
 
 def stacks(module: nn.Module) -> tuple[str, ...]:
     """Return the names of a module's own parameters that stack the matrices of experts."""
@@ -81,6 +84,16 @@ def stack_shape(module: nn.Module, name: str) -> tuple[int, int, int]:
     if getattr(module, "is_transposed", False):
         return experts, columns, rows
     return experts, rows, columns
+
+
+def per_token(module: nn.Module, name: str) -> int:
+    """Return the number of a stack's matrices that multiply a token: of experts, those that a token
+    is sent to, if the model's configuration says how many; otherwise all."""
+    config = getattr(module, "config", None)
+    stated = (getattr(config, field, None) for field in _EXPERTS_OF_A_TOKEN)
+    found = next((number for number in stated if isinstance(number, int)), None)
+    matrices = getattr(module, name).shape[0]
+    return matrices if found is None else min(found, matrices)
 
 
 class ExpertProjection(nn.Module):

@@ -24,7 +24,7 @@ codes inside the library.
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -184,6 +184,18 @@ class Probe:
             self._handles.append(output.register_hook(lambda g: _keep(found, "g", g[rows], module)))
 
         return hook
+
+
+def sqnr_scalars(layers: Mapping[str, LayerProbe]) -> dict[str, float]:
+    """Return the lowest and the median signal-to-quantisation-noise ratio [dB] of x, w and g over
+    the layers: {"sqnr_x_min": ..., "sqnr_x_median": ..., ...}."""
+    values = {}
+    for name in _OPERANDS:
+        found = sorted(getattr(layer, f"sqnr_{name}") for layer in layers.values())
+        if found:
+            values[f"sqnr_{name}_min"] = found[0]
+            values[f"sqnr_{name}_median"] = found[len(found) // 2]
+    return values
 
 
 def _measure_inputs(found: dict[str, Tensor]) -> Any:

@@ -47,7 +47,7 @@ from lowprec.training.control.controller import PrecisionController
 from lowprec.training.control.references import References
 from lowprec.training.control.schedule import make_schedule
 from lowprec.training.control.wandb_log import log_plan
-from lowprec.training.log import show_log
+from lowprec.training.log import show_plan
 from lowprec.training.optim.adamw import is_low_bit, keeps_bf16_weights
 from lowprec.training.optim.loss_scaling import check_weights, configure, prepare_to_load
 
@@ -107,8 +107,7 @@ def prepare(
     plan = controller.convert(model, accelerator.device)
     changed = sum_in_fp32(accelerator.state, model)
     if accelerator.is_main_process:
-        show_log()
-        logger.info("%s", plan)
+        show_plan(plan)
         if changed:
             logger.info(SUMS_IN_FP32)
         if directory is not None:

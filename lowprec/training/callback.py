@@ -70,7 +70,7 @@ from lowprec.training.control.trainer_facts import (
     state_is_lost,
 )
 from lowprec.training.control.trainer_log import TrainerLog
-from lowprec.training.log import show_log
+from lowprec.training.log import show_plan
 from lowprec.training.optim.adamw import is_low_bit
 from lowprec.training.optim.loss_scaling import (
     NO_FP16_ON_A_CPU,
@@ -381,8 +381,7 @@ class LowPrecisionCallback(TrainerCallback):
         changed = sum_in_fp32(accelerator, model)
         self._taken.add(model)
         if state.is_world_process_zero:
-            show_log()
-            logger.info("%s", plan)
+            show_plan(plan)
             if args.fsdp and not accelerator.is_fsdp2:
                 logger.warning(
                     "fsdp: Accelerate shards on GPUs only; here each process has the whole model"

@@ -5,11 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from lowprec.cli.main import main
 from lowprec.config import shipped
 from lowprec.errors import UserError
 from lowprec.training.run.config import load_run
+from lowprec.training.run.models import build_config, build_model
+from lowprec.training.run.setup import RunSetup
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs" / "llama-tiny-cpu.yaml"
@@ -48,6 +51,37 @@ def test_every_shipped_run_is_a_valid_configuration(name: str):
     run, settings = load_run(shipped.path_of(name), [])
     assert run.precision.recipe is not None
     assert settings["model"]
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let backends and the cost model decide as on a Hopper GPU; nothing runs there."""
+    for question in ("hopper.why_not_hopper", "hopper._why_no_gluon", "scaled_mm._why_not_here"):
+        monkeypatch.setattr(f"lowprec.gemm.{question}", lambda *_: None)
+
+
+@pytest.mark.parametrize("name", [name for name in shipped.names() if not name.startswith("accelerate/")])
+def test_every_shipped_run_runs_the_recipe_that_it_names(name: str, hopper: None):
+    run, _ = load_run(shipped.path_of(name), [])
+    device = "cpu" if name.endswith("-cpu") else "cuda"
+    setup = RunSetup(config=run, device_type=device, trainer=run.trainer)
+    with torch.device("meta"):
+        model = build_model(run.model, build_config(run.model, 257 if device == "cpu" else run.data.vocab_size), attn_implementation="sdpa")
+    for phase in run.precision.phases():
+        plan = setup.plan_layers(model, phase)
+        assert phase.recipe is not None
+        assert {layer.name for layer in plan.layers if layer.recipe != phase.recipe.name} == {"lm_head"}
+        assert not plan.warnings
+
+
+def test_without_its_skip_slow_a_shipped_run_would_run_in_bf16_and_says_so(hopper: None):
+    run, _ = load_run(shipped.path_of("llama-125m-fp8-blockwise"), ["precision.skip_slow=true"])
+    setup = RunSetup(config=run, device_type="cuda", trainer=run.trainer)
+    with torch.device("meta"):
+        model = build_model(run.model, build_config(run.model, run.data.vocab_size), attn_implementation="sdpa")
+    (warning,) = setup.plan_layers(model, run.precision).warnings
+    assert warning.startswith("fp8_blockwise runs in none of the 85 linear layers: it does not pay (model.layers.0.mlp.")
+    assert warning.endswith("precision.skip_slow: false runs all layers in it nevertheless")
 
 
 def test_a_bare_name_is_found_anywhere():

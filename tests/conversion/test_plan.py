@@ -56,6 +56,8 @@ def test_totals():
         "not called": 0,
         "recipes": {"mxfp8": 3, "bf16": 1},
         "converted_weights": (3 * 32 + 8) / (3 * 32 + 8 + 32),
+        "weights": {"mxfp8": 96 / 136, "bf16": 8 / 136, "high precision": 32 / 136},
+        "flops": {"mxfp8": 96 / 136, "bf16": 8 / 136, "high precision": 32 / 136},
     }
     assert Plan(device="cpu", layers=()).totals()["converted_weights"] == 0.0
 

@@ -28,11 +28,13 @@ from lowprec.conversion.plan import PartPlan, Plan
 from lowprec.integrations.compile import compile_deterministically
 from lowprec.nn import share_histories
 from lowprec.observe import LayerProbe, Probe
+from lowprec.observe.probe import sqnr_scalars
 from lowprec.recipe import Recipe, library
 from lowprec.recipe.state import is_state
 from lowprec.training.control.events import Events
 from lowprec.training.control.first_step import FirstStepCheck
 from lowprec.training.control.precision import PrecisionConfig, parse_precision
+from lowprec.training.control.ran import RanPrecision
 from lowprec.training.control.recovery import Recovery
 from lowprec.training.control.schedule import Schedule, make_schedule
 from lowprec.training.control.signals import Breach
@@ -79,12 +81,12 @@ class PrecisionController:
         self.skipped_steps = 0
         """Number of steps that loss scaling skipped."""
         self.tokens_seen = TokensSeen()
-        self.after_conversion: Callable[[], None] = _nothing
+        self.ran = RanPrecision()
+        self.after_conversion: Callable[[], None] = lambda: None
         """Called whenever the model has got its recipes."""
         self.probed: dict[str, LayerProbe] = {}
         """The last measured quantisation errors, by layer."""
-        self._unlogged = False
-        """Flag: `probed` is not in any log yet."""
+        self._unlogged = False  # whether `probed` is in no log yet
         self._events = Events()
         self._first_step = FirstStepCheck(self._events)
         self.recovery = Recovery(self.config.guard, self._events)
@@ -228,9 +230,7 @@ class PrecisionController:
         if phase != self.phase:
             self._set_phase(phase)
             assert self.plan is not None
-            self._events.add(
-                step, "phase", f"phase {phase + 1} of {len(self.phases)}: {self.plan.summary()}"
-            )
+            self._events.add_phase(step, f"phase {phase + 1} of {len(self.phases)}", self.plan)
             self._first_step.report(self.plan, step, strict=self.phases[phase].strict)
         over = self._last_step is not None and step >= self._last_step
         if not over:
@@ -258,6 +258,8 @@ class PrecisionController:
         if self._first_step.after_step():
             self.plan = self._first_step.correct(self._planned, self._model)
             self._first_step.report(self.plan, step, strict=self.phases[self.phase].strict)
+        assert self.plan is not None
+        self.ran.add(self.plan)
         scale = self._scale
         self._scale = None if scale is None else self._scaler.get_scale()
         # Accelerate's `step_was_skipped` is false for fused optimizers: torch calls their `step`,
@@ -293,13 +295,8 @@ class PrecisionController:
             values["phase"] = self.phase + 1
         if self.config.guard is not None:
             values |= {"guard_recoveries": self.recoveries, "guard_raised_layers": len(self.raised)}
-        for name in ("x", "w", "g") if self._unlogged else ():
-            found = sorted(getattr(probe, f"sqnr_{name}") for probe in self.probed.values())
-            if found:
-                values |= {
-                    f"sqnr_{name}_min": found[0],
-                    f"sqnr_{name}_median": found[len(found) // 2],
-                }
+        if self._unlogged:
+            values |= sqnr_scalars(self.probed)
         self._unlogged = False
         return values
 
@@ -310,6 +307,7 @@ class PrecisionController:
         `start`."""
         self.skipped_steps = 0
         self.tokens_seen.total = None
+        self.ran.forget()
         self.probed = {}
         self._events.records = []
         self._first_step.forget()
@@ -321,6 +319,7 @@ class PrecisionController:
             "skipped_steps": self.skipped_steps,
             "tokens_seen": self.tokens_seen.total,
             "uncalled": self._first_step.uncalled,
+            "ran": self.ran.state_dict(),
             "phase": self.phase,
             "events": self._events.lines,
             **self.recovery.state_dict(),
@@ -332,6 +331,7 @@ class PrecisionController:
         self.tokens_seen.total = state.get("tokens_seen")  # older checkpoints have none
         self._first_step.uncalled = state.get("uncalled")  # older checkpoints have none
         self._events.load_lines(state.get("events"))
+        self.ran.load_state_dict(state.get("ran"))
         phase = state.get("phase")
         self._loaded_phase = phase if phase in range(len(self.phases)) else None
         self.recovery.load_state_dict(state)
@@ -355,6 +355,7 @@ class PrecisionController:
             **self._facts(self.tokens),
             # The present phase is among them, so that what its layers keep stays.
             later=(*phases, *ladder),
+            quiet=True,
         )
 
     def _phase_after(self, step: int) -> int:
@@ -386,9 +387,8 @@ class PrecisionController:
         changes = self.recovery.go_back(step, breach, recipes)
         self._scale = None  # the scaler may have that of a snapshot
         if not changes:
-            self._events.add(
-                step, "raised", "no layer: all have the highest precision of the ladder"
-            )
+            none = "no layer: all have the highest precision of the ladder"
+            self._events.add(step, "raised", none)
             return
         self._set_phase(self.phase)
         self._events.add(
@@ -399,7 +399,3 @@ class PrecisionController:
                 f"{name}: {recipes[name].name} -> {recipe.name}" for name, recipe in changes.items()
             ],
         )
-
-
-def _nothing() -> None:
-    pass

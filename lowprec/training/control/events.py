@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from lowprec.conversion.plan import Plan
 from lowprec.files import keep_lines_until, to_json, write_atomically
 from lowprec.training.file_names import EVENTS
 
@@ -74,6 +75,12 @@ class Events:
             is_cut = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")  # by a kill
             with open(path, "a", encoding="utf-8") as file:
                 file.write("\n" * is_cut + to_json(record) + "\n")
+
+    def add_phase(self, step: int, number: str, plan: Plan) -> None:
+        """Record a new phase, with the summary and the warnings of its plan."""
+        more: dict[str, Any] = {"layers": list(plan.warnings)} if plan.warnings else {}
+        reason = f"{number}: {plan.summary()}"
+        self.add(step, "phase", reason, warns=bool(plan.warnings), **more)
 
     def forget_stale(self) -> None:
         """Remove stale events from the file. Only the first call after `begin` does something."""

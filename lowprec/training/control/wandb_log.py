@@ -16,7 +16,8 @@ _STEP = "train/global_step"
 
 def log_plan(plan: Plan, step: int = 0) -> None:
     """Log the plan as a table, "lowprec/plan", and as one line in the run's summary,
-    "lowprec/plan_summary".
+    "lowprec/plan_summary". The run's configuration gets the recipe that was asked for and the
+    shares of weights and operations by recipe, below "lowprec".
 
     The names differ because the workspace finds the table in the summary, by its name.
     """
@@ -33,6 +34,9 @@ def log_plan(plan: Plan, step: int = 0) -> None:
         )
     run.log({"lowprec/plan": wandb.Table(columns=columns, data=rows), _STEP: step})
     run.summary["lowprec/plan_summary"] = plan.summary()
+    totals = plan.totals()
+    shares = {"weights": totals["weights"], "flops": totals["flops"]}
+    run.config.update({"lowprec": {"asked_recipe": plan.recipe, **shares}}, allow_val_change=True)
 
 
 def log_events(events: Sequence[Mapping[str, Any]], plan: Plan) -> None:

@@ -1,5 +1,7 @@
 """The plan of a run: what would run in which precision, without data and without weights."""
 
+from dataclasses import replace
+
 from transformers import PreTrainedModel
 
 from lowprec.attention.hf import describe
@@ -32,7 +34,9 @@ def plan_run(config: RunConfig, *, trains: bool = False) -> Plan:
     if trains:
         check_memory(model)
     # All phases are planned, because their errors should show. The plan of the first one is shown.
-    plan, *_ = (setup.plan_layers(model, phase) for phase in config.precision.phases())
+    plan, *later = (setup.plan_layers(model, phase) for phase in config.precision.phases())
+    warnings = [warning for each in (plan, *later) for warning in each.warnings]
+    plan = replace(plan, warnings=tuple(dict.fromkeys(warnings)))
     _, autocast = setup.autocast()
     liger = plan_liger(
         model,

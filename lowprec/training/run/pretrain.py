@@ -10,14 +10,14 @@ from typing import Any
 from transformers import Trainer, TrainingArguments
 from transformers.utils.logging import disable_progress_bar
 
-from lowprec.distributed.processes import distributed_state, on_main_process
+from lowprec.distributed.processes import distributed_state, is_main_process, on_main_process
 from lowprec.errors import TrainingStopped, UserError
 from lowprec.training.callback import LowPrecisionCallback
 from lowprec.training.checkpoint import files as checkpoint_files
 from lowprec.training.checkpoint.folders import check_tokenizer
 from lowprec.training.checkpoint.no_code import check_no_code
 from lowprec.training.data import LoadedData
-from lowprec.training.log import show_log
+from lowprec.training.log import show_log, show_warnings
 from lowprec.training.run import directory as run_directory
 from lowprec.training.run import resume_checks
 from lowprec.training.run.arguments import make_arguments
@@ -46,7 +46,7 @@ def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> d
         TrainingStopped: training can't continue.
     """
     # Everything that can be checked without the data is checked first: loading data takes long.
-    plan_run(config, trains=True)
+    plan = plan_run(config, trains=True)
     setup = RunSetup.of(config)
     reads = [Path(path) for path in (config.model.path, config.data.tokenizer) if path is not None]
     if config.data.tokenizer is not None:
@@ -55,6 +55,8 @@ def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> d
     if checkpoint is not None:
         _check_resumable(setup, checkpoint, data)
     args, autocast = make_arguments(setup)
+    if is_main_process():
+        show_warnings(plan)
 
     disable_progress_bar()  # transformers' own bar: the run has one.
     if setup.device_type == "cpu":

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, Trainer
 from lowprec.files import to_json, write_atomically
 from lowprec.training.callback import LowPrecisionCallback
 from lowprec.training.checkpoint.saving import whole_folder
+from lowprec.training.control.controller import PrecisionController
 from lowprec.training.data import LoadedData
 from lowprec.training.file_names import MODEL, SUMMARY, UNFINISHED_SUMMARY
 from lowprec.training.run.machine import device_name, peak_memory_bytes
@@ -36,10 +37,9 @@ def summarise(
     steps = trainer.state.global_step - first_step
     rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     tokens = steps * rows_per_step * setup.config.data.seq_len
-    recipe = setup.config.precision.recipe
     controller = low_precision.controller
     return {
-        "recipe": recipe.name if recipe else None,
+        **what_ran(controller),
         "steps": trainer.state.global_step,
         **validate(trainer, data.token_bytes),
         "tokens_per_second": tokens / wall_s if tokens else None,
@@ -52,6 +52,25 @@ def summarise(
         "skipped_steps": controller.skipped_steps,
         "recoveries": controller.recoveries,
         "output_dir": str(args.output_dir),
+    }
+
+
+def what_ran(controller: PrecisionController) -> dict[str, Any]:
+    """Return the precision of a run for its summary.
+
+    Returns:
+        {"asked_recipe": the recipe that the configuration asks for, or None, "recipe": the same if
+        any layer ran in it, else None, "ran": the shares of weights and operations by recipe
+        (`RanPrecision.shares`), "warnings": the warnings of the last plan}.
+    """
+    asked = controller.config.recipe
+    name = None if asked is None else asked.name
+    ran = controller.ran.shares(controller.plan)
+    return {
+        "asked_recipe": name,
+        "recipe": name if name in ran["weights"] else None,
+        "ran": ran,
+        "warnings": [] if controller.plan is None else list(controller.plan.warnings),
     }
 
 
