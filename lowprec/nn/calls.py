@@ -3,22 +3,40 @@
 Every converted layer calls `note_call(self)` first in its forward. A note changes nothing that is
 computed, and compiled code contains no trace of it:
 
-- In eager code, a layer is added to the set of each running watch.
+- In eager code, a layer is added to each running watch.
 - When torch.compile traces a layer, `_note_trace` runs once, at the time of tracing. So there is no
   guard on whether somebody watches, nothing is compiled anew, and a step costs nothing more.
   Compiled code of one block serves the other blocks too, whose layers are then never traced.
 """
 
+import weakref
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import nn
 
-traced: WeakSet[nn.Module] = WeakSet()
+traced: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """The layers that torch.compile has traced a call of, in this process."""
 
-_watches: list[set[nn.Module]] = []
+
+class CallNotes:
+    """The layers that eager code has called between `start` and `stop`."""
+
+    def __init__(self) -> None:
+        self.seen: set[nn.Module] = set()
+
+    def start(self) -> None:
+        """Note calls from now on, until `stop`, or until nobody holds the notes any longer."""
+        self.stop()
+        self.seen = set()
+        _running.append(weakref.ref(self))
+
+    def stop(self) -> None:
+        """Note no more calls. `seen` stays."""
+        _running[:] = [other for other in _running if other() not in (self, None)]
+
+
+_running: list[weakref.ref[CallNotes]] = []
 
 
 def note_call(layer: nn.Module) -> None:
@@ -27,21 +45,10 @@ def note_call(layer: nn.Module) -> None:
         from torch._dynamo.comptime import comptime
 
         comptime(_note_trace)
-    else:
-        for seen in _watches:
-            seen.add(layer)
-
-
-def start_noting(seen: set[nn.Module]) -> None:
-    """Add the layers that eager code calls to `seen` from now on."""
-    stop_noting(seen)
-    _watches.append(seen)
-
-
-def stop_noting(seen: set[nn.Module]) -> None:
-    """End `start_noting`. It may be called twice."""
-    # By identity: two sets with the same layers are equal.
-    _watches[:] = [other for other in _watches if other is not seen]
+        return
+    for reference in _running:
+        if (notes := reference()) is not None:
+            notes.seen.add(layer)
 
 
 def _note_trace(context: Any) -> None:

@@ -83,7 +83,7 @@ class Calls:
         """The weights whose converted layer was not called in the last watched step: the reason,
         `BYPASSED`, `UNUSED` or `FROZEN`, by name, in the model's order."""
         self._weights: Mapping[str, _Converted] = dict(_converted_weights(model))
-        self._seen: set[nn.Module] = set()
+        self._notes = calls.CallNotes()
         self._gradients: set[str] | None = None
         """The weights that had a gradient at the last `look_for_gradients`."""
 
@@ -103,14 +103,12 @@ class Calls:
 
     def begin(self) -> None:
         """Begin to watch. A watch that runs already starts again."""
-        self.cancel()
-        self._seen = set()
         self._gradients = None
-        calls.start_noting(self._seen)
+        self._notes.start()
 
     def cancel(self) -> None:
         """End a watch without a result."""
-        calls.stop_noting(self._seen)
+        self._notes.stop()
 
     def look_for_gradients(self) -> None:
         """Note which weights have a gradient. Call it before the gradients are set to None, if that
@@ -150,7 +148,7 @@ class Calls:
         """Return the names of the weights whose layer was called since `begin`."""
         layers = {name: found.layer for name, found in self._weights.items()}
         traced = [name for name, layer in layers.items() if layer in calls.traced]
-        seen = {name for name, layer in layers.items() if layer in self._seen}
+        seen = {name for name, layer in layers.items() if layer in self._notes.seen}
         parents = {self._weights[name].parent for name in traced}
         places = {self._weights[name].place for name in traced}
         alone = {type(layers[name]) for name in traced if _is_compiled_alone(layers[name])}
@@ -169,7 +167,9 @@ class Calls:
         """Return those of these weights whose own layer was called since `begin`."""
         layers = {name: self._weights[name].layer for name in names}
         return [
-            name for name, layer in layers.items() if layer in self._seen or layer in calls.traced
+            name
+            for name, layer in layers.items()
+            if layer in self._notes.seen or layer in calls.traced
         ]
 
     def _may_have_run(self, name: str) -> bool:

@@ -1,6 +1,8 @@
 """A watch finds the converted layers that a model does not call, compiled or not, and a watched step computes the same bits."""
 
+import gc
 import logging
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -73,6 +75,13 @@ def watched(model: nn.Module, *inputs: Any) -> dict[str, str]:
     return found.uncalled
 
 
+def watching(model: Stack) -> bool:
+    """Return whether a watch notes the calls of `model`."""
+    model(X)
+    layers = set(model.modules())
+    return any(notes is not None and notes.seen & layers for notes in (reference() for reference in calls._running))
+
+
 @pytest.fixture
 def fresh_compiler() -> Iterator[None]:
     traces = logging.getLogger("torch.__trace")
@@ -87,7 +96,7 @@ def fresh_compiler() -> Iterator[None]:
 def test_a_weight_that_is_read_without_its_layer_is_found():
     model = converted()
     assert watched(model) == {f"blocks.{n}.mlp.up": BYPASSED for n in range(4)}
-    assert not calls._watches
+    assert not watching(model)
 
 
 def test_a_layer_that_is_not_used_yet_has_another_reason():
@@ -114,7 +123,18 @@ def test_an_error_leaves_the_last_result_and_no_watch():
     with pytest.raises(RuntimeError), found.watching():
         model(X[:, :3])
     assert found.uncalled == before
-    assert not calls._watches
+    assert not watching(model)
+
+
+def test_a_watch_that_nobody_ends_goes_with_its_owner():
+    model = converted()
+    found = Calls(model)
+    found.begin()
+    assert watching(model)
+    layer = weakref.ref(model.blocks[0].get_submodule("mlp.down"))
+    del found, model
+    gc.collect()
+    assert layer() is None
 
 
 @pytest.mark.parametrize("recipe", ["fp8_blockwise_ue8m0", "fp8_delayed"])
