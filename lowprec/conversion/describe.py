@@ -62,7 +62,7 @@ def _describe_layer(name: str, decision: Decision, device_type: str) -> LayerPla
         reason=reason,
         blocked=decision.blocked,
         experts=weight.experts,
-        per_token=experts.per_token(weight.module, weight.stack) if weight.stack else 1,
+        per_token=experts.per_token(weight.module, weight.experts),
         slow=decision.slow,
     )
 

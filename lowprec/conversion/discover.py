@@ -14,6 +14,7 @@ from lowprec.conversion.layer_backends import CONVERTED, LayerBackend
 from lowprec.conversion.matrices import Matrix, matrices, stacks_of
 from lowprec.conversion.peft_names import name_without_peft
 from lowprec.conversion.plain_forward import why_not_plain
+from lowprec.conversion.weight_readers import read_layers
 from lowprec.errors import UserError
 from lowprec.nn import LowPrecisionLinear, experts
 from lowprec.nn.dtypes import DTYPES, why_not_dtype, why_not_tensor
@@ -31,7 +32,7 @@ class Weight:
     stack: str = ""
     """Name of the parameter that holds several matrices; "" for a linear layer."""
     bypassed: str = ""
-    """The reason, if torch's own code multiplies by it without calling the module."""
+    """The reason, if other code multiplies by it without calling the module."""
     under_fsdp: bool = False
     """Flag: the module is inside a unit of FSDP2."""
     matrix: Matrix | None = None
@@ -170,8 +171,8 @@ def recipes_of(model: nn.Module) -> dict[str, Recipe]:
 
 
 def _bypassed(model: nn.Module) -> dict[nn.Module, str]:
-    """Return the layers by whose weights torch's own code multiplies without calling them, and
-    which code that is."""
+    """Return the layers by whose weights other code multiplies without calling them, and which code
+    that is."""
     found: dict[nn.Module, str] = {}
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and _has_fast_path(module):
@@ -184,6 +185,8 @@ def _bypassed(model: nn.Module) -> dict[nn.Module, str]:
             found[module.out_proj] = (
                 "nn.MultiheadAttention multiplies by its weight without calling it"
             )
+        for layer in read_layers(module):
+            found[layer] = f"{type(module).__name__} multiplies by its weight without calling it"
     return found
 
 

@@ -39,7 +39,7 @@ from lowprec.recipe.state import (
 
 _KNOWN_BY = ("num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gate", "down_proj")
 
-_EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")
+_EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts")
 """Names under which configurations of transformers give the number of a token's experts."""
 
 
@@ -86,13 +86,12 @@ def stack_shape(module: nn.Module, name: str) -> tuple[int, int, int]:
     return experts, rows, columns
 
 
-def per_token(module: nn.Module, name: str) -> int:
-    """Return the number of a stack's matrices that multiply a token: of experts, those that a token
-    is sent to, if the model's configuration says how many; otherwise all."""
+def per_token(module: nn.Module, matrices: int) -> int:
+    """Return how many of a stack's matrices multiply a token: of experts, those that a token is
+    sent to, if the model's configuration says how many; otherwise all."""
     config = getattr(module, "config", None)
     stated = (getattr(config, field, None) for field in _EXPERTS_OF_A_TOKEN)
     found = next((number for number in stated if isinstance(number, int)), None)
-    matrices = getattr(module, name).shape[0]
     return matrices if found is None else min(found, matrices)
 
 

@@ -18,6 +18,11 @@ from lowprec.observe.called import BYPASSED, FROZEN, UNUSED, Calls
 from tests.nn.fake_te import install
 
 
+def product(layer: nn.Module, x: Tensor) -> Tensor:
+    """Multiply by the weight of a layer without calling it."""
+    return nn.functional.linear(x, layer.weight, layer.bias)  # pyright: ignore[reportArgumentType]
+
+
 class Mlp(nn.Module):
     """`up` is multiplied by without being called."""
 
@@ -26,7 +31,7 @@ class Mlp(nn.Module):
         self.up, self.gate, self.down = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(nn.functional.linear(x, self.up.weight, self.up.bias) * self.gate(x))
+        return self.down(product(self.up, x) * self.gate(x))
 
 
 class Block(nn.Module):

@@ -258,7 +258,6 @@ class PrecisionController:
         if self._first_step.after_step():
             self.plan = self._first_step.correct(self._planned, self._model)
             self._first_step.report(self.plan, step, strict=self.phases[self.phase].strict)
-        assert self.plan is not None
         self.ran.add(self.plan)
         scale = self._scale
         self._scale = None if scale is None else self._scaler.get_scale()
@@ -295,8 +294,7 @@ class PrecisionController:
             values["phase"] = self.phase + 1
         if self.config.guard is not None:
             values |= {"guard_recoveries": self.recoveries, "guard_raised_layers": len(self.raised)}
-        if self._unlogged:
-            values |= sqnr_scalars(self.probed)
+        values |= sqnr_scalars(self.probed) if self._unlogged else {}
         self._unlogged = False
         return values
 

@@ -26,8 +26,9 @@ class RanPrecision:
         """Number of steps that are counted."""
         self._sums: dict[str, dict[str, float]] = {"weights": {}, "flops": {}}
 
-    def add(self, plan: Plan) -> None:
+    def add(self, plan: Plan | None) -> None:
         """Count a step that ran in `plan`."""
+        assert plan is not None
         if plan is not self._plan:
             self._plan = plan
             self._of_plan = _shares_of(plan)
