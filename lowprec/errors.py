@@ -84,7 +84,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 @contextlib.contextmanager
 def reported(program: str) -> Iterator[None]:
     """Report a UserError, a TrainingStopped, or a limit of the machine that the enclosed block met
-    as one line on stderr, and exit with 2 or 1.
+    as one line on stderr, and exit with 2 or 1; Ctrl-C with 130.
 
     Limits are memory and the space of a disk. Any other exception is a bug of this program or of a
     library, and keeps its traceback.
@@ -100,6 +100,9 @@ def reported(program: str) -> Iterator[None]:
     except TrainingStopped as error:
         status = 1
         message = f"stopped: {error}"
+    except KeyboardInterrupt:
+        status = 130  # as a shell reports a death by SIGINT
+        message = "interrupted"
     except (MemoryError, OSError, RuntimeError) as error:
         limit = _limit_of_the_machine(error)
         if limit is None:

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowprec.errors import UserError, reported
-from lowprec.training.accelerate import controller, prepare
+from lowprec.training.accelerate import controller, prepare, steps_done
+from lowprec.training.control.stop_signals import StopSignals
 
 STEPS = 30
 SAVE_AT = 15
@@ -61,22 +62,30 @@ def main(arguments: Sequence[str]) -> None:
     first = 0
     if given.resume:
         accelerator.load_state(str(CHECKPOINT))
-        first = SAVE_AT
+        first = steps_done(accelerator)
         loader = skip_first_batches(loader, first)
 
-    for step, batch in enumerate(loader, first + 1):
-        loss = model(input_ids=batch, labels=batch).loss
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 5 == 0:
-            values = controller(accelerator).scalars()
-            accelerator.print(f"step {step}: loss {loss.item():.4f} {values}")
-        if step == SAVE_AT and not given.resume:
-            accelerator.save_state(str(CHECKPOINT))
-        if step == STEPS:
-            break
+    with StopSignals() as signals:
+        for step, batch in enumerate(loader, first + 1):
+            loss = model(input_ids=batch, labels=batch).loss
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if step % 5 == 0:
+                values = controller(accelerator).scalars()
+                accelerator.print(f"step {step}: loss {loss.item():.4f} {values}")
+            if step == STEPS:
+                break
+            # Ctrl-C, or a cluster that ends the job: all ranks stop after the same step.
+            stops = signals.stops()
+            if stops or (step == SAVE_AT and not given.resume):
+                accelerator.save_state(str(CHECKPOINT))
+            if stops:
+                signals.stop(
+                    f"saved {CHECKPOINT} after step {step}; resume with --resume",
+                    main=accelerator.is_main_process,
+                )
 
 
 if __name__ == "__main__":

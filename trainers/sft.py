@@ -45,6 +45,7 @@ from lowprec.distributed.processes import (
 )
 from lowprec.errors import TrainingStopped, UserError, nearest, reported
 from lowprec.training.control.precision import PrecisionConfig, parse_precision
+from lowprec.training.control.stop_signals import StopSignals
 from lowprec.training.data.config import DataConfig
 from lowprec.training.data.sources import ROW_SUFFIXES, resolve_sources
 from lowprec.training.run import directory as run_directory
@@ -53,6 +54,7 @@ from lowprec.training.run.config import read_settings
 from lowprec.training.run.machine import resolve_device
 from lowprec.training.run.models import ModelConfig, build_config, build_model, check_length
 from lowprec.training.run.result import save_result, what_ran
+from lowprec.training.run.resume_command import resume_command
 from lowprec.training.run.trainer_fields import check_field
 from lowprec.training.run.training_args import (
     OWN_KEYS,
@@ -207,17 +209,23 @@ def _train(
         os.environ.setdefault("WANDB_DIR", str(run_dir))
     low_precision.put_first(trainer)
     start = time.perf_counter()
-    output = low_precision.train(trainer, None if checkpoint is None else str(checkpoint))
-    summary = {
-        **what_ran(low_precision.controller),
-        "steps": trainer.state.global_step,
-        "train_loss": mean_loss(trainer.state.log_history, default=output.training_loss),
-        "val_loss": None if trainer.eval_dataset is None else trainer.evaluate()["eval_loss"],
-        "wall_s": time.perf_counter() - start,
-        "plan": low_precision.plan.totals() if low_precision.plan else None,
-        "output_dir": str(run_dir),
-    }
-    save_result(trainer, summary)
+    with StopSignals() as signals:
+        output = low_precision.train(
+            trainer,
+            None if checkpoint is None else str(checkpoint),
+            signals=signals,
+            resume_command=resume_command(run_dir),
+        )
+        summary = {
+            **what_ran(low_precision.controller),
+            "steps": trainer.state.global_step,
+            "train_loss": mean_loss(trainer.state.log_history, default=output.training_loss),
+            "val_loss": None if trainer.eval_dataset is None else trainer.evaluate()["eval_loss"],
+            "wall_s": time.perf_counter() - start,
+            "plan": low_precision.plan.totals() if low_precision.plan else None,
+            "output_dir": str(run_dir),
+        }
+        save_result(trainer, summary)
     return summary
 
 

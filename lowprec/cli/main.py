@@ -1,6 +1,7 @@
 """Entry point of the `lowprec` command, and its exit status.
 
-0: done. 2: the user's input is wrong, which one line on stderr explains. 1: anything else.
+0: done. 2: the user's input is wrong, which one line on stderr explains. 128 plus the number of a
+signal: stopped by it (130 by Ctrl-C). 1: anything else.
 """
 
 import logging
@@ -31,7 +32,7 @@ def main(args: list[str] | None = None) -> None:
             raise UserError(error.format_message()) from None
         except (click.Abort, KeyboardInterrupt):
             click.echo("lowprec: interrupted", err=True)
-            sys.exit(1)
+            sys.exit(130)  # as a shell reports a death by SIGINT
 
 
 if __name__ == "__main__":

@@ -145,6 +145,15 @@ def controller(accelerator: Accelerator) -> PrecisionController:
     return run.controller
 
 
+def steps_done(accelerator: Accelerator) -> int:
+    """Return the number of finished optimizer steps, also of those before `load_state`. Raise
+    UserError if `prepare` was never called."""
+    controller(accelerator)
+    run = _find(accelerator)
+    assert run is not None
+    return run.step
+
+
 def _find(accelerator: Accelerator) -> "_Run | None":
     return _RUNS.get(accelerator)
 

@@ -7,8 +7,6 @@ the model is on its device then, and no optimizer holds its parameters yet. Ever
 precision asks for (schedule, guard, loss scaling, probes) it does from the Trainer's events.
 """
 
-import logging
-import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,30 +24,15 @@ from transformers import (
 from lowprec.conversion.config import Precision
 from lowprec.conversion.plan import PartPlan, Plan
 from lowprec.distributed.fsdp2 import (
-    SUMS_IN_FP32,
     check_offloaded,
     is_offloaded,
-    sum_in_fp32,
 )
 from lowprec.errors import UserError
-from lowprec.nn.known import is_fsdp2
-from lowprec.recipe.finished import FinishedFlag
 from lowprec.training.checkpoint.ended import EndedRun
-from lowprec.training.checkpoint.final_model import follow
-from lowprec.training.checkpoint.hf_names import accept_original_names
-from lowprec.training.checkpoint.no_code import read_sharded_as_data
 from lowprec.training.checkpoint.owner import Owner, output_dir, set_aside_torn_if_free
-from lowprec.training.checkpoint.recipe_state import (
-    RecipeState,
-    StateBesideAdapters,
-    keep_beside_adapters,
-    leaves_state_out,
-)
 from lowprec.training.checkpoint.saved import (
     load_from_trainer_state,
-    load_tensors,
     put_into_trainer_state,
-    save_tensors,
     write_valid_json,
 )
 from lowprec.training.checkpoint.saving import CheckpointWriter
@@ -58,30 +41,18 @@ from lowprec.training.control.controller import PrecisionController
 from lowprec.training.control.finite import LossSum
 from lowprec.training.control.guard import check_replay
 from lowprec.training.control.precision import PrecisionConfig
-from lowprec.training.control.references import References, check_precomputed
+from lowprec.training.control.references import check_precomputed
 from lowprec.training.control.replay import Replay
-from lowprec.training.control.trainer_facts import (
-    called_module,
-    calling_trainer,
-    check_alone,
-    check_can_convert_late,
-    check_spread,
-    sees_compiled,
-    state_is_lost,
-)
+from lowprec.training.control.stop_signals import StopSignals
+from lowprec.training.control.stop_trainer import SignalStop
+from lowprec.training.control.trained_model import TrainedModel, add_recipe_state
+from lowprec.training.control.trainer_facts import called_module, calling_trainer, check_alone
 from lowprec.training.control.trainer_log import TrainerLog
-from lowprec.training.log import show_plan
 from lowprec.training.optim.adamw import is_low_bit
-from lowprec.training.optim.loss_scaling import (
-    NO_FP16_ON_A_CPU,
-    check_weights,
-    configure,
-)
+from lowprec.training.optim.loss_scaling import configure
 
 if TYPE_CHECKING:
     from transformers import Trainer
-
-logger = logging.getLogger("lowprec")
 
 
 class LowPrecisionCallback(TrainerCallback):
@@ -128,22 +99,14 @@ class LowPrecisionCallback(TrainerCallback):
         self.controller = PrecisionController(
             precision, parts=parts, tokens=tokens, compiled=compiled
         )
-        self._declared_compiled = compiled
-        self._references = References(self.controller, references)
-        self._taken: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        """The models that this callback has converted before they were prepared."""
+        self._trained = TrainedModel(self.controller, references, compiled)
         self._replay = Replay(self.controller)
         self._log = TrainerLog(self.controller)
-        self._writer = CheckpointWriter(_add_recipe_state)
+        self._stop = SignalStop(lambda: self._losses.hopeless is not None)
+        self._writer = CheckpointWriter(add_recipe_state)
         self._owner = Owner()
         self._ended = EndedRun()
         self._losses = LossSum()
-        self._hooked: nn.Module | None = None
-        """The model that has this callback's hooks."""
-        self._finished: FinishedFlag | None = None
-        """The flag of the hooked model."""
-        self._adapters: StateBesideAdapters | None = None
-        """Set if the hooked model is one of PEFT's."""
 
     @property
     def precision(self) -> PrecisionConfig:
@@ -170,7 +133,14 @@ class LowPrecisionCallback(TrainerCallback):
         trainer.callback_handler.callbacks.sort(key=place)
         self._log.comes_first = True
 
-    def train(self, trainer: "Trainer", resume_from_checkpoint: str | bool | None = None) -> Any:
+    def train(
+        self,
+        trainer: "Trainer",
+        resume_from_checkpoint: str | bool | None = None,
+        *,
+        signals: StopSignals | None = None,
+        resume_command: str | None = None,
+    ) -> Any:
         """Call `trainer.train()`, and call it again from the last good checkpoint whenever the
         guard asks for that (`guard.data: replay`).
 
@@ -181,9 +151,16 @@ class LowPrecisionCallback(TrainerCallback):
         This method also resumes fp16 under FSDP2, which the Trainer alone (transformers 5.17,
         accelerate 1.15) fails to do.
 
+        Args:
+            trainer: the Trainer that has this callback.
+            resume_from_checkpoint: as for `trainer.train`.
+            signals: handlers of SIGINT, SIGTERM and SIGUSR1, after which the run finishes its step,
+                saves and ends. None: signals act as they do without this callback.
+            resume_command: what the run names then, to resume it.
         Returns:
             The result of `trainer.train`.
         Raises:
+            StoppedBySignal (a SystemExit): a signal has come, and a checkpoint is saved.
             TrainingStopped: there is no checkpoint to go back to, or the weights are not finite any
                 more.
             ValueError: there is no checkpoint to resume from.
@@ -191,7 +168,10 @@ class LowPrecisionCallback(TrainerCallback):
         self._owner.take(trainer.args)
         try:
             self._writer.take_over(trainer)
-            with self._losses.raised_at_the_end():
+            with (
+                self._losses.raised_at_the_end(),
+                self._stop.watch(trainer, signals, resume_command),
+            ):
                 return self._replay.train(trainer, resume_from_checkpoint)
         finally:
             self._owner.release()
@@ -215,7 +195,7 @@ class LowPrecisionCallback(TrainerCallback):
         check_precomputed(trainer, self.controller)
         if trainer is not None:
             self._writer.take_over(trainer)
-        self._take(args, state, model)
+        self._trained.take(args, state, model)
 
     def on_train_begin(
         self,
@@ -230,19 +210,13 @@ class LowPrecisionCallback(TrainerCallback):
         self._owner.take(args)
         trainer = calling_trainer()
         check_alone(trainer, LowPrecisionCallback)
-        if model is not self._hooked:
-            self._take_late(args, state, model, trainer)
-        found = self._references.find(trainer, model)
-        if found and state.is_world_process_zero:
-            logger.info("%s: converted as the model that it is compared with", ", ".join(found))
+        self._trained.begin(args, state, model, trainer)
         scaler = getattr(optimizer, "scaler", None)
         if scaler is not None:
             configure(scaler, controller.config.loss_scaling, resumed=bool(state.global_step))
         check_replay(controller.config.guard, args)
         if is_offloaded(AcceleratorState()):
             check_offloaded(low_bit=is_low_bit(optimizer))
-        # It may have been compiled since it was converted.
-        controller.compiled = sees_compiled(self._declared_compiled, args, model, warns=True)
         if state.global_step:
             check_resumed(state, self._resumed_from(args, state), args)
         self._owner.go_on(state, args)
@@ -266,18 +240,18 @@ class LowPrecisionCallback(TrainerCallback):
             items_of_all_ranks=args.average_tokens_across_devices,
             called=called_module(trainer, model),
         )
-        was_read = self._adapters is not None and self._adapters.take_was_read()
-        if not was_read and state.global_step and leaves_state_out(model):
-            self._load_recipe_state(model, args, state)
+        if self._trained.lacks_recipe_state(state):
+            self._trained.load_recipe_state(self._replay.resumed_from(state, output_dir(args)))
         put_into_trainer_state(controller, state)
         write_valid_json(state)
         self._losses.begin(model, compiled=bool(args.torch_compile))
         self._log.begin(args, state)
-        self._set_finished(False)
+        self._trained.set_finished(False)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._stop.begin_step()
         self._log.show_plan(args, state)
         phase = self.controller.phase
         self.controller.before_step(state.global_step)
@@ -300,9 +274,11 @@ class LowPrecisionCallback(TrainerCallback):
             control.should_training_stop = True
             control.should_save = False
             control.should_evaluate = False
-        elif control.should_save and not control.should_log:
-            guarded = self.precision.guard is not None
-            self._losses.stop_if_hopeless(model, state, control, guarded=guarded)
+        else:
+            self._stop.end_step(state, control)
+            if control.should_save and not control.should_log:
+                guarded = self.precision.guard is not None
+                self._losses.stop_if_hopeless(model, state, control, guarded=guarded)
         self._owner.before_save(args, control)
         return control
 
@@ -312,13 +288,16 @@ class LowPrecisionCallback(TrainerCallback):
         if self.controller.replay_before is not None:  # an epoch's end may save and evaluate, too
             control.should_save = False
             control.should_evaluate = False
+        self._stop.end_epoch(state, control)
         self._owner.before_save(args, control)
         return control
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    ) -> TrainerControl:
         self._owner.before_save(args)  # A best result is saved, and no other event tells.
+        self._stop.look(state, control)
+        return control
 
     def on_save(
         self,
@@ -327,11 +306,13 @@ class LowPrecisionCallback(TrainerCallback):
         control: TrainerControl,
         model: Any = None,
         **kwargs: Any,
-    ) -> None:
+    ) -> TrainerControl:
         self.controller.saved(state.global_step)
         checkpoint = output_dir(args) / f"checkpoint-{state.global_step}"
         self._replay.wrote(checkpoint)
         self._writer.complete(checkpoint, model, args, state.global_step)
+        self._stop.saved(state, control)
+        return control
 
     def on_log(
         self,
@@ -361,59 +342,12 @@ class LowPrecisionCallback(TrainerCallback):
         self.controller.stop()
         self._ended.end()
         self._losses.end()
-        self._set_finished(self.controller.replay_before is None)
+        self._trained.set_finished(self.controller.replay_before is None)
         if not self._replay.runs:
             self._owner.release()
         self._losses.raise_if_hopeless()
 
     # Inside
-
-    def _take(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
-        """Check the Trainer's arguments, convert its model, and log the plan."""
-        check_spread(args, keeps=self.controller.config.keeps_state)
-        accelerator = AcceleratorState()
-        if accelerator.is_fsdp2:
-            read_sharded_as_data()
-        self._hook(args, model)
-        self._references.begin()
-        self.controller.compiled = sees_compiled(self._declared_compiled, args, model)
-        plan = self.controller.convert(model, args.device)
-        changed = sum_in_fp32(accelerator, model)
-        self._taken.add(model)
-        if state.is_world_process_zero:
-            show_plan(plan)
-            if args.fsdp and not accelerator.is_fsdp2:
-                logger.warning(
-                    "fsdp: Accelerate shards on GPUs only; here each process has the whole model"
-                )
-            if changed:
-                logger.info(SUMS_IN_FP32)
-
-    def _take_late(
-        self, args: TrainingArguments, state: TrainerState, model: Any, trainer: "Trainer | None"
-    ) -> None:
-        """Convert a model that the Trainer has prepared already: the callback was added later, or
-        the Trainer got or made another model."""
-        known = model in self._taken
-        if not known:
-            check_can_convert_late(model)
-        self._take(args, state, model)
-        if not known and state.global_step and self.controller.has_state:
-            raise state_is_lost(trainer)
-
-    def _hook(self, args: TrainingArguments, model: Any) -> None:
-        if args.fp16:
-            check_weights(model)
-            if args.device.type == "cpu":
-                raise UserError(NO_FP16_ON_A_CPU)
-        accept_original_names(model)
-        self._finished = follow(model)
-        self._adapters = keep_beside_adapters(model, self._finished)
-        self._hooked = model
-
-    def _set_finished(self, finished: bool) -> None:
-        assert self._finished is not None
-        self._finished.finished = finished
 
     def _load_own_state(self, state: TrainerState) -> None:
         """Load the controller's state from a checkpoint, or begin without one."""
@@ -433,18 +367,3 @@ class LowPrecisionCallback(TrainerCallback):
         named = args.resume_from_checkpoint
         found = self._replay.resumed_from(state, output_dir(args))
         return [Path(named), *found] if named and Path(named).is_dir() else found
-
-    def _load_recipe_state(self, model: Any, args: TrainingArguments, state: TrainerState) -> None:
-        """Load the recipe state that lies beside the adapters that the Trainer resumed with."""
-        found = self._replay.resumed_from(state, output_dir(args))
-        if not any(load_tensors(RecipeState(model), path) for path in found):
-            logger.warning(
-                "the checkpoint holds adapters only: rounding keys and amax histories begin anew"
-            )
-
-
-def _add_recipe_state(model: Any, folder: Path) -> None:
-    """Write recipe state beside the adapters in `folder`, if the Trainer leaves it out."""
-    is_sharded = is_fsdp2(model)
-    if is_sharded and leaves_state_out(model):
-        save_tensors(RecipeState(model), folder)

@@ -131,10 +131,9 @@ def compare_first_pass(
     """
     if declared is not None and not declared / 2 < seen < 2 * declared:
         logger.warning(
-            "tokens=%d was declared, but the first pass has %d on this device: give tokens=%d; the "
-            "plan supposes the declared number, and phases in tokens end by what is seen",
+            "tokens=%d was declared, but the first pass has %d on this device: the plan supposes "
+            "the declared number; phases in tokens end by what is seen",
             declared,
-            seen,
             seen,
         )
         return

@@ -12,6 +12,7 @@ from transformers.training_args import ParallelMode
 from lowprec.distributed.fsdp2 import check_offloaded, check_strategy, is_offloaded
 from lowprec.errors import UserError
 from lowprec.nn.known import is_dtensor
+from lowprec.training.optim.loss_scaling import NO_FP16_ON_A_CPU, check_weights
 
 logger = logging.getLogger("lowprec")
 
@@ -69,6 +70,15 @@ def check_spread(args: TrainingArguments, *, keeps: bool) -> None:
     check_strategy(accelerator)
     if is_offloaded(accelerator):
         check_offloaded(scaled=args.fp16, keeps=keeps)
+
+
+def check_fp16(args: TrainingArguments, model: nn.Module) -> None:
+    """Raise UserError if the Trainer's fp16 can't train the model."""
+    if not args.fp16:
+        return
+    check_weights(model)
+    if args.device.type == "cpu":
+        raise UserError(NO_FP16_ON_A_CPU)
 
 
 def called_module(trainer: Trainer | None, model: nn.Module) -> nn.Module:

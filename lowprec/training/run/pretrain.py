@@ -16,6 +16,7 @@ from lowprec.training.callback import LowPrecisionCallback
 from lowprec.training.checkpoint import files as checkpoint_files
 from lowprec.training.checkpoint.folders import check_tokenizer
 from lowprec.training.checkpoint.no_code import check_no_code
+from lowprec.training.control.stop_signals import StopSignals
 from lowprec.training.data import LoadedData
 from lowprec.training.log import show_log, show_warnings
 from lowprec.training.run import directory as run_directory
@@ -27,6 +28,7 @@ from lowprec.training.run.machine import keep_freed_memory
 from lowprec.training.run.models import build_config
 from lowprec.training.run.plan import plan_parts, plan_run
 from lowprec.training.run.result import save_result, summarise
+from lowprec.training.run.resume_command import resume_command
 from lowprec.training.run.setup import RunSetup
 from lowprec.training.run.training_args import total_steps
 
@@ -44,6 +46,8 @@ def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> d
         UserError: something is wrong in the configuration, the data or the output directory. It is
             raised before any training.
         TrainingStopped: training can't continue.
+        StoppedBySignal (a SystemExit): SIGINT, SIGTERM or SIGUSR1 has come, and a checkpoint is
+            saved.
     """
     # Everything that can be checked without the data is checked first: loading data takes long.
     plan = plan_run(config, trains=True)
@@ -86,16 +90,22 @@ def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> d
         trainer = build_trainer(config, model, args, examples, low_precision)
         first_step = 0 if checkpoint is None else checkpoint_files.global_step(checkpoint)
         start = time.perf_counter()
-        low_precision.train(trainer, None if checkpoint is None else str(checkpoint))
-        wall_s = time.perf_counter() - start
-        if first_step < steps:
-            _check_trained(trainer, first_step, examples)
+        with StopSignals() as signals:
+            low_precision.train(
+                trainer,
+                None if checkpoint is None else str(checkpoint),
+                signals=signals,
+                resume_command=resume_command(directory),
+            )
+            wall_s = time.perf_counter() - start
+            if first_step < steps:
+                _check_trained(trainer, first_step, examples)
 
-        summary = summarise(
-            setup, model, trainer, low_precision, examples, first_step=first_step, wall_s=wall_s
-        )
-        save_result(trainer, summary)
-        _check_finite(trainer, summary)
+            summary = summarise(
+                setup, model, trainer, low_precision, examples, first_step=first_step, wall_s=wall_s
+            )
+            save_result(trainer, summary)
+            _check_finite(trainer, summary)
         return summary
     finally:
         run_directory.release(directory)
