@@ -26,7 +26,7 @@ from lowprec.training.checkpoint.folders import check_model, check_tokenizer
 from lowprec.training.checkpoint.manifest import MANIFEST
 from lowprec.training.checkpoint.torn import set_aside_torn
 from lowprec.training.data.tokenizer import _wrap, byte_tokenizer
-from lowprec.training.run.directory import locate
+from lowprec.training.run.directory import go_on_from, locate
 from tests.builders import counting, small_trainer, tiny_llama
 from tests.processes import ROOT, lowprec
 from tests.runs import CONFIG, losses, make_corpus, overrides
@@ -132,17 +132,25 @@ def test_a_named_checkpoint_is_refused(name: str, run: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "trainer_state.json", MANIFEST])
-def test_the_last_checkpoint_is_set_aside_for_the_one_before(name: str, run: Path, tmp_path: Path):
+def test_the_last_checkpoint_is_set_aside_for_the_one_before(name: str, run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """The command does it in `go_on_from`, with the lock of the run; a Trainer when it is made, unless a file changed just now."""
     for kind in ("cut short", "flipped", "a folder"):
         case = damaged(run, tmp_path, name, kind)
         settings = {"resume_from_checkpoint": True, "output_dir": str(case.run)}
         assert locate("config.yaml", settings) == (case.run, case.run / "checkpoint-2")
-        for path in (case.checkpoint, *case.checkpoint.rglob("*")):
+        assert set_aside_torn(case.run) == []
+        caplog.clear()
+        go_on_from(case.run, case.run / "checkpoint-2", None)
+        (line,) = [record.message for record in caplog.records]
+        assert f"checkpoint-4 is not whole: {name}: " in line
+        assert line.endswith("the last whole one is checkpoint-2")
+        assert not case.checkpoint.exists()
+        torn = (case.run / "torn-checkpoint-4").rename(case.checkpoint)
+        for path in (torn, *torn.rglob("*")):
             os.utime(path, (1e9, 1e9), follow_symlinks=False)
         ((aside, problem),) = set_aside_torn(case.run)
         assert aside == case.run / "torn-checkpoint-4"
         assert problem.startswith(f"{name}: ")
-        assert not case.checkpoint.exists()
 
 
 def test_no_whole_checkpoint_is_left(run: Path, tmp_path: Path):

@@ -28,36 +28,37 @@ STILL_WRITTEN = 5.0
 writing it any more."""
 
 
-def set_aside_torn(directory: Path) -> list[tuple[Path, str]]:
-    """Rename the damaged checkpoints in `directory` to torn-checkpoint-N. Return the new name of
-    each, and the damage.
+def set_aside_torn(directory: Path, *, is_held: bool = False) -> list[tuple[Path, str]]:
+    """Rename the damaged checkpoints in `directory` to torn-checkpoint-N, and log each. Return the
+    new name of each, and the damage.
 
-    A checkpoint that another process may be writing right now stays.
+    A checkpoint that another process may be writing right now stays, unless this process holds the
+    lock of `directory` (`is_held`).
     """
     renamed = []
     for checkpoint, problem in _damaged(directory):
-        if not _may_be_written(checkpoint):
+        if is_held or not _may_be_written(checkpoint):
             renamed.append((_set_aside(checkpoint), problem))
+    for path, problem in renamed:
+        last = last_checkpoint(directory)
+        logger.warning(
+            "%s is not whole: %s; it is set aside as %s, and %s",
+            path.name.removeprefix("torn-"),
+            problem,
+            path,
+            f"the last whole one is {last.name}" if last else "there is no whole one",
+        )
     return renamed
 
 
 def wait_and_set_aside_torn(directory: Path) -> None:
-    """Set damaged checkpoints aside and log each. Wait for one that may be written right now: it is
+    """Set damaged checkpoints aside. Wait for one that may be written right now: it is
     complete, or torn, after `STILL_WRITTEN` seconds at most."""
     deadline = time.monotonic() + STILL_WRITTEN
     waits = False
     while True:
         over = time.monotonic() > deadline
-        torn = set_aside_torn(directory)
-        for path, problem in torn:
-            last = last_checkpoint(directory)
-            logger.warning(
-                "%s is not whole: %s; it is set aside as %s, and %s",
-                path.name.removeprefix("torn-"),
-                problem,
-                path,
-                f"the last whole one is {last.name}" if last else "there is no whole one",
-            )
+        set_aside_torn(directory)
         incomplete = _damaged(directory)
         if not incomplete or over:
             return

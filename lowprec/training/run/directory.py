@@ -46,7 +46,7 @@ from lowprec.training.checkpoint.history import (
     set_aside_later,
 )
 from lowprec.training.checkpoint.saving import UNFINISHED
-from lowprec.training.checkpoint.torn import no_checkpoint
+from lowprec.training.checkpoint.torn import no_checkpoint, set_aside_torn
 from lowprec.training.file_names import (
     CONFIG,
     END_OF_TRAINING,
@@ -257,8 +257,9 @@ def release(directory: Path) -> None:
 def go_on_from(directory: Path, checkpoint: Path, limit: int | None) -> None:
     """Bring the directory of a run to the state after a checkpoint, from which the run goes on.
 
-    What the run did after that checkpoint is set aside (checkpoints, the result of an end) or
-    dropped (lines of metrics.jsonl). A kill leaves a directory that can be resumed.
+    Damaged checkpoints are set aside. What the run did after that checkpoint is set aside
+    (checkpoints, the result of an end) or dropped (lines of metrics.jsonl). A kill leaves a
+    directory that can be resumed.
 
     Args:
         directory: Directory of the run, whose lock is held.
@@ -267,6 +268,7 @@ def go_on_from(directory: Path, checkpoint: Path, limit: int | None) -> None:
     """
     step = global_step(checkpoint)
     delete_rest(directory)
+    set_aside_torn(directory, is_held=True)
     set_aside_later(directory, step, limit)
     _set_result_aside(directory, step)
     keep_lines_until(directory / METRICS, step, end=END_OF_TRAINING)
