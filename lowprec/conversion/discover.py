@@ -186,7 +186,8 @@ def _bypassed(model: nn.Module) -> dict[nn.Module, str]:
                 "nn.MultiheadAttention multiplies by its weight without calling it"
             )
         for layer in read_layers(module):
-            found[layer] = f"{type(module).__name__} multiplies by its weight without calling it"
+            reason = f"{type(module).__name__} multiplies by its weight without calling it"
+            found.setdefault(layer, reason)
     return found
 
 

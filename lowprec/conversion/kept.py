@@ -4,7 +4,8 @@ experts, and what the model itself keeps in fp32.
 They are found by what they are, so that names of models need not be known:
 
 * An output head is the model's `get_output_embeddings()`, shares its weight with an embedding, has
-  as many outputs as the vocabulary, or stands behind the last of the model's blocks.
+  as many outputs as the vocabulary, or stands behind the last of the model's blocks and feeds no
+  other layer there.
 * A gate of experts has as many outputs as there are experts beside it, or is called a gate or a
   router there.
 """
@@ -77,7 +78,12 @@ def _heads(model: nn.Module, weights: Mapping[str, Any], plain: Mapping[str, str
     if last and not any(_is_inside(last, body) for body in bodies):
         found |= {last} if linears[last].shape[0] == vocabulary else set()
     if bodies:
-        found |= set(_behind(model, "", bodies, list(linears)))
+        behind = list(_behind(model, "", bodies, list(linears)))
+        for place, name in enumerate(behind):
+            N, _ = linears[name].shape
+            later = [linears[other].shape for other in behind[place + 1 :]]
+            if all(N != K for _, K in later):  # else it makes the inputs of another one
+                found.add(name)
     return found
 
 

@@ -118,6 +118,8 @@ def _is_straight(forward: Any) -> bool:
         jumps = instruction.opcode in (*dis.hasjrel, *dis.hasjabs)
         if jumps and not asks_for_bias and name != "JUMP_FORWARD":
             return False
+        if name == "PUSH_EXC_INFO":
+            return False
         if name.startswith(("STORE_", "DELETE_")) and not name.startswith("STORE_FAST"):
             return False
         if name == "LOAD_GLOBAL" and not _is_torchs(instruction.argval, forward.__globals__):

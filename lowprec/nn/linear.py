@@ -169,6 +169,14 @@ class LowPrecisionLinear(nn.Module):
         return self
 
     @property
+    def shape_NK(self) -> tuple[int, int]:
+        """Outputs N and inputs K."""
+        layer: Any = self
+        if self.transposed:
+            return layer.nf, layer.nx
+        return layer.out_features, layer.in_features
+
+    @property
     def w_NK(self) -> Tensor:
         """The weight as nn.Linear holds it, [N, K]."""
         return self.weight.t() if self.transposed else self.weight
@@ -234,7 +242,7 @@ class LowPrecisionLinear(nn.Module):
         note_call(self)
         device_type = input.device.type
         gate = times_silu_of
-        _, K = shape_of(self)
+        _, K = self.shape_NK
         if input.shape[-1:] != (K,):
             raise ValueError(f"expected inputs [..., {K}], got {list(input.shape)}")
         if self.plain and (self.evaluation is None or self.training):
@@ -251,7 +259,7 @@ class LowPrecisionLinear(nn.Module):
     def _run(self, x: Tensor, gate: Tensor | None, input: Tensor, device_type: str) -> Tensor:
         """Run the recipe. `x` is `input` after autocast's cast; other layers know it by `input`."""
         gemms = self._gemms_on(device_type)
-        N, K = shape_of(self)
+        N, K = self.shape_NK
         x_MK = x.reshape(-1, K)
         gate_MK = None if gate is None else gate.reshape(-1, K)
         x_ready = TwoWay()
@@ -289,7 +297,7 @@ class LowPrecisionLinear(nn.Module):
             backend = self.backend
             if recipe is not self.recipe:
                 backend = backend_or_auto(recipe, backend, device_type)
-            gemms = LinearGemms.on(device_type, recipe, backend, shape_of(self))
+            gemms = LinearGemms.on(device_type, recipe, backend, self.shape_NK)
             chosen[device_type] = gemms
         return gemms
 

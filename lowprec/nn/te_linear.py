@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lowprec.errors import UserError
 from lowprec.nn.calls import note_call
+from lowprec.nn.dtypes import check_dtypes
 from lowprec.nn.known import is_plain
 from lowprec.nn.linear import LowPrecisionLinear
 from lowprec.nn.te_recipes import te_recipe, twin_of, why_not_shape
@@ -85,10 +86,9 @@ class TELinear(nn.Linear):
         The result has the dtype of autocast where that is on, else that of the input, which must be
         the weight's.
         """
-        x = input
-        if torch.is_autocast_enabled(x.device.type):
-            # x is cast as nn.Linear would cast it. The weight is quantised from its master copy.
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        # x is cast as nn.Linear would cast it. The weight is quantised from its master copy.
+        autocast = torch.is_autocast_enabled(input.device.type)
+        x = input.to(check_dtypes(input, self.weight, autocast, super().forward, self.recipe))
         x_MK = x.reshape(-1, self.in_features)
         tokens = x_MK.shape[0]
         # There is at least one multiple, because Transformer Engine takes no empty matrix.

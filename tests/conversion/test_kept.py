@@ -47,6 +47,11 @@ def kept(model: nn.Module, precision: Any = "mxfp8") -> dict[str, LayerPlan]:
         ("BertForQuestionAnswering", SIZES, {"qa_outputs"}),
         ("BertForPreTraining", SIZES, {"cls.predictions.decoder", "cls.seq_relationship"}),
         ("RobertaForSequenceClassification", SIZES, {"classifier.out_proj"}),
+        (
+            "DistilBertForSequenceClassification",
+            {"vocab_size": 640, "dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 96},
+            {"classifier"},
+        ),
         ("ElectraForSequenceClassification", SIZES, {"classifier.out_proj"}),
         ("GPT2ForTokenClassification", {"n_embd": 64, "n_layer": 2, "n_head": 4}, {"classifier"}),
         ("RwkvForCausalLM", {"vocab_size": 640, "hidden_size": 64, "num_hidden_layers": 2}, {"head"}),

@@ -141,6 +141,25 @@ def test_a_conv1d_keeps_its_codes_until_its_weight_changes(monkeypatch: pytest.M
     assert not torch.equal(conv(gaussian(4, 128, 1)), before)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from inside PyTorch
+@pytest.mark.parametrize("kind", [Conv1D, Casts])
+def test_layers_of_other_classes_compile_to_one_graph(kind: Any):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = nn.Sequential(kind(64, 96), nn.GELU())
+    lowprec.convert(model, "mxfp8")
+    compiled, x = torch.compile(model, backend="aot_eager", fullgraph=True), gaussian(8, model[0].w_NK.shape[1], 1)
+    gradients = []
+    for run in (model, compiled):
+        y = run(x)
+        y.square().sum().backward()
+        gradients.append((y, model[0].weight.grad))
+        model.zero_grad()
+    for eager, traced in zip(*gradients, strict=True):
+        torch.testing.assert_close(traced, eager)
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("kind", [Conv1D, Inherits, CallsSuper, Casts, Multiplies])
 def test_layers_of_other_classes_are_converted_and_reverted(kind: Any):
     torch.manual_seed(0)
