@@ -31,11 +31,14 @@ consequences:
 
 Causality. transformers' decoders combine their predicate with causal by AND, so an expression must
 not show the future. The exception is a prefix language model, `causal | prefix(n)`. The tokens of
-the prefix see each other, so the labels of the prefix must be masked out.
+the prefix see each other, so the labels of the prefix must be masked out. On packed documents,
+`(causal | prefix(n)) & document` gives each document a prefix of its own; documents are then read
+off transformers' predicate.
 """
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -174,6 +177,10 @@ def _make_mask(
         )
     if attention_mask is not None and q_length == kv_length:
         _refuse_padded_documents(terms)
+    if terms.added is not None and terms.added.needs_documents:
+        _refuse_chunks(terms, config)
+        ids = _documents(mask_function, batch_size, kv_length + kv_offset, device)
+        terms = replace(terms, added=terms.added.bind(ids))
     visible = _combine(mask_function, terms)
     may_skip = allow_is_causal_skip and terms.added is None
     device = torch.device(device)
@@ -276,6 +283,24 @@ def _combine(theirs: MaskFunction, terms: Terms) -> MaskFunction:
     return lambda b, h, q, kv: (
         theirs(b, h, torch.maximum(q, kv), torch.minimum(q, kv)) & ours(b, h, q, kv)
     )
+
+
+def _documents(theirs: MaskFunction, batch: int, length: int, device: torch.device | str) -> Tensor:
+    """Return the document ids [B, S] of transformers' predicate: a token belongs to the document of
+    the token before it if it sees that."""
+    b = torch.arange(batch, device=device)[:, None]
+    token = torch.arange(1, length, device=device)[None, :]
+    joined = theirs(b, torch.zeros_like(b), token, token - 1).expand(batch, length - 1)
+    return torch.nn.functional.pad((~joined).cumsum(1), (1, 0))
+
+
+def _refuse_chunks(terms: Terms, config: "PreTrainedConfig") -> None:
+    """Raise UserError if the model attends in chunks: their borders look like documents."""
+    if getattr(config, "attention_chunk_size", None):
+        raise UserError(
+            f"mask '{terms.mask}': a prefix of each document can't be told from the chunks of a "
+            f"model with attention_chunk_size {getattr(config, 'attention_chunk_size', None)}"
+        )
 
 
 def _and_padding(visible: MaskFunction, not_padding: Tensor) -> MaskFunction:

@@ -9,6 +9,9 @@ Every mask of a language model is a combination of a few such functions:
     document           id[b, q] == id[b, kv]
     prefix(n)          kv < n          (a prefix language model is causal | prefix(n))
 
+Joined to `document` by &, `prefix(n)` counts from the start of each document: every packed example
+of `(causal | prefix(n)) & document` has a prefix of its own.
+
 One function serves three kernels:
 
 * On broadcast index tensors it gives the dense boolean matrix.
@@ -21,7 +24,7 @@ Indices are absolute: query 0 and key 0 are the same token. Shapes: B batch, Q a
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Any
 
@@ -30,6 +33,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from lowprec.errors import UserError
+
+_NO_IDS = "the mask '{}' has no document ids yet: mask.bind(ids) with an int tensor [batch, length]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +57,7 @@ class Mask:
     def children(self) -> tuple["Mask", ...]:
         """Masks that this one combines."""
         return tuple(
-            value for field in fields(self) if isinstance(value := getattr(self, field.name), Mask)
+            value for part in fields(self) if isinstance(value := getattr(self, part.name), Mask)
         )
 
     @property
@@ -66,7 +71,7 @@ class Mask:
         `document_ids` is int [B, S]; tokens of one document have one id. A mask without `document`
         is returned as an equal mask. Raises UserError for ids of another shape or type.
         """
-        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        parts = {part.name: getattr(self, part.name) for part in fields(self)}
         return replace(
             self,
             **{
@@ -158,20 +163,71 @@ class SlidingWindow(Mask):
         return f"sliding_window({self.n})"
 
 
-@dataclass(frozen=True, kw_only=True)
+# Equality and hash are written by hand, here and in Document. The generated ones would compare
+# tensors elementwise.
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Prefix(Mask):
-    """The mask kv < n: all tokens see the first n tokens."""
+    """The mask kv < n: all tokens see the first n tokens.
+
+    In a conjunction with `document` it is counted from the start of each document (`And` sets the
+    fields below).
+    """
 
     n: int
+    per_document: bool = False
+    """Flag: n counts from the start of each document."""
+    ids: Tensor | None = None
+    """Document ids, integer [B, S], of a mask per document; None: they are bound later."""
+    positions: Tensor | None = field(default=None, repr=False)
+    """Position of each token in its document, int64 [B, S]."""
 
     def mod(self, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        return kv < self.n
+        if not self.per_document:
+            return kv < self.n
+        if self.positions is None:
+            raise UserError(_NO_IDS.format(self))
+        return self.positions[b, kv] < self.n
+
+    @property
+    def needs_documents(self) -> bool:
+        return self.per_document
+
+    def bind(self, document_ids: Tensor) -> Mask:
+        return self.within(document(document_ids)) if self.per_document else self
+
+    def within(self, documents: "Document") -> "Prefix":
+        """Return this prefix, counted from the start of each of these documents."""
+        ids = documents.ids
+        if self.per_document and self.ids is ids:
+            return self
+        positions = None if ids is None else _positions(ids)
+        return Prefix(n=self.n, per_document=True, ids=ids, positions=positions)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Prefix) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> tuple[Any, ...]:
+        return Prefix, self.n, self.per_document, None if self.ids is None else id(self.ids)
 
     def __str__(self) -> str:
         return f"prefix({self.n})"
 
 
-# Equality and hash are written by hand. The generated ones would compare tensors elementwise.
+def _positions(ids: Tensor) -> Tensor:
+    """Return the number of earlier tokens of the same document for each token, int64 [B, S]."""
+    ids = ids.to(torch.int64)
+    order = ids.argsort(dim=1, stable=True)
+    grouped = ids.gather(1, order)
+    place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    is_first = torch.ones_like(ids, dtype=torch.bool)
+    is_first[:, 1:] = grouped[:, 1:] != grouped[:, :-1]
+    start = torch.where(is_first, place, 0).cummax(1).values
+    return torch.empty_like(ids).scatter_(1, order, place - start)
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Document(Mask):
     """The mask id[b, q] == id[b, kv]: each token sees the tokens of its own document."""
@@ -181,10 +237,7 @@ class Document(Mask):
 
     def mod(self, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         if self.ids is None:
-            raise UserError(
-                "the mask 'document' has no document ids yet: mask.bind(ids) with an int tensor "
-                "[batch, length]"
-            )
+            raise UserError(_NO_IDS.format(self))
         return self.ids[b, q] == self.ids[b, kv]
 
     @property
@@ -210,6 +263,13 @@ class And(Mask):
 
     left: Mask
     right: Mask
+
+    def __post_init__(self) -> None:
+        documents = [term for term in conjuncts(self) if isinstance(term, Document)]
+        if documents:
+            for name in ("left", "right"):
+                part = _prefixes_within(getattr(self, name), documents[0])
+                object.__setattr__(self, name, part)
 
     def mod(self, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         return self.left.mod(b, h, q, kv) & self.right.mod(b, h, q, kv)
@@ -246,6 +306,24 @@ class Not(Mask):
         return f"~{_wrap(self.inner, Or, And)}"
 
 
+def conjuncts(mask: Mask) -> list[Mask]:
+    """Return the terms that `&` joins at the top of the expression."""
+    return [*conjuncts(mask.left), *conjuncts(mask.right)] if isinstance(mask, And) else [mask]
+
+
+def _prefixes_within(mask: Mask, documents: Document) -> Mask:
+    """Return the mask with each of its prefixes counted from the start of each document."""
+    if isinstance(mask, Prefix):
+        return mask.within(documents)
+    parts = {
+        item.name: _prefixes_within(part, documents)
+        for item in fields(mask)
+        if isinstance(part := getattr(mask, item.name), Mask)
+    }
+    unchanged = all(part is getattr(mask, name) for name, part in parts.items())
+    return mask if unchanged else replace(mask, **parts)
+
+
 def _wrap(mask: Mask, *looser: type[Mask]) -> str:
     return f"({mask})" if isinstance(mask, looser) else str(mask)
 
@@ -272,7 +350,8 @@ def sliding_window(n: int) -> Mask:
 def prefix(n: int) -> Mask:
     """Return the mask kv < n: all tokens see the first n tokens.
 
-    A prefix language model has the mask `causal() | prefix(n)`.
+    A prefix language model has the mask `causal() | prefix(n)`, and on packed documents
+    `(causal() | prefix(n)) & document()`, under which each document has its own prefix.
     """
     return Prefix(n=_size("prefix", n))
 

@@ -11,7 +11,7 @@ from functools import reduce
 from operator import and_
 
 from lowprec.attention.expression import parse
-from lowprec.attention.mask import And, Causal, Document, Mask, Not, Or, Prefix, causal
+from lowprec.attention.mask import And, Causal, Document, Mask, Not, Or, Prefix, causal, conjuncts
 from lowprec.errors import UserError
 
 
@@ -35,13 +35,13 @@ def split_terms(mask: Mask | str) -> Terms:
     `document` is not joined to the rest by &.
     """
     mask = parse(mask)
-    terms = _conjuncts(mask)
+    terms = conjuncts(mask)
     if any(isinstance(term, Document) and term.ids is not None for term in _atoms(mask)):
         raise UserError(
             f"mask '{mask}': leave the document ids out for a model; each batch brings its own in "
             "position_ids"
         )
-    if any(term.needs_documents for term in terms if not isinstance(term, Document)):
+    if any(isinstance(atom, Document) for term in terms if term.children for atom in _atoms(term)):
         raise UserError(
             f"mask '{mask}': transformers ANDs documents with the whole mask; write '(...) & "
             "document'"
@@ -61,7 +61,7 @@ def split_terms(mask: Mask | str) -> Terms:
 def implementation_name(mask: Mask) -> str:
     """Return a name without the words that transformers looks for ("flash", "flex_attention",
     "sdpa", "|")."""
-    terms = _conjuncts(mask)
+    terms = conjuncts(mask)
     words = re.sub(r"\W+", "_", " ".join(map(str, terms))).strip("_")
     if any(term.children for term in terms):
         words += "_" + hashlib.sha256(str(mask).encode()).hexdigest()[:8]
@@ -87,11 +87,6 @@ def _future(mask: Mask) -> int:
             return _future(inner)
         case _:
             return _ANYTHING
-
-
-def _conjuncts(mask: Mask) -> list[Mask]:
-    """Return the terms that `&` joins at the top of the expression."""
-    return [*_conjuncts(mask.left), *_conjuncts(mask.right)] if isinstance(mask, And) else [mask]
 
 
 def _atoms(mask: Mask) -> list[Mask]:

@@ -78,6 +78,19 @@ def test_documents_in_any_mask_equal_the_matrix_through_eager(model, ids, expres
 
 
 @torch.no_grad()
+def test_packed_prefixes_equal_documents_alone(model, ids):
+    attach(model, "(causal | prefix(4)) & document")
+    packed = model(ids, position_ids=POSITIONS.expand(2, -1)).logits
+    start = 0
+    for n in LENGTHS:
+        torch.testing.assert_close(packed[:, start : start + n], model(ids[:, start : start + n]).logits)
+        start += n
+    model.config.attention_chunk_size = 8
+    with pytest.raises(UserError, match="can't be told from the chunks of a model with attention_chunk_size 8"):
+        model(ids, position_ids=POSITIONS.expand(2, -1))
+
+
+@torch.no_grad()
 def test_causal_equals_sdpa_in_every_batch(model, ids):
     padding = torch.ones_like(ids)
     padding[1, :5] = 0

@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from lowprec.attention import causal, document, parse, prefix, sliding_window
+from lowprec.attention.mask import And
 from lowprec.errors import UserError
 
 B, Q, K = 2, 9, 7
 IDS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2], [5, 5, 3, 3, 3, 3, 3, 3, 5]])  # ids need not ascend
+
+PLACES = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0, 1], [0, 1, 0, 1, 2, 3, 4, 5, 2]])  # of each token in its document
 
 # expression -> the same predicate in plain Python
 PREDICATES = {
@@ -20,7 +23,14 @@ PREDICATES = {
     "causal & sliding_window(3)": lambda b, q, kv: kv <= q and q - kv < 3,
     "causal & document": lambda b, q, kv: kv <= q and bool(IDS[b, q] == IDS[b, kv]),
     "causal | prefix(4)": lambda b, q, kv: kv <= q or kv < 4,
-    "(causal | prefix(4)) & document": lambda b, q, kv: (kv <= q or kv < 4) and bool(IDS[b, q] == IDS[b, kv]),
+    "(causal | prefix(4)) & document": lambda b, q, kv: (kv <= q or PLACES[b, kv] < 4) and bool(IDS[b, q] == IDS[b, kv]),
+    "document & (~prefix(2) | causal & prefix(1))": lambda b, q, kv: (
+        bool(IDS[b, q] == IDS[b, kv]) and (PLACES[b, kv] >= 2 or (kv <= q and PLACES[b, kv] < 1))
+    ),
+    "causal & document & (sliding_window(2) | prefix(1))": lambda b, q, kv: (
+        kv <= q and bool(IDS[b, q] == IDS[b, kv]) and (q - kv < 2 or PLACES[b, kv] < 1)
+    ),
+    "prefix(3) & (causal | document)": lambda b, q, kv: kv < 3 and (kv <= q or bool(IDS[b, q] == IDS[b, kv])),  # not joined by &
     "~causal": lambda b, q, kv: not kv <= q,
     "~(causal & document) | prefix(1)": lambda b, q, kv: not (kv <= q and IDS[b, q] == IDS[b, kv]) or kv < 1,
     "causal & (sliding_window(2) & ~document)": lambda b, q, kv: kv <= q and q - kv < 2 and IDS[b, q] != IDS[b, kv],
@@ -141,3 +151,27 @@ def test_masks_are_immutable_and_combine_only_with_masks():
     for bad in (0, -3, 2.0, True, "3"):
         with pytest.raises(UserError):
             sliding_window(bad)
+
+
+def test_each_packed_document_has_its_own_prefix():
+    """Packed examples see what they would see alone, in the dense matrix and in FlexAttention's predicate."""
+    lengths = [5, 3, 8]
+    ids = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None]
+    mask = parse("(causal | prefix(4)) & document")
+    packed = mask.bind(ids).dense(1, 16, 16)[0, 0]
+    alone = [parse("causal | prefix(4)").dense(1, n, n)[0, 0] for n in lengths]
+    assert torch.equal(packed, torch.block_diag(*(part.float() for part in alone)).bool())
+    assert mask == (causal() | prefix(4)) & document()
+    assert mask != And(left=causal() | prefix(4), right=causal())
+    bound = mask.bind(ids)
+    place = torch.arange(16)
+    assert torch.equal(bound.function()(torch.tensor(0), torch.tensor(0), place[:, None], place[None, :]), packed)
+    assert (causal() | prefix(4)) & document(ids) == bound
+    # 300 tokens of three documents: a tile is listed if it has a visible pair, also one that is above the diagonal.
+    ids = (torch.arange(300) // 100).expand(2, 300)
+    tall = parse("(causal | prefix(60)) & document").bind(ids)
+    tiles = torch.nn.functional.pad(tall.dense(2, 300, 300), (0, 84, 0, 84)).unflatten(-1, (3, 128)).unflatten(-3, (3, 128)).any(-1).any(-2)
+    assert torch.equal(tall.block_mask(2, 300, 300).to_dense().bool(), tiles)
+    assert tiles[0, 0, 0, 1]
+    with pytest.raises(UserError, match=r"the mask 'prefix\(4\)' has no document ids yet"):
+        mask.dense(1, 16, 16)
