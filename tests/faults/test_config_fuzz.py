@@ -246,7 +246,7 @@ def field_types(kind: str) -> dict[str, Any]:
 def nasty(hint: Any) -> tuple[Any, ...]:
     """Return values for a setting of a type."""
     kinds = {hint, *typing.get_args(hint)}
-    words = tuple(member.value for kind in kinds if isinstance(kind, enum.EnumMeta) for member in kind)
+    words = tuple(member.value for kind in kinds if isinstance(kind, type) and issubclass(kind, enum.Enum) for member in kind)
     words += tuple(word for kind in kinds for word in typing.get_args(kind) if isinstance(word, str))
     words += tuple(word for word in kinds if isinstance(word, str))
     numbers = NUMBERS if kinds & {int, float} else ()

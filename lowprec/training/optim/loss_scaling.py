@@ -30,7 +30,7 @@ class LossScalingConfig(StrictConfig):
 
     init_scale: float = Field(default=2.0**16, gt=0, le=2.0**126)
     """Scale of the first step."""
-    growth_factor: float = Field(default=2.0, gt=1)
+    growth_factor: float = Field(default=2.0, gt=1, le=2.0**32)
     """Factor by which the scale rises."""
     backoff_factor: float = Field(default=0.5, gt=0, lt=1)
     """Factor by which the scale falls after an overflow."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from lowprec.conversion.plan import PartPlan
 from lowprec.distributed.fsdp2 import check_can_shard, check_offloaded, offloads
@@ -123,7 +124,7 @@ def _check_loader(args: TrainingArguments) -> None:
 def _check_best_model(args: TrainingArguments) -> None:
     """Raise UserError if the best checkpoint is chosen by a figure that no evaluation of a run
     gives."""
-    chooses = args.load_best_model_at_end or args.save_strategy.value == "best"
+    chooses = args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST
     if not chooses:
         return
     metric = args.metric_for_best_model
@@ -133,7 +134,7 @@ def _check_best_model(args: TrainingArguments) -> None:
         raise UserError(
             f"trainer.metric_for_best_model: an evaluation of a run gives 'loss', not {metric!r}"
         )
-    if args.eval_strategy.value == "no":
+    if args.eval_strategy == IntervalStrategy.NO:
         raise UserError(
             "trainer.save_strategy: the best checkpoint needs evaluations: set eval_strategy"
         )

@@ -96,6 +96,8 @@ def locate(
     """
     resume = trainer.get("resume_from_checkpoint") or False
     output = Path(trainer["output_dir"]) if trainer.get("output_dir") else None
+    if output is not None:
+        _check_links(output)
     if isinstance(resume, str):
         checkpoint = Path(resume)
         if not is_whole(checkpoint):
@@ -188,6 +190,16 @@ def _lies_in(path: Path, entry: Path) -> bool:
     parts = (absolute, *absolute.parents)
     passes_entry = any(part.parent.resolve() / part.name == name for part in parts)
     return passes_entry or (not entry.is_symlink() and path.resolve().is_relative_to(name))
+
+
+def _check_links(directory: Path) -> None:
+    """Raise UserError if a path has no end, because a link in it leads to itself."""
+    try:
+        directory.resolve()
+    except (OSError, RuntimeError):  # Python raised RuntimeError until version 3.12.
+        raise UserError(
+            f"trainer.output_dir: {directory} can't be made: a link leads to itself"
+        ) from None
 
 
 def _check_writable(directory: Path) -> None:

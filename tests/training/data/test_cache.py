@@ -107,10 +107,14 @@ def test_a_damaged_entry_is_one_line(settings: DataConfig, damage: str, tokenize
     assert expected in str(error.value)
 
 
+def _write_a(folder: Path) -> None:
+    (folder / "a").write_bytes(bytes(range(160)))
+
+
 def test_large_files_are_checked_at_some_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("lowprec.training.data.cache._BLOCK", 16)
     monkeypatch.setattr("lowprec.training.data.cache._MOST_BLOCKS", 4)
-    build_once(tmp_path / "entry", lambda folder: (folder / "a").write_bytes(bytes(range(160))))
+    build_once(tmp_path / "entry", _write_a)
     check_entry(tmp_path / "entry")
     for at in (0, 50, 159):
         content = bytearray(range(160))
@@ -149,7 +153,7 @@ def test_what_a_killed_builder_leaves_is_deleted_and_a_living_one_keeps_its_fold
         assert len(list(cache.glob(".*.*.tmp"))) == 2
         os.kill(killed.pid, signal.SIGKILL)
         killed.join()
-        assert build_once(cache / "entry", lambda folder: (folder / "a").write_text("a"))
+        assert build_once(cache / "entry", _write_a)
         (left,) = cache.glob(".*.*.tmp")
         assert left.name.startswith(f".living.{living.pid}.")
         assert (left / "part").read_text() == "half"

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoConfig, TrainingArguments
 
 from lowprec.errors import UserError
-from lowprec.training.run import model_checks
+from lowprec.training.run import directory, model_checks
 from lowprec.training.run.model_checks import build_skeleton, check_memory
 from lowprec.training.run.models import ModelConfig, build_config
 from lowprec.training.run.training_args import check_trainer
@@ -194,3 +194,11 @@ def test_an_override_changes_one_place_of_an_aliased_section(tmp_path: Path):
 
     (tmp_path / "a.yaml").write_text("a: &x {v: 1}\nb: *x\n")
     assert read_settings(tmp_path / "a.yaml", ["a.v=2"]) == {"a": {"v": 2}, "b": {"v": 1}}
+
+
+def test_a_directory_behind_a_link_to_itself(tmp_path: Path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for path in (tmp_path / "loop", tmp_path / "loop" / "run"):
+        with pytest.raises(UserError, match=r"^trainer\.output_dir: \S+ can't be made: "):
+            directory.prepare("x.yaml", {"output_dir": str(path)})
+    assert [path.name for path in tmp_path.iterdir()] == ["loop"]
