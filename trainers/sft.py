@@ -200,6 +200,7 @@ def _train(
     run_dir = Path(args.output_dir)
     steps = total_steps(args, len(trainer.train_dataset))
     if checkpoint is not None:
+        resume_checks.check_settings(checkpoint, settings, args)
         resume_checks.check_steps_left(checkpoint, steps)
     if args.should_save:
         if checkpoint is not None:

@@ -210,11 +210,11 @@ def _check(
 class _Run:
     """A run on Accelerate: counts the optimizer's steps and drives the controller by them.
 
-    `accelerator.save_state` writes it to `lowprec.json`. An object that is registered with the
+    `accelerator.save_state` writes it to `lowprec_run.json`. An object that is registered with the
     accelerator would be in a pickle, which Accelerate executes when it loads it.
     """
 
-    name = "lowprec"
+    name = "lowprec_run"
     """Name of its file in a checkpoint."""
 
     def __init__(
@@ -334,7 +334,7 @@ class _Run:
             state = read_json(self, folder)
             if state is not None:
                 if not _is_of_a_run(state):
-                    raise UserError(f"{folder / 'lowprec.json'}: is not the state of a run")
+                    raise UserError(f"{folder / 'lowprec_run.json'}: is not the state of a run")
                 self._uncounted(load_state, input_dir, *args, **kwargs)
                 self.load_state_dict(state)
                 return
@@ -390,5 +390,5 @@ def _place_in_older(folder: Path) -> int:
         if isinstance(state, dict) and _is_of_a_run(state):
             return int(path.stem.rpartition("_")[2])
     raise UserError(
-        f"{folder}: holds no lowprec.json: it was not saved by an Accelerator with a precision"
+        f"{folder}: holds no lowprec_run.json: it was not saved by an Accelerator with a precision"
     )

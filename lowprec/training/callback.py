@@ -38,6 +38,7 @@ from lowprec.training.checkpoint.saved import (
 from lowprec.training.checkpoint.saving import CheckpointWriter
 from lowprec.training.checkpoint.torn import check_resumed
 from lowprec.training.control.controller import PrecisionController
+from lowprec.training.control.data_order import DataOrder
 from lowprec.training.control.finite import LossSum
 from lowprec.training.control.guard import check_replay
 from lowprec.training.control.precision import PrecisionConfig
@@ -50,6 +51,7 @@ from lowprec.training.control.trainer_facts import called_module, calling_traine
 from lowprec.training.control.trainer_log import TrainerLog
 from lowprec.training.optim.adamw import is_low_bit
 from lowprec.training.optim.loss_scaling import configure
+from lowprec.training.optim.settings import apply_when_resumed
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -195,6 +197,7 @@ class LowPrecisionCallback(TrainerCallback):
         check_precomputed(trainer, self.controller)
         if trainer is not None:
             self._writer.take_over(trainer)
+            apply_when_resumed(trainer)
         self._trained.take(args, state, model)
 
     def on_train_begin(
@@ -223,6 +226,10 @@ class LowPrecisionCallback(TrainerCallback):
         self._ended.begin(trainer, state)
         if trainer is not None:
             self._writer.take_over(trainer)
+        order = DataOrder.of(args, getattr(trainer, "_train_batch_size", None))
+        if state.global_step and not args.ignore_data_skip:
+            load_from_trainer_state(order, state)
+        put_into_trainer_state(order, state)
         self._load_own_state(state)
         tokens_per_step = (
             controller.tokens

@@ -17,13 +17,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from peft import LoraConfig, get_peft_model
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from lowprec import LowPrecisionCallback, UserError
 from lowprec.config.yaml import load
 from lowprec.training.accelerate import controller, prepare
 from lowprec.training.checkpoint.manifest import MANIFEST
-from lowprec.training.checkpoint.no_code import check_no_code, read_sharded_as_data
+from lowprec.training.checkpoint.no_code import check_no_code
 from lowprec.training.data import load_data
 from lowprec.training.data.config import DataConfig
 from lowprec.training.data.tokenizer import _wrap, byte_tokenizer
@@ -189,7 +188,7 @@ def test_a_checkpoint_of_accelerate(marker: Path, tmp_path: Path):
     accelerator = accelerated()
     accelerator.save_state(str(tmp_path / "good"))
     names = sorted(path.name for path in (tmp_path / "good").iterdir())
-    assert "lowprec.json" in names
+    assert "lowprec_run.json" in names
     assert not [name for name in names if name.startswith("custom_checkpoint")]
     accelerator.load_state(str(tmp_path / "good"))
     for name in ("optimizer.bin", "scheduler.bin", "random_states_0.pkl", "pytorch_model.bin", "custom_checkpoint_0.pkl"):
@@ -202,10 +201,10 @@ def test_a_checkpoint_of_accelerate(marker: Path, tmp_path: Path):
             shutil.rmtree(folder)
     for text in ("", "{", "[]", '{"step": 3}'):
         folder = shutil.copytree(tmp_path / "good", tmp_path / "bad", dirs_exist_ok=True)
-        (folder / "lowprec.json").write_text(text)
+        (folder / "lowprec_run.json").write_text(text)
         with pytest.raises(UserError) as error:
             accelerator.load_state(str(folder))
-        one_line(error, "lowprec.json")
+        one_line(error, "lowprec_run.json")
 
 
 @pytest.mark.usefixtures("fresh_state")
@@ -224,9 +223,9 @@ def test_a_checkpoint_of_an_earlier_version(tmp_path: Path):
 
     accelerator = accelerated()
     accelerator.save_state(str(tmp_path))
-    state = {**json.loads((tmp_path / "lowprec.json").read_text()), "skipped_steps": 5}
-    (tmp_path / "lowprec.json").unlink()
-    with pytest.raises(UserError, match=r"holds no lowprec\.json"):
+    state = {**json.loads((tmp_path / "lowprec_run.json").read_text()), "skipped_steps": 5}
+    (tmp_path / "lowprec_run.json").unlink()
+    with pytest.raises(UserError, match=r"holds no lowprec_run\.json"):
         accelerator.load_state(str(tmp_path))
     torch.save({"mine": 1}, tmp_path / "custom_checkpoint_0.pkl")
     torch.save(state, tmp_path / "custom_checkpoint_1.pkl")
@@ -300,20 +299,14 @@ def name_a_file_outside(folder: Path, marker: Path) -> str:
 @pytest.mark.parametrize(
     "damage", [put_in_metadata, put_in_a_member_of_metadata, put_in_a_value, put_in_the_place_of_a_shard, name_a_file_outside]
 )
-def test_a_sharded_checkpoint(
-    damage: Callable[[Path, Path], str], shards: Path, marker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_sharded_checkpoint(damage: Callable[[Path, Path], str], shards: Path, marker: Path, tmp_path: Path):
     folder = shutil.copytree(shards, tmp_path / "checkpoint-2" / "optimizer_0")
     check_no_code(folder.parent)
-    monkeypatch.setattr(FileSystemReader, "read_metadata", FileSystemReader.read_metadata)  # to undo what follows
-    read_sharded_as_data()
     assert load_sharded(folder)["lr"] == 1e-3
     found = damage(folder, marker)
     with pytest.raises(UserError) as error:
         check_no_code(folder.parent)
     one_line(error, found)
-    with pytest.raises(sharded.CheckpointException):
-        load_sharded(folder)
 
 
 # Models, tokenizers, data

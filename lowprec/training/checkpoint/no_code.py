@@ -22,7 +22,6 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from lowprec.errors import UserError
@@ -78,23 +77,6 @@ def check_no_code(folder: Path) -> None:
     best = _best_checkpoint(folder)
     if best is not None and best.is_dir() and best.resolve() != folder.resolve():
         check_no_code(best)
-
-
-def read_sharded_as_data() -> None:
-    """Check every sharded checkpoint that this process loads from now on.
-
-    A Trainer loads one before it calls any callback, so nothing else can come first.
-    """
-    read_metadata = FileSystemReader.read_metadata
-    if hasattr(read_metadata, "__wrapped__"):
-        return
-
-    @functools.wraps(read_metadata)
-    def checked(reader: FileSystemReader, *args: Any, **kwargs: Any) -> Metadata:
-        check_no_code(Path(reader.path))
-        return read_metadata(reader, *args, **kwargs)
-
-    FileSystemReader.read_metadata = checked
 
 
 def load_data(path: Path) -> Any:

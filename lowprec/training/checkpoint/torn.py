@@ -17,6 +17,7 @@ from lowprec.training.checkpoint.files import (
     last_checkpoint,
     step_of,
 )
+from lowprec.training.checkpoint.no_code import check_no_code
 
 if TYPE_CHECKING:
     from transformers import TrainerState, TrainingArguments
@@ -134,13 +135,17 @@ def no_checkpoint(directory: Path) -> str:
 def check_whole(
     checkpoint: Path, args: "TrainingArguments", asked_by: str = "resume_from_checkpoint"
 ) -> None:
-    """Raise UserError if a checkpoint is damaged. Log a line if it has no manifest, or files that
-    the manifest does not name. The first process reads the files."""
+    """Raise UserError if a checkpoint is damaged, or holds code.
+
+    Log a line if it has no manifest, or files that the manifest does not name. The first process
+    reads the files.
+    """
 
     def check() -> None:
         problem = damage(checkpoint)
         if problem is not None:
             raise UserError(f"{asked_by}: {checkpoint} is not whole: {problem}")
+        check_no_code(checkpoint)
         if checkpoint.resolve() in _told:
             return
         _told.add(checkpoint.resolve())

@@ -16,7 +16,6 @@ from lowprec.training.checkpoint.files import (
     step_of,
 )
 from lowprec.training.checkpoint.history import set_aside_later
-from lowprec.training.checkpoint.no_code import check_no_code
 from lowprec.training.checkpoint.torn import check_whole, last_whole
 from lowprec.training.control.controller import PrecisionController
 from lowprec.training.control.recovery import SETTLED
@@ -54,8 +53,6 @@ class Replay:
             self._checkpoints = [*older, first]
         last: tuple[int, Path] | None = None
         while True:
-            if resume_from_checkpoint:
-                check_no_code(Path(resume_from_checkpoint))
             scaler = trainer.accelerator.scaler
             if resume_from_checkpoint and scaler is not None:
                 prepare_to_load(scaler, trainer.args.device)

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import Trainer, TrainingArguments
 from transformers.utils.logging import disable_progress_bar
 
+from lowprec.distributed.fsdp2 import shards
 from lowprec.distributed.processes import distributed_state, is_main_process, on_main_process
 from lowprec.errors import TrainingStopped, UserError
 from lowprec.training.callback import LowPrecisionCallback
@@ -72,6 +73,8 @@ def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> d
     setup.check_schedule(steps)
     if checkpoint is not None:
         resume_checks.check_same_model(checkpoint, model_config, data)
+        resume_checks.check_same_tokenizer(checkpoint, examples.tokenizer, data)
+        resume_checks.check_settings(checkpoint, data, args)
         resume_checks.check_steps_left(checkpoint, steps)
     model, liger = build_trained_model(setup, model_config, examples)
 
@@ -125,6 +128,7 @@ def _check_resumable(setup: RunSetup, checkpoint: Path, data: dict[str, Any]) ->
         any_vocabulary=setup.config.model.preset is not None,
     )
     resume_checks.check_same_optimizer(checkpoint, data)
+    resume_checks.check_sharding(checkpoint, shards(setup.trainer))
 
 
 def _start_directory(

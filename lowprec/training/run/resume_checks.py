@@ -4,6 +4,7 @@ The resumed run must train the same model with the same kind of optimizer as the
 checkpoint. The checks write nothing, and they run before anything is written.
 """
 
+import json
 import logging
 import os
 from pathlib import Path
@@ -11,18 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 from lowprec.config.schema import parse
 from lowprec.config.yaml import dump, load_mapping
-from lowprec.errors import UserError
+from lowprec.errors import UserError, shown
 from lowprec.files import write_atomically
 from lowprec.training.checkpoint import files as checkpoint_files
 from lowprec.training.checkpoint.history import REPLACED
+from lowprec.training.control.data_order import DataOrder, processes_of
 from lowprec.training.file_names import CONFIG
 from lowprec.training.log import show_log
 from lowprec.training.optim.adamw import OptimizerConfig
 from lowprec.training.run.directory import is_finished, past_configs
 from lowprec.training.run.models import differences
+from lowprec.training.run.resume_changes import changes, check_changes
+from lowprec.training.run.training_args import check_trainer
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, TrainingArguments
 
 logger = logging.getLogger("lowprec")
 
@@ -110,6 +114,92 @@ def check_same_optimizer(checkpoint: Path, data: dict[str, Any]) -> None:
         )
 
 
+def check_settings(checkpoint: Path, data: dict[str, Any], args: "TrainingArguments") -> None:
+    """Raise UserError if a setting has changed that must not: see `resume_changes.py`.
+
+    Args:
+        checkpoint: Checkpoint to resume from.
+        data: Configuration of this run.
+        args: Arguments of this run's Trainer.
+    """
+    before = _config_until(checkpoint)
+    if before is not None:
+        old, new = (_with_types(config) for config in (before, data))
+        changed = changes(old, new)
+        check_changes(changed, (_schedule(old), _schedule(new)))
+    if not args.ignore_data_skip:
+        _check_order(checkpoint, before, DataOrder.of(args))
+
+
+def _check_order(checkpoint: Path, before: dict[str, Any] | None, order: DataOrder) -> None:
+    """Raise UserError if this run would go on at another place of the data."""
+    held = checkpoint_files.state_of(checkpoint).get("stateful_callbacks") or {}
+    state = held.get(order.name)
+    processes = processes_of(checkpoint)
+    if state is None and before is not None and processes is not None:
+        # A checkpoint of an earlier version.
+        trainer = _with_types(before).get("trainer") or {}
+        state = {
+            "batch": trainer.get("per_device_train_batch_size", 8),
+            "accumulation": trainer.get("gradient_accumulation_steps", 1),
+            "processes": processes,
+            "seed": trainer.get("data_seed") or trainer.get("seed", 42),
+        }
+    if state is not None:
+        try:
+            order.load_state_dict(state)
+        except UserError as error:
+            raise UserError(f"trainer.{error}") from None
+
+
+def check_same_tokenizer(checkpoint: Path, tokenizer: Any, data: dict[str, Any]) -> None:
+    """Raise UserError if the ids of a run's tokens stand for other text than those of a
+    checkpoint."""
+    file = checkpoint / "tokenizer.json"
+    if file.is_file():
+        here = json.loads(tokenizer.backend_tokenizer.to_str())
+        there = json.loads(file.read_text(encoding="utf-8"))
+        parts = ("model", "added_tokens", "normalizer", "pre_tokenizer")
+        same = all(here.get(part) == there.get(part) for part in parts)
+    else:
+        before = _config_until(checkpoint) or data
+        same = not {"data.tokenizer", "data.vocab_size"} & changes(before, data).keys()
+    if not same:
+        raise UserError(
+            f"data.tokenizer: {checkpoint} was trained with another tokenizer, whose tokens have "
+            f"other ids; resume with data.tokenizer={checkpoint if file.is_file() else 'it'}"
+        )
+
+
+def check_sharding(checkpoint: Path, sharded: bool) -> None:
+    """Raise UserError if a checkpoint is sharded and the run is not, or the other way round."""
+    has_shards = any(checkpoint.glob("pytorch_model_fsdp*"))
+    if has_shards and not sharded:
+        raise UserError(
+            f"trainer.fsdp: {checkpoint} is sharded, and this run is not; resume with the "
+            "trainer.fsdp and the processes that it was written with"
+        )
+    if sharded and not has_shards:
+        raise UserError(
+            f"trainer.fsdp: {checkpoint} is not sharded, and this run is; resume without "
+            "trainer.fsdp, or begin a run from it by model.path"
+        )
+
+
+def _with_types(data: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration whose settings below `trainer` have the types of their fields."""
+    try:
+        trainer = check_trainer(data.get("trainer") or {})
+    except UserError:  # An earlier version may have written it.
+        return data
+    return {**data, "trainer": trainer}
+
+
+def _schedule(data: dict[str, Any]) -> str:
+    schedule = (data.get("trainer") or {}).get("lr_scheduler_type") or "linear"
+    return getattr(schedule, "value", schedule)
+
+
 def write_config(directory: Path, checkpoint: Path | None, data: dict[str, Any]) -> None:
     """Write config.yaml. If a resumed run had another configuration until its checkpoint, keep that
     one as config-<step>.yaml and log what changed. Those of later steps are set aside."""
@@ -117,12 +207,13 @@ def write_config(directory: Path, checkpoint: Path | None, data: dict[str, Any])
     before = None if checkpoint is None else _config_until(checkpoint)
     if checkpoint is not None and before is not None and before != now:
         step = checkpoint_files.global_step(checkpoint)
-        changed = [key for key in dict.fromkeys((*before, *now)) if before.get(key) != now.get(key)]
+        changed = changes(_with_types(before), _with_types(now))
         show_log()
         logger.warning(
             "the run resumes with another configuration than until step %d: %s changed",
             step,
-            ", ".join(changed),
+            ", ".join(f"{path} {shown(was)} -> {shown(to)}" for path, (was, to) in changed.items())
+            or "its words",
         )
         write_atomically(directory / f"config-{step}.yaml", dump(before))
     write_atomically(directory / CONFIG, dump(now))
