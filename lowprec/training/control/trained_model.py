@@ -14,7 +14,6 @@ from lowprec.nn.known import is_fsdp2
 from lowprec.recipe.finished import FinishedFlag
 from lowprec.training.checkpoint.final_model import follow
 from lowprec.training.checkpoint.hf_names import accept_original_names
-from lowprec.training.checkpoint.no_code import read_sharded_as_data
 from lowprec.training.checkpoint.recipe_state import (
     RecipeState,
     StateBesideAdapters,
@@ -67,8 +66,6 @@ class TrainedModel:
         """Check the Trainer's arguments, convert its model, and log the plan."""
         check_spread(args, keeps=self.controller.config.keeps_state)
         accelerator = AcceleratorState()
-        if accelerator.is_fsdp2:
-            read_sharded_as_data()
         check_fp16(args, model)
         accept_original_names(model)
         self._finished = follow(model)
