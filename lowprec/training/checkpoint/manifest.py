@@ -13,6 +13,7 @@ import os
 import stat
 import zlib
 from collections.abc import Container, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ MANIFEST = "lowprec_manifest.json"
 _FORMAT = 1
 _PIECE = 1 << 20
 """Bytes that are read at once."""
+
+_THREADS = min(8, os.cpu_count() or 1)
+"""Number of files that are read at once. A sharded checkpoint has many, and one thread is slower
+than a fast disk."""
 
 READ_IF_PRESENT = (
     "model.safetensors",
@@ -53,12 +58,11 @@ def write_manifest(
         step: Step of a checkpoint.
         names: Names of the files that the manifest may name; None: all of them.
     """
-    entries = {}
-    for name, path in sorted(_files(folder)):
-        if names is not None and name not in names:
-            continue
-        size, crc32 = _checksum(path, flush=True)
-        entries[name] = {"size": size, "crc32": crc32}
+    files = {name: path for name, path in sorted(_files(folder)) if names is None or name in names}
+    entries = {
+        name: {"size": size, "crc32": crc32}
+        for name, (size, crc32) in _checksums(files, flush=True).items()
+    }
     content = {"format": _FORMAT, "step": step, "files": entries}
     write_atomically(folder / MANIFEST, to_json(content, indent=1) + "\n")
 
@@ -204,14 +208,22 @@ def not_a_file(path: Path) -> str | None:
 
 
 def _differs_in_content(entries: dict[str, Any], present: dict[str, Path]) -> str | None:
+    found = _checksums({name: present[name] for name in entries})
     for name, entry in entries.items():
-        _, crc32 = _checksum(present[name])
+        _, crc32 = found[name]
         if crc32 != entry["crc32"]:
             return (
                 f"{name}: its content is not what was written (CRC-32 {crc32}, "
                 f"{entry['crc32']} in {MANIFEST})"
             )
     return None
+
+
+def _checksums(files: dict[str, Path], *, flush: bool = False) -> dict[str, tuple[int, str]]:
+    """Return the result of `_checksum` for each file. Several files are read at once."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        results = pool.map(lambda path: _checksum(path, flush=flush), files.values())
+        return dict(zip(files, results, strict=True))
 
 
 def _checksum(path: Path, *, flush: bool = False) -> tuple[int, str]:
