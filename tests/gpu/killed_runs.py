@@ -6,6 +6,7 @@ torch.use_deterministic_algorithms). Without them, the backward of attention sum
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -198,6 +199,24 @@ def _overrides(case: Case, folder: Path) -> list[str]:
         f"precision.loss_scaling={json.dumps(SCALING)}",
         *case.arguments,
     ]
+
+
+def check_ends_again(case: Case, folder: Path) -> None:
+    """Assert that a run of the command whose result is lost has the same one when it resumes, as after a kill in its end."""
+    summary, weights = folder / "summary.json", folder / "model" / "model.safetensors"
+    before, bits = json.loads(summary.read_text()), weights.read_bytes()
+    summary.unlink()
+    shutil.rmtree(weights.parent)
+    result = start(case, folder, "resume")
+    assert result.returncode == 0, result.stderr[-4000:]
+    after = json.loads(summary.read_text())
+    assert {key: after[key] for key in ("steps", "val_loss", "recoveries")} == {
+        key: before[key] for key in ("steps", "val_loss", "recoveries")
+    }
+    assert weights.read_bytes() == bits
+    again = start(case, folder, "resume")
+    assert again.returncode != 0
+    assert "the run is finished" in again.stderr
 
 
 def records(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lowprec.recipe.state import is_state
-from tests.gpu.killed_runs import FSDP2, Case, check_equal, processes, records, start, start_all
+from tests.gpu.killed_runs import FSDP2, Case, check_ends_again, check_equal, processes, records, start, start_all
 
 pytestmark = [
     pytest.mark.gpu,
@@ -65,6 +65,11 @@ def test_a_killed_run_resumes_bit_for_bit(runs: dict[str, Future], name: str):
     check_equal(CASES[name], whole, resumed)
     if CASES[name].loop:
         check_equal(CASES[name], whole, resumed, "metrics-1.jsonl")
+
+
+@pytest.mark.parametrize("name", ["sharded"])
+def test_an_end_that_a_kill_cut_short_is_done_again(runs: dict[str, Future], name: str):
+    check_ends_again(CASES[name], runs[name].result()[1])
 
 
 @pytest.mark.parametrize("name", ["loop-fp16", "loop-bf16"])

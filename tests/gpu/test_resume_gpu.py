@@ -16,7 +16,7 @@ from lowprec.integrations.compile import compile_blocks
 from lowprec.training.amp import Amp
 from lowprec.training.optim.loss_scaling import LossScalingConfig
 from tests.builders import tiny_llama
-from tests.gpu.killed_runs import FSDP2, Case, check_equal, processes, records, start_all
+from tests.gpu.killed_runs import FSDP2, Case, check_ends_again, check_equal, processes, records, start_all
 
 pytestmark = pytest.mark.gpu
 
@@ -52,6 +52,11 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_a_killed_run_resumes_bit_for_bit(runs: dict[str, Future], name: str):
     """The runs are the Trainer by `lowprec train`, also under FSDP2, and an Accelerate loop under FSDP2."""
     check_equal(CASES[name], *runs[name].result())
+
+
+@pytest.mark.parametrize("name", ["fp16", "fsdp-bf16"])
+def test_an_end_that_a_kill_cut_short_is_done_again(runs: dict[str, Future], name: str):
+    check_ends_again(CASES[name], runs[name].result()[1])
 
 
 @pytest.mark.parametrize("name", ["fsdp-fp16", "fsdp-bf16", "fsdp-weights", "loop-fp16", "loop-bf16", "loop-weights"])

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -79,6 +80,16 @@ def test_all_weights_from_a_file(sft: ModuleType):
     # It resumes, and repeats its last steps exactly.
     again = sft.main(["tune.yaml", *settings, f"trainer.resume_from_checkpoint={run_dir / 'checkpoint-2'}", "trainer.output_dir=again"])
     assert again["val_loss"] == summary["val_loss"]
+    # It is finished; without its summary, its end is left to do.
+    resume = ["tune.yaml", *settings, "trainer.resume_from_checkpoint=true"]
+    with pytest.raises(UserError, match="after 4 steps, and the run is finished"):
+        sft.main(resume)
+    (run_dir / "summary.json").unlink()
+    shutil.rmtree(run_dir / "model")
+    ended = sft.main(resume)
+    assert {**ended, "wall_s": 0} == {**summary, "wall_s": 0}
+    weights = AutoModelForCausalLM.from_pretrained(run_dir / "model").state_dict()
+    assert all(torch.equal(trained[name], value) for name, value in weights.items())
 
 
 def test_adapters_on_chats_from_the_command_line_alone(sft: ModuleType):

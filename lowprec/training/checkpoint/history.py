@@ -37,6 +37,11 @@ def replaced_checkpoints(directory: Path) -> list[Path]:
     return [path for _, _, path in sorted(found)]
 
 
+def is_replaced(checkpoint: Path) -> bool:
+    """Return whether a checkpoint has the name of a replaced one."""
+    return _REPLACED_NAME.fullmatch(checkpoint.name) is not None
+
+
 def set_aside_later(directory: Path, step: int, limit: int | None) -> None:
     """Rename the complete checkpoints in `directory` that are later than `step`, and log it.
 
@@ -115,9 +120,14 @@ def delete_checkpoint(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
+def deleted_checkpoints(directory: Path) -> list[Path]:
+    """Return what is left of checkpoints whose deletion a kill cut short."""
+    return list(directory.glob(f"{_DELETED}*checkpoint-*"))
+
+
 def delete_rest(directory: Path) -> None:
-    """Delete what is left of checkpoints that a kill found half deleted."""
-    for path in directory.glob(f"{_DELETED}*"):
+    """Delete what is left of checkpoints whose deletion a kill cut short."""
+    for path in deleted_checkpoints(directory):
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -93,7 +93,8 @@ def _may_be_written(checkpoint: Path) -> bool:
         changed = max(path.lstat().st_mtime for path in (checkpoint, *checkpoint.rglob("*")))
     except FileNotFoundError:  # another process has just renamed or deleted a file
         return True
-    return time.time() - changed <= STILL_WRITTEN
+    # A time in the future is no sign of a writer: a clock may have been set back since.
+    return abs(time.time() - changed) <= STILL_WRITTEN
 
 
 def _set_aside(checkpoint: Path) -> Path:

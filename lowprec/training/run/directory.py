@@ -42,6 +42,8 @@ from lowprec.training.checkpoint.folders import check_files
 from lowprec.training.checkpoint.history import (
     REPLACED,
     delete_rest,
+    deleted_checkpoints,
+    is_replaced,
     replaced_checkpoints,
     set_aside_later,
 )
@@ -103,6 +105,11 @@ def locate(
         if not is_whole(checkpoint):
             raise _not_a_checkpoint(checkpoint)
         directory = output or run_of(checkpoint)
+        if is_replaced(checkpoint) and not _is_another_run(directory, checkpoint):
+            raise UserError(
+                f"trainer.resume_from_checkpoint: {checkpoint} is of steps that this run has taken "
+                "again since; resume from it in another directory (trainer.output_dir)"
+            )
         if _is_another_run(directory, checkpoint):
             _check_free(directory, trainer, (checkpoint, *reads))
     elif resume:
@@ -364,6 +371,7 @@ def _written_by_runs(directory: Path) -> list[Path]:
     paths = [path for path in named if path.is_dir() or path.is_symlink()]
     paths += [path for path in directory.glob("torn-checkpoint-*") if path.is_dir()]
     paths += replaced_checkpoints(directory)
+    paths += deleted_checkpoints(directory)
     made = (directory / name for name in (REPLACED + MODEL, UNFINISHED))
     paths += [path for path in made if os.path.lexists(path)]
     if os.path.lexists(directory / MODEL) and _model_is_of_a_run(directory):

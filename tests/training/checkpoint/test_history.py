@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import Trainer
 from lowprec import LowPrecisionCallback
 from lowprec.conversion.discover import recipes_of
 from lowprec.training.checkpoint.history import rotate, set_aside_later
+from lowprec.training.checkpoint.torn import STILL_WRITTEN
 from tests.builders import losses, prose, small_trainer
 from tests.training.control.test_guard_in_training import NaNGradient
 from tests.training.control.test_replay import run as run_with_replay
@@ -78,6 +80,16 @@ def test_a_trainer_that_goes_on_from_an_earlier_checkpoint(tmp_path: Path):
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert names(tmp_path) == {"checkpoint-2", "checkpoint-4", "replaced-checkpoint-4", "replaced-checkpoint-6"}
     assert losses(again) == {step: loss for step, loss in losses(first).items() if step <= 4}
+
+
+def test_a_torn_checkpoint_from_the_future_is_set_aside(tmp_path: Path):
+    """Its time does not say that it is being written right now."""
+    (tmp_path / "checkpoint-2").mkdir()
+    os.utime(tmp_path / "checkpoint-2", (4e9, 4e9))
+    began = time.monotonic()
+    small_trainer(tmp_path, LowPrecisionCallback("bf16"))
+    assert names(tmp_path) == {"torn-checkpoint-2"}
+    assert time.monotonic() - began < STILL_WRITTEN
 
 
 @pytest.mark.parametrize("by", ["callback", "trainer"])

@@ -76,6 +76,16 @@ def test_a_run_goes_on_from_a_checkpoint_without_what_came_later(tmp_path: Path)
     assert _names(run) == left - {"checkpoint-4"} | {"replaced-checkpoint-4", "replaced-model", "replaced-summary.json"}
 
 
+def test_a_replaced_checkpoint_is_resumed_from_in_another_directory(tmp_path: Path):
+    """The metrics and the earlier checkpoints beside it are those of another history."""
+    replaced = _checkpoint(tmp_path, 4, json.dumps({"global_step": 4})).rename(tmp_path / "replaced-checkpoint-4")
+    resume = {"resume_from_checkpoint": str(replaced)}
+    with pytest.raises(UserError, match="of steps that this run has taken again since; resume from it in another directory"):
+        run_directory.locate("x.yaml", resume)
+    other = tmp_path / "other"
+    assert run_directory.locate("x.yaml", {**resume, "output_dir": str(other)}) == (other, replaced)
+
+
 def test_metrics_after_the_checkpoint_are_dropped(tmp_path: Path):
     path = tmp_path / run_directory.METRICS
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
@@ -138,7 +148,15 @@ def test_a_model_is_not_deleted_if_its_run_saves_no_model(tmp_path: Path):
 
 def test_overwriting_deletes_the_files_of_runs_and_nothing_else(tmp_path: Path):
     run = _finished(tmp_path / "run")
-    for name in ("torn-checkpoint-6", "replaced-checkpoint-6", "replaced-checkpoint-6-2", "replaced-model", "checkpoint-best", "mine"):
+    for name in (
+        "torn-checkpoint-6",
+        "replaced-checkpoint-6",
+        "replaced-checkpoint-6-2",
+        "replaced-model",
+        ".deleted-checkpoint-2",
+        "checkpoint-best",
+        "mine",
+    ):
         (run / name).mkdir()
     for name in ("config-4.yaml", "replaced-config-6.yaml", "replaced-summary.json", ".summary.json"):
         (run / name).write_text("{}")
