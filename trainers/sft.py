@@ -220,7 +220,7 @@ def _train(
         summary = {
             **what_ran(low_precision.controller),
             "steps": trainer.state.global_step,
-            "train_loss": mean_loss(trainer.state.log_history, default=output.training_loss),
+            "train_loss": output.training_loss,
             "val_loss": None if trainer.eval_dataset is None else trainer.evaluate()["eval_loss"],
             "wall_s": time.perf_counter() - start,
             "plan": low_precision.plan.totals() if low_precision.plan else None,
@@ -228,20 +228,6 @@ def _train(
         }
         save_result(trainer, summary)
     return summary
-
-
-def mean_loss(logs: Sequence[Mapping[str, Any]], default: float) -> float:
-    """Return the mean training loss over the steps that `logs` cover, `default` if they have none.
-
-    (The Trainer's own mean leaves out the steps before a run resumed.)
-    """
-    total = 0.0
-    steps = 0
-    for record in logs:
-        if "loss" in record:
-            total += record["loss"] * (record["step"] - steps)
-            steps = record["step"]
-    return total / steps if steps else default
 
 
 def make_arguments(run: SftRun, device: str) -> tuple[SFTConfig, dict[str, Any]]:

@@ -30,6 +30,7 @@ from lowprec.distributed.fsdp2 import (
 from lowprec.errors import UserError
 from lowprec.training.checkpoint.ended import EndedRun
 from lowprec.training.checkpoint.owner import Owner, output_dir, set_aside_torn_if_free
+from lowprec.training.checkpoint.running_loss import RunningLoss
 from lowprec.training.checkpoint.saved import (
     load_from_trainer_state,
     put_into_trainer_state,
@@ -226,6 +227,7 @@ class LowPrecisionCallback(TrainerCallback):
         self._ended.begin(trainer, state)
         if trainer is not None:
             self._writer.take_over(trainer)
+            load_from_trainer_state(RunningLoss(trainer), state)
         order = DataOrder.of(args, getattr(trainer, "_train_batch_size", None))
         if state.global_step and not args.ignore_data_skip:
             load_from_trainer_state(order, state)

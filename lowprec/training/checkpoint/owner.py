@@ -10,7 +10,12 @@ from lowprec.distributed.processes import on_main_process
 from lowprec.errors import UserError
 from lowprec.training.checkpoint import run_lock
 from lowprec.training.checkpoint.files import checkpoints
-from lowprec.training.checkpoint.history import delete_rest, order_times, set_aside_later
+from lowprec.training.checkpoint.history import (
+    delete_rest,
+    order_times,
+    rotate,
+    set_aside_later,
+)
 from lowprec.training.checkpoint.saving import delete_unfinished
 from lowprec.training.checkpoint.torn import wait_and_set_aside_torn
 
@@ -69,9 +74,13 @@ class Owner:
             delete_rest(directory)
             set_aside_later(directory, state.global_step, args.save_total_limit)
             order_times(directory)
+            last = directory / f"checkpoint-{state.global_step}"
+            if last.is_dir():  # A kill may have come between a save and the rotation after it.
+                best = state.best_model_checkpoint
+                rotate(directory, args.save_total_limit, best, last=last)
 
-        _on_main_process(args, set_aside)
         _name_best(state, output_dir(args))
+        _on_main_process(args, set_aside)
 
     def before_save(
         self, args: "TrainingArguments", control: "TrainerControl | None" = None

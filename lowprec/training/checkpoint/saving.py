@@ -28,6 +28,8 @@ from lowprec.errors import TrainingStopped
 from lowprec.training.checkpoint.files import last_checkpoint, remember_whole
 from lowprec.training.checkpoint.history import rotate
 from lowprec.training.checkpoint.manifest import write_manifest
+from lowprec.training.checkpoint.running_loss import RunningLoss
+from lowprec.training.checkpoint.saved import put_into_trainer_state
 from lowprec.training.checkpoint.torn import check_whole
 
 if TYPE_CHECKING:
@@ -160,6 +162,7 @@ class CheckpointWriter:
             run = Path(find_run(trial))
             step = trainer.state.global_step
             target = run / f"checkpoint-{step}"
+            put_into_trainer_state(RunningLoss(trainer), trainer.state)
             with _one_line(target), whole_folder(target, step=step, args=args) as folder:
                 trainer._get_output_dir = lambda trial: str(folder.parent)
                 try:
