@@ -17,7 +17,7 @@ from lowprec.conversion.plain_forward import why_not_plain
 from lowprec.conversion.weight_readers import read_layers
 from lowprec.errors import UserError
 from lowprec.nn import LowPrecisionLinear, experts
-from lowprec.nn.dtypes import DTYPES, why_not_dtype, why_not_tensor
+from lowprec.nn.dtypes import why_not_dtype, why_not_tensor
 from lowprec.nn.known import is_conv1d, is_fsdp2
 from lowprec.nn.linear import original_class, shape_of
 from lowprec.recipe import Recipe
@@ -59,10 +59,7 @@ class Weight:
         if self.stack:
             _, N, K = experts.stack_shape(self.module, self.stack)
             return N, K
-        if self.data.dtype not in DTYPES:
-            return shape_of(self.module)  # a quantised weight may be stored in another shape
-        N, K = reversed(self.data.shape) if is_conv1d(self.module) else self.data.shape
-        return N, K
+        return shape_of(self.module)
 
     @property
     def kind(self) -> str:
@@ -79,7 +76,7 @@ def find_weights(model: nn.Module) -> Iterator[tuple[str, Weight]]:
     units = (module for module in model.modules() if is_fsdp2(module))
     sharded = {module for unit in units for module in unit.modules()}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) or is_conv1d(module):
+        if _is_linear(module):
             reason = bypassed.get(module, "")
             yield name, Weight(module, bypassed=reason, under_fsdp=module in sharded)
         else:
@@ -151,7 +148,14 @@ def _why_not_data(weight: Weight) -> str | None:
     """Return why a weight is nothing that a recipe quantises; None if it is a plain parameter."""
     if (weight.stack or "weight") not in weight.module._parameters:
         return "its weight is no parameter: a parametrization or a hook computes it"
-    return why_not_tensor(weight.data, weight.under_fsdp) or why_not_dtype(weight.data)
+    reason = why_not_tensor(weight.data, weight.under_fsdp) or why_not_dtype(weight.data)
+    if reason is not None or weight.stack:
+        return reason
+    stored = tuple(weight.data.shape)
+    expected = weight.shape[::-1] if is_conv1d(weight.module) else weight.shape
+    if stored != expected:
+        return f"its weight is {list(stored)}, not {list(expected)}: packed, sharded or replaced"
+    return None
 
 
 def recipes_of(model: nn.Module) -> dict[str, Recipe]:
@@ -168,6 +172,17 @@ def recipes_of(model: nn.Module) -> dict[str, Recipe]:
                 for stack, projection in projections.items()
             }
     return found
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Return whether a module is a linear layer that has what its class promises. Some libraries
+    take the weight away and keep a packed one."""
+    parts = ()
+    if is_conv1d(module):
+        parts = ("nf", "nx", "weight")
+    elif isinstance(module, nn.Linear):
+        parts = ("out_features", "in_features", "weight")
+    return bool(parts) and all(getattr(module, part, None) is not None for part in parts)
 
 
 def _bypassed(model: nn.Module) -> dict[nn.Module, str]:

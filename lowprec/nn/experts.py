@@ -14,6 +14,7 @@ The number of tokens of each expert decides what is launched: the host waits for
 and pass, and compiled code breaks there.
 """
 
+import sys
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -63,13 +64,22 @@ def _is_expert_module(module: nn.Module) -> bool:
     return all(hasattr(module, name) for name in _KNOWN_BY)
 
 
+def _has_known_forward(kind: Any) -> bool:
+    """Return whether the forward of a class of experts is the one that transformers gives them, not
+    that of a subclass."""
+    marking = sys.modules.get("transformers.integrations.moe")
+    return marking is not None and getattr(kind.forward, "__globals__", None) is vars(marking)
+
+
 def why_not_stack(module: nn.Module, recipe: Recipe) -> str | None:
     """Return the reason why a stack of experts can't be converted to a recipe; None if it can."""
+    kind: Any = type(module).plain if is_converted(module) else type(module)  # pyright: ignore[reportAttributeAccessIssue]
     if not _is_expert_module(module):
         return (
-            f"a stack of matrices of {type(module).__name__}, which does not say how it "
-            "multiplies by them"
+            f"a stack of matrices of {kind.__name__}, which does not say how it multiplies by them"
         )
+    if not _has_known_forward(kind):
+        return f"{kind.__name__} has a forward of its own, which transformers has not marked"
     if any(name != ROUNDING_STATE for name in new_state(recipe, torch.device("cpu"))):
         return (
             "the recipe keeps histories of amaxes, and which tokens an expert sees changes from "

@@ -170,7 +170,8 @@ class LowPrecisionLinear(nn.Module):
 
     @property
     def shape_NK(self) -> tuple[int, int]:
-        """Outputs N and inputs K."""
+        """Outputs N and inputs K. Compiled code reads them: torch 2.11 can't compile the look-up of
+        a class among the imported modules."""
         layer: Any = self
         if self.transposed:
             return layer.nf, layer.nx
@@ -336,10 +337,9 @@ def original_class(linear: nn.Module) -> type[nn.Module]:
 
 def shape_of(linear: Any) -> tuple[int, int]:
     """Return outputs N and inputs K of a linear layer, also while its weight is sharded."""
-    # A converted layer knows its kind: torch 2.11 can't compile the look-up among modules.
-    known = isinstance(linear, LowPrecisionLinear)
-    transposed = linear.transposed if known else is_conv1d(linear)
-    if transposed:
+    if isinstance(linear, LowPrecisionLinear):
+        return linear.shape_NK
+    if is_conv1d(linear):
         return linear.nf, linear.nx
     return linear.out_features, linear.in_features
 

@@ -172,6 +172,15 @@ class Packed(nn.Module):
         self.register_buffer("qzeros", torch.zeros(1, 4, dtype=torch.int32))
 
 
+class TakenAway(nn.Linear):
+    """A linear layer as compressed-tensors makes it: a packed weight in the place of the weight."""
+
+    def __init__(self) -> None:
+        super().__init__(64, 32, bias=False)
+        del self.weight
+        self.weight_packed = nn.Parameter(torch.zeros(32, 8, dtype=torch.int32), requires_grad=False)
+
+
 def test_matrices_that_are_no_linear_layers_are_listed_and_counted():
     model = nn.ModuleDict(
         {
@@ -183,6 +192,7 @@ def test_matrices_that_are_no_linear_layers_are_listed_and_counted():
             "both": nn.Bilinear(8, 8, 4),
             "flat": Flat(),
             "packed": Packed(),
+            "taken": TakenAway(),
             "embedding": nn.Embedding(10, 8),
             "norm": nn.LayerNorm((8, 8)),
             "conv": nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3)),
@@ -205,6 +215,7 @@ def test_matrices_that_are_no_linear_layers_are_listed_and_counted():
         "flat.w1": (1, 64, 8),
         "flat.grid": (6, 16, 8),
         "packed.qweight": (1, 32, 64),
+        "taken.weight_packed": (1, 32, 64),
     }
     reasons = {layer.name: layer.reason for layer in plan.layers}
     assert reasons["lstm.weight_ih_l0"] == "LSTM multiplies by it itself, and is no linear layer"

@@ -369,3 +369,16 @@ def test_activation_checkpointing(reentrant: bool):
     plain = gradients()
     net.gradient_checkpointing_enable({"use_reentrant": reentrant})
     assert all(torch.equal(a, b) for a, b in zip(plain, gradients(), strict=True))
+
+
+class WithItsOwnForward(MixtralExperts):
+    def forward(self, *given: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return 2 * super().forward(*given)
+
+
+def test_experts_whose_forward_is_another_stay():
+    module = WithItsOwnForward(MixtralConfig(hidden_size=64, intermediate_size=96, num_local_experts=2))
+    plan = lowprec.convert(module, "mxfp8")
+    assert {layer.reason for layer in plan.layers} == {"WithItsOwnForward has a forward of its own, which transformers has not marked"}
+    assert all(layer.blocked for layer in plan.layers)
+    assert type(module) is WithItsOwnForward

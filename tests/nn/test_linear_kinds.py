@@ -303,11 +303,14 @@ def test_weights_that_are_no_plain_parameters_stay_and_strict_says_so():
     int8.weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
     float8 = nn.Linear(8, 8)
     float8.weight = nn.Parameter(torch.zeros(8, 8).to(torch.float8_e4m3fn), requires_grad=False)
+    packed = nn.Linear(8, 8)
+    packed.weight = nn.Parameter(torch.zeros(16, 4))
     parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
     cases = {
         "its weight is of class Wrapped, not a plain tensor": wrapped,
         "its weight is int8: already quantised": int8,
         "its weight is float8_e4m3fn: already quantised": float8,
+        "its weight is [16, 4], not [8, 8]: packed, sharded or replaced": packed,
         "its weight is no parameter: a parametrization or a hook computes it": parametrized,
     }
     for reason, layer in cases.items():
