@@ -10,7 +10,8 @@ them: a file that is missing, damaged or foreign is a UserError, before anything
 
 A builder that is killed leaves its temporary folder. A living builder holds a lock on its own
 (flock on the folder, which the system releases at the end of the process), so the next builder
-knows the others and deletes them.
+knows the others and deletes them. Some network file systems keep such locks within one machine, so
+the folder of another machine must also be a day old.
 """
 
 import contextlib
@@ -21,7 +22,9 @@ import json
 import os
 import re
 import shutil
+import socket
 import stat
+import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
@@ -36,8 +39,10 @@ _BLOCK = 4 * 2**20
 """Bytes of a file that share a checksum."""
 _MOST_BLOCKS = 256
 """Blocks of a file that are read to check it: all of a file up to 1 GiB, some of a larger one."""
-_UNFINISHED = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.tmp")
-"""Name of a temporary folder: the entry, the process, and a random number."""
+_UNFINISHED = re.compile(r"\..+\.([\w-]+)-\d+\.[0-9a-f]{8}\.tmp")
+"""Name of a temporary folder: the entry, the machine and the process, and a random number."""
+_HOST = re.sub(r"\W", "_", socket.gethostname()) or "_"
+_OLD_S = 24 * 3600
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -61,7 +66,8 @@ def build_once(entry: Path, build: Callable[[Path], None]) -> bool:
     if os.path.lexists(entry):
         raise _damaged(entry, "it is no folder")
     # tempfile.mkdtemp would make a folder that is private to the user; a cache may be shared.
-    unfinished = entry.parent / f".{entry.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"
+    builder = f"{_HOST}-{os.getpid()}"
+    unfinished = entry.parent / f".{entry.name}.{builder}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         lock = _make_locked(unfinished)
@@ -112,10 +118,17 @@ def delete_abandoned(cache: Path) -> None:
     """Delete the temporary folders of builders that no longer run."""
     with contextlib.suppress(OSError), _locked(cache):
         for path in cache.iterdir():
-            if not _UNFINISHED.fullmatch(path.name):
+            match = _UNFINISHED.fullmatch(path.name)
+            if match is None or (match[1] != _HOST and not _is_old(path)):
                 continue
             with contextlib.suppress(OSError), _locked(path, wait=False):
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_old(folder: Path) -> bool:
+    """Return True if nothing in a folder has changed for a day."""
+    newest = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+    return time.time() - newest > _OLD_S
 
 
 def _make_locked(folder: Path) -> int:

@@ -83,7 +83,6 @@ def check_forward(model: "PreTrainedModel", seq_len: int, mask: str) -> None:
     """
     tokens = min(seq_len, _TOKENS)
     was_training = model.training
-    model.train()
     without_weights = next(model.parameters()).is_meta
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -108,6 +107,7 @@ def check_forward(model: "PreTrainedModel", seq_len: int, mask: str) -> None:
 
 
 def _run(model: "PreTrainedModel", tokens: int, mask: str) -> None:
+    model.train()
     loss = float(model(**_batch(tokens, mask, model.device)).loss)
     if not math.isfinite(loss):
         raise UserError(
@@ -117,6 +117,8 @@ def _run(model: "PreTrainedModel", tokens: int, mask: str) -> None:
 
 
 def _run_on_meta(model: "PreTrainedModel", tokens: int, mask: str) -> None:
+    # The mask takes the kernel of a GPU here, which has no dropout. A CPU's has.
+    model.eval()
     values = {
         name: value.to("meta")
         for name, value in (*model.named_parameters(), *model.named_buffers())

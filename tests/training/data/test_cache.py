@@ -147,22 +147,27 @@ def test_what_a_killed_builder_leaves_is_deleted_and_a_living_one_keeps_its_fold
     cache = tmp_path / "cache"
     cache.mkdir()
     (cache / ".mine.tmp").mkdir()  # not named by a builder
+    for name, age in (("young", 0), ("old", 2 * 24 * 3600)):  # of another machine, whose locks may not be seen here
+        other = cache / f".{name}.elsewhere-7.01234567.tmp"
+        other.mkdir()
+        os.utime(other, (time.time() - age, time.time() - age))
     killed = _start(cache / "killed", tmp_path / "ready1")
     living = _start(cache / "living", tmp_path / "ready2")
     try:
-        assert len(list(cache.glob(".*.*.tmp"))) == 2
+        assert len(list(cache.glob(".*.*.tmp"))) == 3
         os.kill(killed.pid, signal.SIGKILL)
         killed.join()
         assert build_once(cache / "entry", _write_a)
-        (left,) = cache.glob(".*.*.tmp")
-        assert left.name.startswith(f".living.{living.pid}.")
+        left, young = sorted(cache.glob(".*.*.tmp"))
+        assert young.name.startswith(".young.")
+        assert f"-{living.pid}." in left.name
         assert (left / "part").read_text() == "half"
         assert (cache / ".mine.tmp").is_dir()
     finally:
         living.kill()
         living.join()
     delete_abandoned(cache)
-    assert sorted(path.name for path in cache.iterdir()) == [".mine.tmp", "entry"]
+    assert sorted(path.name for path in cache.iterdir()) == [".mine.tmp", young.name, "entry"]
 
 
 @pytest.mark.parametrize(
