@@ -76,10 +76,10 @@ def test_a_trainer_that_goes_on_from_an_earlier_checkpoint(tmp_path: Path):
     """It sets the later ones aside, and takes the same steps again."""
     first = small_trainer(tmp_path, LowPrecisionCallback("mxfp4_aws"), max_steps=6, **SAVES)
     first.train()
-    again = small_trainer(tmp_path, LowPrecisionCallback("mxfp4_aws"), max_steps=4, **SAVES)
+    again = small_trainer(tmp_path, LowPrecisionCallback("mxfp4_aws"), max_steps=6, **SAVES)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert names(tmp_path) == {"checkpoint-2", "checkpoint-4", "replaced-checkpoint-4", "replaced-checkpoint-6"}
-    assert losses(again) == {step: loss for step, loss in losses(first).items() if step <= 4}
+    assert names(tmp_path) == {"checkpoint-2", "checkpoint-4", "checkpoint-6", "replaced-checkpoint-4", "replaced-checkpoint-6"}
+    assert losses(again) == losses(first)
 
 
 def test_a_torn_checkpoint_from_the_future_is_set_aside(tmp_path: Path):
