@@ -43,11 +43,10 @@ def summary_table(summary: dict[str, Any]) -> str:
 
 
 def _title(summary: dict[str, Any]) -> str:
-    """Return the recipes that a run has run in, from most to least of its linear weights."""
+    """Return the recipes that a run has run in, each with its share of the linear weights."""
     shares = summary["ran"]["weights"]
-    low = [name for name in shares if name != HIGH_PRECISION]
-    low.sort(key=lambda name: -shares[name])
-    return ", ".join(low) or HIGH_PRECISION
+    low = {name: share for name, share in shares.items() if name != HIGH_PRECISION}
+    return f"{format_shares(low)} of the linear weights" if low else HIGH_PRECISION
 
 
 def doctor_table(report: dict[str, Any]) -> str:
@@ -199,8 +198,8 @@ def train_table(result: dict[str, Any]) -> str:
         speed = "-" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:,.0f}"
         memory = "-" if row["peak_memory_gib"] is None else f"{row['peak_memory_gib']:.2f} GiB"
         loss = "-" if row["loss"] is None else f"{row['loss']:.3f}"
-        # A row whose recipe pays for no layer has measured bf16.
-        named = row["name"] if _runs_its_recipe(row) else f"bf16, not {row['name']}"
+        # A row whose recipe pays for no layer has measured bf16. A line below says which it is.
+        named = row["name"] if _runs_its_recipe(row) else HIGH_PRECISION
         table.add_row(
             named,
             speed,

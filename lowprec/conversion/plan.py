@@ -125,7 +125,13 @@ class Plan:
             else layer
             for layer in self.layers
         )
-        return replace(self, layers=layers)
+        plan = replace(self, layers=layers)
+        uncalled = [layer.name for layer in layers if not layer.called]
+        if not uncalled:
+            return plan
+        why = "; ".join(plan.reasons_of(uncalled))
+        warning = f"{len(uncalled)} converted layers were not called: {why}"
+        return replace(plan, warnings=(*self.warnings, warning))
 
     @property
     def converted(self) -> list[LayerPlan]:

@@ -307,6 +307,12 @@ def test_train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     table = train_table(result)
     assert "fp8_blockwise: 21 of 22 linear layers converted" in table
     assert "torchao rowwise failed: RuntimeError: no kernel image" in table
+    assert set(ours["weights"]) == {"fp8_blockwise", "high precision"}
+    ours |= {"weights": {"high precision": 1.0}, "precision": "0 of 22 linear layers converted"}
+    rows, _, notes = train_table(result).partition("nn.Linear in bf16")
+    assert "fp8_blockwise" not in rows
+    assert "high" in rows
+    assert "fp8_blockwise: 0 of 22 linear layers converted" in notes
 
 
 def test_train_keeps_buffers_in_fp32():

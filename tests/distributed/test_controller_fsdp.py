@@ -1,8 +1,10 @@
 """Two processes under FSDP2 change their precision by phases, and by a breach that one rank sees. The ranks measure different errors."""
 
 import json
+import math
 from pathlib import Path
 
+from lowprec.observe.called import BYPASSED
 from tests.processes import run_ranks
 
 _SCRIPT = """
@@ -11,13 +13,25 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
+from torch.nn.functional import linear
+from transformers.models.llama.modeling_llama import LlamaMLP
 from tests.builders import prose, tiny_llama
 from lowprec.training.control.controller import PrecisionController
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 rank = dist.get_rank()
+
+
+class Reading(LlamaMLP):
+    # No rank calls up_proj, and only one calls gate_proj.
+
+    def forward(self, x):
+        up, gate = (self.get_submodule(name) for name in ("up_proj", "gate_proj"))
+        return self.down_proj(self.act_fn(gate(x) if rank else linear(x, gate.weight)) * linear(x, up.weight))
+
 model = tiny_llama()
+model.model.layers[0].mlp.__class__ = Reading
 controller = PrecisionController({
     "recipe": "mxfp4_aws",
     "schedule": [{"until": "4 steps", "recipe": "bf16"}, {}],
@@ -52,6 +66,7 @@ result = {
     "losses": losses,
     "recipes": [layer.recipe.name, model.model.layers[0].mlp.up_proj.recipe.name],
     "weight": [weight.isfinite().all().item(), weight.double().sum().item()],
+    "uncalled": controller.state_dict()["uncalled"],
     "sharded": type(layer.weight).__name__,
     "sqnr": controller.recovery.sqnr,
     "own": {name: min(probe.sqnr_x, probe.sqnr_w, probe.sqnr_g) for name, probe in controller.probed.items()},
@@ -66,6 +81,8 @@ def test_ranks_decide_alike(tmp_path: Path):
     run_ranks(_SCRIPT, tmp_path, str(tmp_path))
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first["events"] == second["events"]
+    assert first["uncalled"] == second["uncalled"] == {"model.layers.0.mlp.up_proj": BYPASSED}
+    assert [event["step"] for event in first["events"] if event["event"] == "uncalled"] == [1]
     assert first["weight"] == second["weight"]
     assert first["weight"][0]
     assert first["sharded"] == "DTensor"
@@ -76,7 +93,8 @@ def test_ranks_decide_alike(tmp_path: Path):
     assert first["recipes"][0] in ("fp8_blockwise", "bf16")
     assert first["recipes"][1] == "mxfp4_aws"
     assert first["losses"][-1] < first["losses"][0] - 0.5
-    assert first["sqnr"] == second["sqnr"] == {name: min(own, second["own"][name]) for name, own in first["own"].items()}
+    own = [rank["own"] for rank in (first, second)]
+    assert first["sqnr"] == second["sqnr"] == {name: min(found.get(name, math.inf) for found in own) for name in own[0] | own[1]}
     assert first["own"] != second["own"]
     told = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert told == first["events"]  # only the first rank writes events

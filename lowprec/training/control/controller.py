@@ -27,8 +27,7 @@ from lowprec.conversion.discover import recipes_of
 from lowprec.conversion.plan import PartPlan, Plan
 from lowprec.integrations.compile import compile_deterministically
 from lowprec.nn import share_histories
-from lowprec.observe import LayerProbe, Probe
-from lowprec.observe.probe import sqnr_scalars
+from lowprec.observe import LayerProbe, Probe, sqnr_scalars
 from lowprec.recipe import Recipe, library
 from lowprec.recipe.state import is_state
 from lowprec.training.control.events import Events
@@ -230,7 +229,8 @@ class PrecisionController:
         if phase != self.phase:
             self._set_phase(phase)
             assert self.plan is not None
-            self._events.add_phase(step, f"phase {phase + 1} of {len(self.phases)}", self.plan)
+            number = f"phase {phase + 1} of {len(self.phases)}"
+            self._events.add_phase(step, number, self.plan, self._planned.warnings)
             self._first_step.report(self.plan, step, strict=self.phases[phase].strict)
         over = self._last_step is not None and step >= self._last_step
         if not over:

@@ -2,6 +2,7 @@
 recoveries. They are kept in memory, in the log and in the run's events.jsonl."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +77,10 @@ class Events:
             with open(path, "a", encoding="utf-8") as file:
                 file.write("\n" * is_cut + to_json(record) + "\n")
 
-    def add_phase(self, step: int, number: str, plan: Plan) -> None:
-        """Record a new phase, with the summary and the warnings of its plan."""
-        more: dict[str, Any] = {"layers": list(plan.warnings)} if plan.warnings else {}
-        reason = f"{number}: {plan.summary()}"
-        self.add(step, "phase", reason, warns=bool(plan.warnings), **more)
+    def add_phase(self, step: int, number: str, plan: Plan, warnings: Sequence[str]) -> None:
+        """Record a new phase, with the summary of its plan and warnings about it."""
+        more: dict[str, Any] = {"layers": list(warnings)} if warnings else {}
+        self.add(step, "phase", f"{number}: {plan.summary()}", warns=bool(warnings), **more)
 
     def forget_stale(self) -> None:
         """Remove stale events from the file. Only the first call after `begin` does something."""

@@ -75,6 +75,7 @@ def test_the_plan_is_corrected_once_and_a_resumed_run_keeps_that(
     assert "model.layers.{0-1}.mlp.up_proj: planned as mxfp4, but in the first step its layer did not run" in warning
     assert callback.plan is not None
     assert "2 not called" in callback.plan.summary()
+    assert callback.plan.warnings[-1].startswith("2 converted layers were not called: model.layers.{0-1}.mlp.up_proj: planned as mxfp4")
     assert "model.layers.{0-1}.mlp.up_proj" in str(callback.plan)
     assert [event["event"] for event in callback.controller.events] == ["uncalled"]
 

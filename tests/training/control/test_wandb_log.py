@@ -10,6 +10,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from lowprec import LowPrecisionCallback
+from lowprec.conversion.convert import make_plan
 from lowprec.nn import LowPrecisionLinear
 from lowprec.training.control.wandb_log import log_plan, log_scalars
 from tests.builders import losses, small_trainer, tiny_llama
@@ -184,3 +185,12 @@ def test_tensorboard_shows_the_precision_if_the_callback_comes_first(tmp_path: P
     assert shown["train/guard_recoveries"] == dict.fromkeys(range(1, 7), 0)
     assert list(shown["train/sqnr_x_min"]) == [1, 5]
     assert list(shown["train/loss"]) == list(range(1, 7))
+
+
+def test_the_configuration_has_the_recipe_that_was_asked_for_and_what_runs(tmp_path: Path, offline: None):
+    wandb.init(project="test", mode="offline")
+    plan = make_plan(torch.nn.ModuleDict({"body": torch.nn.Linear(32, 32), "lm_head": torch.nn.Linear(32, 32)}), "mxfp8")
+    log_plan(plan)
+    shares = {"mxfp8": 0.5, "high precision": 0.5}
+    assert wandb.run is not None
+    assert wandb.run.config["lowprec"] == {"asked_recipe": "mxfp8", "weights": shares, "flops": shares}

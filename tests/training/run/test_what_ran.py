@@ -41,14 +41,25 @@ def test_a_recipe_that_pays_nowhere_is_named_in_the_first_and_the_last_line_and_
     assert (plan["recipe"], len(plan["warnings"])) == ("fp8_blockwise", 1)
 
 
+def test_a_plan_has_its_warning_at_both_ends(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lowprec.conversion.decide.slowdown_reason", lambda *_: SLOW)
+    main(["plan", str(CONFIG)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == lines[-1]
+    assert "precision.skip_slow: false" in lines[0]
+    main(["plan", str(CONFIG), "precision.schedule=[{until: 50%, recipe: none}, {until: 100%}]"])
+    assert capsys.readouterr().out.splitlines()[-1] == lines[-1]  # of a later phase
+
+
 def test_each_step_counts_with_the_recipe_that_it_ran_in(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     phases = [{"until": "1 steps", "recipe": "none"}, {"until": "3 steps", "recipe": "mxfp8"}, {"until": "100%"}]
     out, _, summary = train(tmp_path, capfd, precision__schedule=phases, trainer__max_steps=4, trainer__save_steps=2)
-    assert out.splitlines()[0].startswith("mxfp8, fp8_blockwise: 4 steps in ")
     assert (summary["recipe"], summary["asked_recipe"]) == ("fp8_blockwise", "fp8_blockwise")
     converted = summary["plan"]["converted_weights"]
     weights = {"high precision": 1 - 0.75 * converted, "mxfp8": 0.5 * converted, "fp8_blockwise": 0.25 * converted}
     assert summary["ran"]["weights"] == pytest.approx(weights)
+    title = f"{0.5 * converted:.1%} mxfp8, {0.25 * converted:.1%} fp8_blockwise of the linear weights: 4 steps in "
+    assert out.splitlines()[0].startswith(title)
     # A resumed run counts the steps before it.
     checkpoint = tmp_path / "run" / "checkpoint-2"
     main(
