@@ -51,6 +51,7 @@ from lowprec.training.data.sources import ROW_SUFFIXES, resolve_sources
 from lowprec.training.run import directory as run_directory
 from lowprec.training.run import resume_checks
 from lowprec.training.run.config import read_settings
+from lowprec.training.run.environment import rule_environment
 from lowprec.training.run.machine import resolve_device
 from lowprec.training.run.models import ModelConfig, build_config, build_model, check_length
 from lowprec.training.run.result import save_result, what_ran
@@ -257,6 +258,7 @@ def make_arguments(run: SftRun, device: str) -> tuple[SFTConfig, dict[str, Any]]
         raise UserError(f"trainer: {error}") from error
     use_one_gpu(args)
     name_the_cpu(args)
+    rule_environment(args, device)
     return args, trainer
 
 

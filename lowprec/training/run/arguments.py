@@ -18,6 +18,7 @@ from lowprec.errors import UserError, nearest
 from lowprec.training.callback import check_replay
 from lowprec.training.log import show_log
 from lowprec.training.optim.adamw import OptimizerConfig
+from lowprec.training.run.environment import rule_environment
 from lowprec.training.run.optimizer import check_optimizer, check_scheduler
 from lowprec.training.run.setup import RunSetup
 from lowprec.training.run.training_args import training_arguments
@@ -41,6 +42,7 @@ def make_arguments(setup: RunSetup) -> tuple[TrainingArguments, PartPlan]:
             gpus,
         )
     name_the_cpu(args)
+    rule_environment(args, setup.device_type, compiled=setup.compiled)
     check_can_shard(args)
     if offloads(args):
         check_offloaded(
