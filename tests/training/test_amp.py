@@ -106,6 +106,30 @@ def test_a_fused_optimizer_skips_too():
     assert all(torch.equal(now, then) for now, then in zip(_state(model, optimizer), before, strict=True))
 
 
+@pytest.mark.parametrize("bad", range(3))
+def test_an_overflow_in_any_group_of_gradients_skips_the_step(bad: int):
+    """Gradients are checked by dtype, one group after the other: an overflow in the first one counts as one in the last does."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float64)
+    weights = [nn.Parameter(torch.ones(3, dtype=dtype)) for dtype in dtypes]
+    optimizer = torch.optim.SGD(weights, lr=1.0)
+    scaler = LossScaler(LossScalingConfig(init_scale=4.0), "cpu")
+    scaler.scale(torch.ones(()))
+    for weight in weights:
+        weight.grad = torch.full_like(weight, 4.0)
+    weights[bad].grad[1] = torch.inf  # pyright: ignore[reportOptionalSubscript]
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.skipped_steps == scaler.skipped_in_a_row == 1
+    assert scaler.get_scale() == 2.0
+    assert all(torch.equal(weight.detach(), torch.ones_like(weight)) for weight in weights)
+    for weight in weights:  # the next step is taken, by unscaled gradients
+        weight.grad = torch.full_like(weight, 2.0)
+    scaler.step(optimizer)
+    scaler.update()
+    assert (scaler.skipped_steps, scaler.skipped_in_a_row) == (1, 0)
+    assert all(torch.equal(weight.detach(), torch.zeros_like(weight)) for weight in weights)
+
+
 def test_below_its_floor_the_scale_stops_the_training():
     model = _model()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)

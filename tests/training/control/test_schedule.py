@@ -50,6 +50,13 @@ def test_phases_end_where_they_say():
     assert ends(["20 steps", "100%"]) == (20, 2**62)  # its length is not known
     assert ends(["1B tokens", "50%", "100%"], 100) == (2**62, 50, 100)  # tokens are counted in the run
     assert ends(["10%", "100%"], 30) == (3, 30)  # not 4, by the rounding of 0.1
+    assert 7 * 1e-2 * 100 > 7  # so the rounding of a share alone would end this phase a step later
+    for percent in range(1, 100):
+        assert ends([f"{percent}%", "100%"], 100) == (percent, 100)
+    assert ends(["7%", "100%"], 100_000) == (7_000, 100_000)
+    assert ends(["7.001%", "100%"], 100_000) == (7_001, 100_000)
+    assert ends(["0.001%", "100%"], 1_000) == (1, 1_000)  # a begun step counts
+    assert ends(["65537 tokens", "100%"], 200, tokens_per_step=65536) == (2, 200)
     schedule = make_schedule(parse_precision({"schedule": THREE}).schedule, 8)
     assert [schedule.phase(step) for step in range(9)] == [0, 0, 1, 1, 1, 1, 2, 2, 2]
     assert make_schedule(parse_precision("bf16").schedule, 8).phase(5) == 0
