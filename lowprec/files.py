@@ -90,7 +90,7 @@ def keep_lines_until(path: Path, step: int, *, end: str | None = None) -> None:
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         record = _record(line)
-        at = None if record is None else record.get("step", step)
+        at = step if record is None else record.get("step", step)
         if record is None or type(at) not in (int, float):
             # A kill cuts the last line short.
             damaged += bool(line.strip()) and number < len(lines)

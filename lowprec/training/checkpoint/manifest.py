@@ -249,6 +249,8 @@ def _name_in(folder: Path, error: OSError) -> str:
     """Return the name, inside of `folder`, of the file that an error is about."""
     if not isinstance(error.filename, str | os.PathLike):
         return MANIFEST
+    if Path(error.filename) == folder:
+        return folder.name
     try:
         return Path(error.filename).relative_to(folder).as_posix()
     except ValueError:

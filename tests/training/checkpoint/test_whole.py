@@ -15,9 +15,10 @@ from transformers import Trainer
 from lowprec import LowPrecisionCallback, UserError
 from lowprec.errors import TrainingStopped
 from lowprec.training.checkpoint import files as checkpoint_files
+from lowprec.training.checkpoint import manifest
 from lowprec.training.checkpoint.manifest import MANIFEST
 from tests.builders import counting, losses, small_trainer
-from tests.processes import run
+from tests.processes import run, run_ranks
 
 SAVES: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
 
@@ -38,10 +39,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, 
 
 def test_the_manifest_names_all_files(finished: tuple[Path, dict[int, float]]):
     for checkpoint in checkpoint_files.checkpoints(finished[0]):
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-        assert manifest["step"] == checkpoint_files.step_of(checkpoint)
-        assert {path.name for path in checkpoint.iterdir()} == {MANIFEST, *manifest["files"]}
-        assert all((checkpoint / name).stat().st_size == entry["size"] for name, entry in manifest["files"].items())
+        named = json.loads((checkpoint / MANIFEST).read_text())
+        assert named["step"] == checkpoint_files.step_of(checkpoint)
+        assert {path.name for path in checkpoint.iterdir()} == {MANIFEST, *named["files"]}
+        assert all((checkpoint / name).stat().st_size == entry["size"] for name, entry in named["files"].items())
         assert checkpoint_files.damage(checkpoint) is None
     assert not (finished[0] / "unfinished").exists()
 
@@ -183,3 +184,53 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         trainer.train()
     assert sorted(path.name for path in tmp_path.glob("*checkpoint*")) == ["checkpoint-2"]
     assert not list((tmp_path / "unfinished").glob("*"))
+
+
+_RANKS = """
+import json, sys, torch
+from pathlib import Path
+from lowprec import LowPrecisionCallback, UserError
+from lowprec.distributed.processes import name_the_cpu
+from lowprec.training.checkpoint.files import is_whole
+from lowprec.training.checkpoint.manifest import MANIFEST
+from tests.builders import small_trainer
+
+folder = Path(sys.argv[1])
+callback = LowPrecisionCallback("bf16")
+trainer = small_trainer(folder, callback, max_steps=4, save_strategy="steps", save_steps=2)
+name_the_cpu(trainer.args)
+rank = trainer.args.process_index
+trainer.train()
+last = folder / "checkpoint-4"
+assert {"rng_state_0.pth", "rng_state_1.pth", "model.safetensors"} <= set(json.loads((last / MANIFEST).read_text())["files"])
+trainer.args.distributed_state.wait_for_everyone()
+if rank == 0:
+    content = bytearray((last / "rng_state_1.pth").read_bytes())
+    content[100] ^= 1
+    (last / "rng_state_1.pth").write_bytes(content)
+trainer.args.distributed_state.wait_for_everyone()
+for train in (trainer.train, lambda path: callback.train(trainer, path)):
+    try:
+        train(str(last))
+    except UserError as error:
+        assert "checkpoint-4 is not whole: rng_state_1.pth: its content" in str(error), error
+    else:
+        raise AssertionError("a damaged checkpoint was loaded")
+callback.train(trainer, True)
+assert trainer.state.global_step == 4 and is_whole(last)
+(folder / f"done-{rank}").touch()
+"""
+
+
+def test_ranks_write_one_checkpoint_and_all_refuse_a_damaged_one(tmp_path: Path):
+    """The manifest names the files of both ranks; without the damaged one, both resume from the checkpoint before."""
+    run_ranks(_RANKS, tmp_path, str(tmp_path / "run"))
+    assert sorted(path.name for path in (tmp_path / "run").glob("done-*")) == ["done-0", "done-1"]
+
+
+def test_a_file_that_may_not_be_read(finished: tuple[Path, dict[int, float]], monkeypatch: pytest.MonkeyPatch):
+    def refused(path: Path, **_: Any) -> tuple[int, str]:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(manifest, "_checksum", refused)
+    assert manifest.damage(finished[0] / "checkpoint-4") == "config.json: can't be read: Permission denied"
