@@ -436,7 +436,7 @@ def fault(outcome: Outcome, written: list[str], stopping: bool = False) -> str |
     if outcome.code == 0:
         return None
     lines = [line for line in outcome.err.splitlines() if line.startswith("lowprec: ")]
-    if stopping and outcome.code == 1 and len(lines) == 1 and "Traceback" not in outcome.err:
+    if stopping and outcome.code == 1 and lines and lines[-1].startswith("lowprec: stopped: ") and "Traceback" not in outcome.err:
         return None
     if outcome.code != 2:
         return f"exit code {outcome.code}"

@@ -26,6 +26,9 @@ _SIZES = (
 """Fields that can't be 0 in any model, by their usual names. Other fields may be 0, for a part that
 the model does not have."""
 
+_ALWAYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+"""Sizes that are at least 1 in the configuration of any model, also in a file."""
+
 _LARGEST = 2**31 - 1
 
 _REFUSED = {
@@ -77,6 +80,10 @@ def validate(config: "PretrainedConfig") -> None:
         # The checks of a configuration compute with values that may have any type.
         raise UserError(f"model: {error.__cause__ or error}") from None
     text = config.get_text_config()
+    for name in _ALWAYS:
+        size = getattr(text, name, None)
+        if type(size) is int and size < 1:
+            raise UserError(f"model: {name} is {size}; expected a number from 1")
     heads = getattr(text, "num_attention_heads", None)
     shared = getattr(text, "num_key_value_heads", None)
     if type(heads) is int and type(shared) is int and shared > 0 and heads % shared:

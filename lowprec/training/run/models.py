@@ -2,6 +2,7 @@
 checkpoint."""
 
 import json
+import os
 from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,7 +94,7 @@ class ModelConfig(StrictConfig):
     @field_validator("path")
     @classmethod
     def _is_a_path(cls, value: str | None) -> str | None:
-        return None if value is None else check_path(value)
+        return None if value is None else os.path.expanduser(check_path(value))
 
 
 def build_config(model: ModelConfig, vocab_size: int) -> "PretrainedConfig":
@@ -214,6 +215,8 @@ def _folder_config(path: Path) -> "PretrainedConfig":
 
     if not path.exists():
         raise UserError(f"model.path: no such file or folder: {path}")
+    if not (path.is_dir() or path.is_file()):
+        raise UserError(f"model.path: neither a file nor a folder: {path}")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:

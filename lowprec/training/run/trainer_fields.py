@@ -129,7 +129,8 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "train_sampling_strategy": ("random", "sequential", "group_by_length", "batch_rebalance"),
 }
 
-_PATHS = ("output_dir", "resume_from_checkpoint")
+PATHS = ("output_dir", "resume_from_checkpoint")
+"""Fields that name a file or a folder."""
 
 
 def check_field(name: str, hint: Any, value: Any, section: str = "trainer") -> None:
@@ -151,7 +152,7 @@ def check_field(name: str, hint: Any, value: Any, section: str = "trainer") -> N
     if words:
         for word in [value] if isinstance(value, str) else _texts(value):
             _check_word(where, word, words, several=name == "debug")
-    if name in _PATHS and isinstance(value, str):
+    if name in PATHS and isinstance(value, str):
         try:
             check_path(value)
         except ValueError as error:

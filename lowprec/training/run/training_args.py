@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import typing
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from lowprec.distributed.fsdp2 import shards
 from lowprec.errors import UserError, nearest
 from lowprec.recipe import Recipe
 from lowprec.training.optim.loss_scaling import NO_FP16_ON_A_CPU
-from lowprec.training.run.trainer_fields import check_field
+from lowprec.training.run.trainer_fields import PATHS, check_field
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -51,6 +52,9 @@ def check_trainer(settings: Mapping[str, Any]) -> dict[str, Any]:
         )
     for key, value in parsed.items():
         check_field(key, known[key], value)
+    for key in PATHS:
+        if isinstance(parsed.get(key), str):
+            parsed[key] = os.path.expanduser(parsed[key])
     if parsed.get("deepspeed"):
         raise UserError("trainer.deepspeed: low precision needs one process, DDP or FSDP2")
     if parsed.get("use_liger_kernel"):

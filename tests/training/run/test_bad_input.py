@@ -204,3 +204,30 @@ def test_a_directory_behind_a_link_to_itself(tmp_path: Path):
         with pytest.raises(UserError, match=r"^trainer\.output_dir: \S+ can't be made: "):
             directory.prepare("x.yaml", {"output_dir": str(path)})
     assert [path.name for path in tmp_path.iterdir()] == ["loop"]
+
+
+def test_a_home_directory_is_meant_by_a_tilde(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert check_trainer({"output_dir": "~/run"}) == {"output_dir": f"{tmp_path}/run"}
+    assert ModelConfig(path="~/model").path == f"{tmp_path}/model"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"model_type": "llama", "num_hidden_layers": -3, "vocab_size": 300}', "model: num_hidden_layers is -3; expected a number from 1"),
+        ('{"model_type": "llama", "vocab_size": NaN}', "holds no model configuration: Field 'vocab_size' expected int"),
+        ('{"model_type": "vit"}', "model: ViTConfig has no vocab_size: it is no language model's"),
+        ('{"a":' * 3000, "holds no model configuration: "),
+        ("[]", "holds no model configuration: "),
+        ("{", "holds no model configuration: "),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_configurations_of_models_in_files(tmp_path: Path, text: str, message: str):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"^model[^\n]+$") as error:
+        build_config(ModelConfig(path=str(tmp_path)), 257)
+    assert message in str(error.value)
+    with pytest.raises(UserError, match="neither a file nor a folder: /dev/null"):
+        build_config(ModelConfig(path="/dev/null"), 257)
