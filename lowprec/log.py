@@ -7,6 +7,7 @@ itself has decided: `logging.getLogger("lowprec").setLevel(logging.ERROR)` silen
 """
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 
@@ -14,7 +15,10 @@ logger = logging.getLogger("lowprec")
 
 
 def tell(line: str, level: int = logging.INFO) -> None:
-    """Log a line, and write it to stderr if the log does not show it on the terminal."""
+    """Log a line, and write it to stderr if the log does not show it on the terminal. Of a run's
+    processes, only the first does so."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     logger.log(level, "%s", line)
     write_unless_shown(line, level)
 

@@ -129,6 +129,13 @@ def test_a_program_that_sets_the_level_of_this_logger_has_decided(capsys: pytest
     assert capsys.readouterr().err == "a line\n"
 
 
+def test_one_process_of_a_run_tells(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    for rank in ("0", "1", "2"):
+        monkeypatch.setenv("RANK", rank)
+        tell("a line", logging.WARNING)
+    assert capsys.readouterr().err == "lowprec: a line\n"
+
+
 def test_show_log_keeps_what_a_program_has_set_up():
     with fresh_logging():
         logging.basicConfig()

@@ -79,7 +79,8 @@ class ConversionConfig(ShortReprConfig):
     makes Transformer Engine's modules of the layers."""
     skip_slow: bool = True
     """Keep a layer in high precision where native FP8 would be slower than bf16 (`cost_model`), if
-    `auto` chose its backend and no rule names it."""
+    `auto` chose its backend and no rule names it. False: run such layers in the recipe
+    nevertheless."""
     fuse: bool = True
     """Compute SwiGLU and quantise it for down_proj in one kernel (`nn/swiglu.py`), where a native
     backend takes it."""

@@ -41,7 +41,8 @@ def test_calls_of_compiled_blocks(recipe: str, checkpointing: bool):
     results = []
     for watches in (False, True):
         torch._dynamo.reset()
-        model: Any = tiny_llama(hidden_size=256, intermediate_size=512, num_hidden_layers=3).cuda()
+        model: Any = tiny_llama(hidden_size=256, intermediate_size=512, num_hidden_layers=3)
+        model.cuda()
         for layer in model.model.layers:
             layer.mlp.__class__ = Reading
         if checkpointing:

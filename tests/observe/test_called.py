@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from lowprec.conversion.convert import convert
@@ -73,7 +74,7 @@ def converted(recipe: str = "mxfp4", **settings: Any) -> Stack:
     return model
 
 
-def watched(model: nn.Module, *inputs: Any) -> dict[str, str]:
+def watched(model: Any, *inputs: Any) -> dict[str, str]:
     found = Calls(model)
     with found.watching():
         model(*inputs or (X,)).sum().backward()
@@ -205,7 +206,7 @@ def test_a_whole_model_is_compiled_with_checkpointing_inside(fresh_compiler: Non
     model = waiting(Stack())
     for block in model.blocks:
         plain = block.mlp.forward
-        block.mlp.forward = lambda x, plain=plain: torch.utils.checkpoint.checkpoint(plain, x, use_reentrant=False)
+        block.mlp.forward = lambda x, plain=plain: checkpoint(plain, x, use_reentrant=False)
     assert watched(torch.compile(model, backend="eager", fullgraph=True)) == {f"_orig_mod.blocks.{n}.mlp.up": BYPASSED for n in range(4)}
 
 

@@ -41,7 +41,7 @@ class Sleeping(LlamaMLP):
 
 
 def llama(mlp: type[LlamaMLP] = Reading) -> LlamaForCausalLM:
-    model = tiny_llama()
+    model: Any = tiny_llama()
     for layer in model.model.layers:
         layer.mlp.__class__ = mlp
     return model
