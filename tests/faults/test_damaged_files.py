@@ -297,7 +297,7 @@ def test_checkpoints_of_accelerate(tmp_path: Path):
     (source / "mine.log").write_text("a file of the program, which changes")
     accelerator.load_state(str(source))
     names = json.loads((source / MANIFEST).read_text())["files"]
-    assert {"model.safetensors", "optimizer.bin", "random_states_0.pkl", "lowprec.json"} == set(names)
+    assert {"model.safetensors", "optimizer.bin", "random_states_0.pkl", "lowprec_run.json"} == set(names)
     before = {name: value.clone() for name, value in accelerator._models[0].state_dict().items()}
     for name in names:
         for kind in ("empty", "cut short", "flipped", "missing", "a folder"):

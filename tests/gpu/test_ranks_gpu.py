@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lowprec.recipe.state import is_state
+from lowprec.training.checkpoint.files import checkpoints
+from lowprec.training.checkpoint.manifest import damage, has_manifest
 from tests.gpu.killed_runs import FSDP2, Case, check_ends_again, check_equal, processes, records, start, start_all
 
 pytestmark = [
@@ -103,8 +105,13 @@ def test_two_train_as_one_on_their_rows(runs: dict[str, Future], alone: dict[str
 
 @pytest.mark.parametrize("name", ALONE)
 def test_the_finished_model_is_whole(runs: dict[str, Future], name: str):
-    """The model has the weights of all ranks under their usual names, without training state, for every kind of checkpoint."""
+    """The model has the weights of all ranks under their usual names, without training state, for every kind of checkpoint.
+
+    The checkpoints, and the model, agree with their manifests."""
     whole, resumed = runs[name].result()
+    for folder in (*checkpoints(whole), *checkpoints(resumed), whole / "model"):
+        assert has_manifest(folder)
+        assert damage(folder) is None
     weights, again = (load_file(folder / "model" / "model.safetensors") for folder in (whole, resumed))
     assert all(torch.equal(weights[key], again[key]) for key in weights)
     assert weights["model.layers.0.mlp.up_proj.weight"].shape == (512, 256)

@@ -10,6 +10,7 @@ from lowprec.distributed.processes import on_main_process
 from lowprec.errors import UserError
 from lowprec.training.checkpoint import run_lock
 from lowprec.training.checkpoint.files import checkpoints
+from lowprec.training.checkpoint.folders import check_files
 from lowprec.training.checkpoint.history import (
     delete_rest,
     order_times,
@@ -18,6 +19,7 @@ from lowprec.training.checkpoint.history import (
 )
 from lowprec.training.checkpoint.saving import delete_unfinished
 from lowprec.training.checkpoint.torn import wait_and_set_aside_torn
+from lowprec.training.file_names import EVENTS, PLAN
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -47,6 +49,7 @@ class Owner:
 
         def hold() -> None:
             directory.mkdir(parents=True, exist_ok=True)
+            check_files([directory / name for name in (PLAN, EVENTS)], "output_dir")
             run_lock.hold(directory)
 
         _on_main_process(args, hold)

@@ -17,6 +17,7 @@ from lowprec.errors import TrainingStopped
 from lowprec.training.checkpoint import files as checkpoint_files
 from lowprec.training.checkpoint import manifest
 from lowprec.training.checkpoint.manifest import MANIFEST
+from lowprec.training.control.replay import Replay
 from tests.builders import counting, losses, small_trainer
 from tests.processes import run, run_ranks
 
@@ -184,6 +185,26 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         trainer.train()
     assert sorted(path.name for path in tmp_path.glob("*checkpoint*")) == ["checkpoint-2"]
     assert not list((tmp_path / "unfinished").glob("*"))
+
+
+def test_going_back_passes_by_a_damaged_checkpoint(
+    finished: tuple[Path, dict[int, float]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    replay = Replay(LowPrecisionCallback("bf16").controller)
+    replay._checkpoints = [tmp_path / f"checkpoint-{step}" for step in (2, 4, 6)]
+    assert replay._last_good(9, None) == tmp_path / "checkpoint-6"
+    flip(tmp_path / "checkpoint-6" / "optimizer.pt")
+    assert replay._last_good(9, None) == tmp_path / "checkpoint-4"
+    (line,) = [record.message for record in caplog.records]
+    assert "checkpoint-6 is not gone back to: it is not whole: optimizer.pt: " in line
+
+
+@pytest.mark.parametrize("name", ["plan.json", "events.jsonl"])
+def test_a_folder_in_place_of_a_trainers_file(name: str, tmp_path: Path):
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=rf"^output_dir: .*{name}: is a folder"):
+        trainer_of(tmp_path)[0].train()
 
 
 _RANKS = """
