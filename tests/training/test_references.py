@@ -65,7 +65,7 @@ def test_the_first_loss_is_that_of_equal_models(recipe: str, lora: Any, saved: s
 def test_the_reference_follows_phases_and_evaluation(saved: str, tmp_path: Path):
     """With a learning rate of 0 both models stay the same."""
     precision = {"recipe": "mxfp4", "evaluation": "fp8_blockwise", "schedule": [{"until": "1 step", "recipe": "bf16"}, {}]}
-    trainer = dpo(saved, tmp_path, precision, learning_rate=0.0, eval_strategy="steps", eval_steps=1)
+    trainer: Any = dpo(saved, tmp_path, precision, learning_rate=0.0, eval_strategy="steps", eval_steps=1)
     assert logged(trainer) == [LN_2, LN_2]
     evaluated = [record["eval_loss"] for record in trainer.state.log_history if "eval_loss" in record]
     assert evaluated == [LN_2, LN_2]
@@ -160,7 +160,7 @@ def test_a_sharded_reference_or_model_is_refused(tmp_path: Path):
         fully_shard(trainer.ref_model)
         with pytest.raises(UserError, match=r"ref_model, .*: it is sharded already, .*references=\[model\]"):
             References(callback.controller, ()).find(trainer, trainer.model)
-        late = small_trainer(tmp_path, max_steps=1)
+        late: Any = small_trainer(tmp_path, max_steps=1)
         fully_shard(late.model)
         late.add_callback(LowPrecisionCallback("mxfp4"))
         late.callback_handler.model = late.model

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from lowprec import LowPrecisionCallback
 from lowprec.training.checkpoint.files import is_whole
@@ -36,9 +36,7 @@ class SignalAt(TrainerCallback):
         setattr(self, event, send)
 
 
-def trainer_of(
-    folder: Path, precision: Any, *more: TrainerCallback, seed: int = 0, **settings: Any
-) -> tuple[Trainer, LowPrecisionCallback]:
+def trainer_of(folder: Path, precision: Any, *more: TrainerCallback, seed: int = 0, **settings: Any) -> tuple[Any, LowPrecisionCallback]:
     callback = LowPrecisionCallback(precision)
     given = {"data": prose(200), "evaluated": counting(4), "model": tiny_llama(seed=seed), **SETTINGS, **settings}
     return small_trainer(folder, *more, callback, **given), callback
@@ -48,7 +46,7 @@ def handlers() -> list[Any]:
     return [signal.getsignal(number) for number in SIGNALS]
 
 
-def stop(trainer: Trainer, callback: LowPrecisionCallback, checkpoint: str | None = None) -> StoppedBySignal:
+def stop(trainer: Any, callback: LowPrecisionCallback, checkpoint: str | None = None) -> StoppedBySignal:
     """Train until a signal stops the run; check that the handlers are those of before."""
     before = handlers()
     with StopSignals() as signals:
@@ -60,7 +58,7 @@ def stop(trainer: Trainer, callback: LowPrecisionCallback, checkpoint: str | Non
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Return the Trainer of a run that no signal stops."""
     trainer, _ = trainer_of(tmp_path_factory.mktemp("whole"), PRECISION)
     trainer.train()
@@ -82,7 +80,7 @@ PRECISION = {"recipe": "mxfp4_aws", "schedule": [{"until": "512 tokens", "recipe
     ],
 )
 def test_a_run_stops_after_its_step_and_resumes(
-    event: str, at: int, stops_after: int, whole: Trainer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    event: str, at: int, stops_after: int, whole: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
     trainer, callback = trainer_of(tmp_path, PRECISION, SignalAt(event, at))
     stopped = stop(trainer, callback)
@@ -107,15 +105,20 @@ def test_a_run_stops_after_its_step_and_resumes(
 
 def test_each_way_to_save(tmp_path: Path):
     """Without saves, with the best one alone, and by epochs, a stop saves once, and does not end the run as a finished one."""
-    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "save_total_limit": 1, "eval_steps": 1, "save_steps": 1}
-    for number, settings in enumerate(
-        [
-            {"save_strategy": "no"},
-            best | {"learning_rate": 1.0},  # the first checkpoint stays the best one
-            best | {"save_strategy": "best", "learning_rate": 1.0},
-            {"save_strategy": "epoch", "eval_strategy": "epoch"},
-        ]
-    ):
+    best: dict[str, Any] = {
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "save_total_limit": 1,
+        "eval_steps": 1,
+        "save_steps": 1,
+    }
+    ways: list[dict[str, Any]] = [
+        {"save_strategy": "no"},
+        best | {"learning_rate": 1.0},  # the first checkpoint stays the best one
+        best | {"save_strategy": "best", "learning_rate": 1.0},
+        {"save_strategy": "epoch", "eval_strategy": "epoch"},
+    ]
+    for number, settings in enumerate(ways):
         folder = tmp_path / str(number)
         trainer, callback = trainer_of(folder, "mxfp8", SignalAt("on_step_begin", 2, signal.SIGUSR1), **settings)
         assert stop(trainer, callback).code == 138

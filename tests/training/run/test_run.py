@@ -1,7 +1,9 @@
 """`lowprec train`: the files of a run, resuming, and refusals."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -164,6 +166,28 @@ def test_killed_and_resumed_is_the_same_run_bit_for_bit(corpus: Path, finished: 
     assert losses(output) == losses(whole)
     assert len({step for step in losses(output) if step > 6}) == 6
     assert json.loads((output / "summary.json").read_text())["val_loss"] == json.loads((whole / "summary.json").read_text())["val_loss"]
+
+
+def test_stopped_by_a_signal_and_resumed_as_it_says_is_the_same_run(corpus: Path, finished: tuple[Path, object], tmp_path: Path):
+    """The signal comes from outside, at any place of a step."""
+    whole, output = finished[0], tmp_path / "stopped"
+    process = start("-m", "lowprec", "train", str(CONFIG), *overrides(corpus, trainer__max_steps=12, trainer__output_dir=str(output)))
+    deadline = time.monotonic() + 120
+    while not (output / "metrics.jsonl").exists() or len(losses(output)) < 2:
+        assert process.poll() is None, "it ended before the signal"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGUSR1)
+    result = process.wait()
+    assert result.returncode == 138, result.stderr[-2000:]
+    last = result.stderr.splitlines()[-1]
+    (saved,) = output.glob("checkpoint-*")
+    resume = f"{output}/config.yaml trainer.resume_from_checkpoint=true"
+    step = int(saved.name.partition("-")[2])
+    assert last == f"lowprec: SIGUSR1: saved {saved} after step {step}; resume by: python -m lowprec train {resume}"
+    assert step < 12
+    lowprec("train", *resume.split(), check=True)
+    assert losses(output) == losses(whole)
 
 
 @pytest.mark.parametrize("recipe", ["nvfp4", "fp8_delayed", "mxfp4_quartet"])
