@@ -175,3 +175,14 @@ def test_each_packed_document_has_its_own_prefix():
     assert tiles[0, 0, 0, 1]
     with pytest.raises(UserError, match=r"the mask 'prefix\(4\)' has no document ids yet"):
         mask.dense(1, 16, 16)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(9, 10), (10, 9), (10, 10)])
+def test_document_ids_cover_queries_and_keys(queries, keys):
+    mask = parse("causal & document").bind(IDS)
+    for make in (mask.dense, mask.block_mask):
+        with pytest.raises(UserError, match=f"do not cover a batch of 2 with {queries} queries and {keys} keys"):
+            make(2, queries, keys)
+    assert mask.dense(2, 9, 8).shape == (2, 1, 9, 8)
+    with pytest.raises(UserError, match="do not cover a batch of 1"):
+        mask.dense(1, 9, 9)

@@ -204,6 +204,18 @@ def test_each_element_is_rounded_by_its_own_places_draw():
     assert torch.equal(q.values.double(), torch.where(noise < share, away, toward))
 
 
+def test_quest_masks_what_reaches_the_largest_value():
+    """Under `quest` an element that becomes the largest code exactly is masked like one beyond it; under `floor` it is not."""
+    x = torch.zeros(1, 32)
+    x[0, :9] = torch.tensor([6.0, 6.0, 6.0, 6.0, -6.0, -6.0, -6.0, -6.0, 5.5])
+    for rule, masked in (("quest", x.abs() == 6), ("floor", x > 6)):
+        q = quantize(x, OperandSpec.parse(f"e2m1[1x32 e8m0:{rule}]"), saturation=True)
+        assert q.scale is not None
+        assert q.saturated is not None
+        assert q.scale.item() == 1.0
+        assert torch.equal(q.saturated, masked)
+
+
 def test_a_prescale_survives_transposing_and_storing():
     x, key = heavy_tailed(40, 64, 4), torch.tensor([9, 1])
     q = quantize(x, prescaled(), key=key)
