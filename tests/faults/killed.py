@@ -62,7 +62,7 @@ class Operations:
         """Return a function that writes tensors to the file in its argument number `place`, counted."""
 
         def counted(*args: Any, **kwargs: Any) -> Any:
-            path = args[place] if len(args) > place else kwargs.get("filename", kwargs.get("f"))
+            path: Any = args[place] if len(args) > place else kwargs.get("filename", kwargs.get("f"))
             mine = self._is_mine(path)
             if mine:
                 self._count_or_die()
@@ -111,6 +111,7 @@ def plain_trainer(folder: Path) -> None:
     saves = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2, "max_steps": 16}
     trainer = small_trainer(folder, LowPrecisionCallback("mxfp4_aws"), data=prose(100), **saves)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) is not None)
+    assert trainer.model is not None
     weights = {name: value.contiguous() for name, value in trainer.model.state_dict().items()}
     (folder / "losses.json").write_text(json.dumps(losses(trainer)))
     safetensors.torch.save_file(weights, folder / "weights.tmp")

@@ -83,6 +83,8 @@ def train(config: RunConfig, data: dict[str, Any], config_path: str | Path) -> d
         processes, lambda: run_directory.prepare(config_path, setup.trainer, reads=reads)
     )
     try:
+        if checkpoint is not None:  # Another process may have gone on until the lock was held.
+            resume_checks.check_steps_left(checkpoint, steps)
         _start_directory(args, directory, checkpoint, data)
         low_precision = LowPrecisionCallback(
             config.precision,

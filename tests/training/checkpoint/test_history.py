@@ -98,7 +98,8 @@ def test_a_clock_that_is_set_back_deletes_no_new_checkpoint(by: str, tmp_path: P
     settings: dict[str, Any] = {**SAVES, "save_total_limit": 2}
     small_trainer(tmp_path, LowPrecisionCallback("bf16"), max_steps=4, **settings).train()
     for number, step in enumerate((4, 2)):
-        os.utime(tmp_path / f"checkpoint-{step}", (4e9 + 100 * number,) * 2)
+        future = 4e9 + 100 * number
+        os.utime(tmp_path / f"checkpoint-{step}", (future, future))
     callback = LowPrecisionCallback("bf16")
     trainer = small_trainer(tmp_path, callback, max_steps=8, **settings)
     train = trainer.train if by == "trainer" else lambda **resume: callback.train(trainer, **resume)
@@ -143,10 +144,13 @@ def test_a_trainer_that_resumes_after_its_last_step_takes_none(tmp_path: Path):
     again = make_trainer(4)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 4
+    assert first.model is not None
+    assert again.model is not None
+    state = again.model.state_dict()
     assert recipes_of(again.model) == recipes_of(first.model)
     assert not (tmp_path / "events.jsonl").exists()
     for name, value in first.model.state_dict().items():
-        assert torch.equal(value, again.model.state_dict()[name]), name
+        assert torch.equal(value, state[name]), name
     again.args.max_steps = 6  # the same Trainer goes on
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 6

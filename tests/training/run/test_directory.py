@@ -49,6 +49,9 @@ def test_locating_makes_nothing_and_numbers_are_taken_once(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
     first, second = (run_directory.prepare("a/tiny.yaml", {}, root=tmp_path)[0] for _ in range(2))
     assert (first, second) == (tmp_path / "tiny" / "001", tmp_path / "tiny" / "002")
+    assert (second / run_lock.LOCK).is_file()
+    run_directory.release(second)
+    assert _names(second) == set()
 
 
 def test_a_directory_of_other_files_is_not_a_run(tmp_path: Path):
