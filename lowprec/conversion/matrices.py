@@ -10,7 +10,7 @@ and parameters that their name shows to be added or looked up (`_NO_FACTORS`).
 import math
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -59,7 +59,7 @@ def matrices(module: nn.Module) -> Iterator[Matrix]:
     kind = type(module).__name__
     if isinstance(module, _DO_NOT_MULTIPLY):
         return
-    sizes = (getattr(module, "out_features", None), getattr(module, "in_features", None))
+    sizes: Any = (getattr(module, "out_features", None), getattr(module, "in_features", None))
     own = dict(module.named_parameters(recurse=False))
     if all(isinstance(size, int) for size in sizes):
         tensors = {**own, **dict(module.named_buffers(recurse=False))}

@@ -63,7 +63,8 @@ class LowPrecisionLinear(nn.Module):
     takes_gate = True
     """Flag: `forward` accepts `times_silu_of`."""
     weight: Tensor
-    bias: Tensor | None
+    bias: Any
+    """A Tensor, or None."""
     recipe: Recipe
     backend: str
     gemms: ChosenGemms[str]
@@ -111,7 +112,8 @@ class LowPrecisionLinear(nn.Module):
                 together.
         """
         weight: Any = linear.weight
-        device_type = device_type or weight.device.type
+        if device_type is None:
+            device_type = str(weight.device.type)
         gemms: ChosenGemms[str] = ChosenGemms()
         if device_type != "meta":
             shape = shape_of(linear)

@@ -52,8 +52,8 @@ class Registers(nn.Linear):
 
 
 class NamedAlike(nn.Linear):
-    def __init__(self, *sizes: int) -> None:
-        super().__init__(*sizes)
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
         self.backend = "mine"
 
 
