@@ -52,7 +52,11 @@ class FirstStepCheck:
             return
         calls.begin()
         inner = getattr(optimizer, "optimizer", optimizer)
-        self._hook = inner.register_step_pre_hook(lambda *_: calls.look_for_gradients())
+        # An optimizer that is none of torch's may have no hooks. Its step is judged afterwards,
+        # without the gradients, if it has freed them.
+        register = getattr(inner, "register_step_pre_hook", None)
+        if register is not None:
+            self._hook = register(lambda *_: calls.look_for_gradients())
 
     def before_step(self) -> None:
         """Forget what was called since the last step, such as an evaluation."""
@@ -69,7 +73,7 @@ class FirstStepCheck:
             return False
         if self.uncalled is not None:
             return self._drop_late_calls(calls)
-        if not calls.knows_gradients:
+        if self._hook is not None and not calls.knows_gradients:
             return False
         self._remove_hook()
         self.uncalled = dict(calls.end(all_ranks=True))

@@ -2,16 +2,21 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from lowprec import LowPrecisionCallback, UserError
 from lowprec.conversion import describe
+from lowprec.conversion.convert import convert
+from lowprec.observe.called import BYPASSED
 from lowprec.training.control import first_step
+from lowprec.training.control.events import Events
 from tests.builders import losses, small_trainer, tiny_llama
 from tests.training.test_accelerate import Loop, fresh_state  # noqa: F401
 
@@ -134,3 +139,16 @@ def test_a_layer_that_is_used_later_comes_back_into_the_plan(fresh_state: None, 
     assert all(layer.called for layer in loop.controller.plan.layers)
     assert [(event["step"], event["event"]) for event in loop.controller.events] == [(1, "uncalled"), (4, "called")]
     assert saved["uncalled"].keys() == set(DOWN)
+
+
+def test_an_optimizer_without_hooks_is_judged_after_its_step():
+    model = llama()
+    plan = convert(model, "mxfp4")
+    check = first_step.FirstStepCheck(Events())
+    check.begin(model, SimpleNamespace(step=lambda: None), plan)
+    check.before_step()
+    tokens = torch.arange(16)[None]
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    assert check.after_step()
+    assert check.uncalled == dict.fromkeys(UP, BYPASSED)
+    assert not check.after_step()
