@@ -220,11 +220,12 @@ class DelayedTELinear(TELinear):
         """Load a result of `get_extra_state`. It takes effect in the next forward.
 
         Raises:
-            ValueError: the state is no matrix of that shape.
+            UserError: the state is no matrix of that shape. It is data, never a pickle, as the
+                extra state of Transformer Engine's own layers is.
         """
         expected = self._fresh_state().shape
         if not isinstance(state, Tensor) or state.shape != expected:
-            raise ValueError(
+            raise UserError(
                 f"the extra state of a layer with delayed scaling is a matrix {list(expected)}"
             )
         self.__dict__["_loaded"] = state.detach().float().cpu().clone()

@@ -13,7 +13,6 @@ to log.
 
 import functools
 import logging
-import re
 import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -41,7 +40,14 @@ from lowprec.training.checkpoint.folders import (
     files_of_state,
     write_manifest_of_state,
 )
-from lowprec.training.checkpoint.no_code import check_no_code, load_data
+from lowprec.training.checkpoint.no_code import check_no_code
+from lowprec.training.checkpoint.of_accelerate import (
+    check_size_of_a_step,
+    folder_to_load,
+    is_of_a_run,
+    place_in_older,
+    size_of_a_step,
+)
 from lowprec.training.checkpoint.saved import read_json, save_json
 from lowprec.training.control.controller import PrecisionController
 from lowprec.training.control.references import References
@@ -230,6 +236,8 @@ class _Run:
         self.settings = settings
         self.step = 0
         """Number of finished optimizer steps."""
+        self._size: dict[str, int | None] = {}
+        """The size of an optimizer step; `keep_with` sets it."""
         self._counts = True
         """Flag: calls of the optimizer's step are steps of the run."""
         self._begin()
@@ -251,6 +259,7 @@ class _Run:
     def keep_with(self, accelerator: Accelerator) -> None:
         """Add this run to the accelerator's checkpoints."""
         _RUNS[accelerator] = self
+        self._size = size_of_a_step(accelerator, self.controller.tokens)
         accelerator.save_state = self._saving(accelerator, accelerator.save_state)
         accelerator.load_state = self._loading(accelerator, accelerator.load_state)
 
@@ -259,6 +268,7 @@ class _Run:
         return {
             "step": self.step,
             "scaler": None if scaler is None else scaler.state_dict(),
+            "size_of_a_step": self._size,
             **self.controller.state_dict(),
         }
 
@@ -323,7 +333,7 @@ class _Run:
 
         @functools.wraps(load_state)
         def load(input_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
-            folder = _checkpoint(accelerator, input_dir)
+            folder = folder_to_load(accelerator, input_dir)
             if folder is None:  # Accelerate says what is wrong.
                 return load_state(input_dir, *args, **kwargs)
             on_main_process(
@@ -333,13 +343,14 @@ class _Run:
             check_no_code(folder)
             state = read_json(self, folder)
             if state is not None:
-                if not _is_of_a_run(state):
+                if not is_of_a_run(state):
                     raise UserError(f"{folder / 'lowprec_run.json'}: is not the state of a run")
+                check_size_of_a_step(folder, state.get("size_of_a_step"), self._size)
                 self._uncounted(load_state, input_dir, *args, **kwargs)
                 self.load_state_dict(state)
                 return
             objects = accelerator._custom_objects
-            objects.insert(_place_in_older(folder), self)
+            objects.insert(place_in_older(folder), self)
             try:
                 self._uncounted(load_state, input_dir, *args, **kwargs)
             finally:
@@ -358,37 +369,3 @@ class _Run:
             return method(*args, **kwargs)
         finally:
             self._counts = True
-
-
-def _checkpoint(accelerator: Accelerator, input_dir: str | None) -> Path | None:
-    """Return the folder that `accelerator.load_state` reads; None if there is none."""
-    if input_dir is not None:
-        folder = Path(input_dir).expanduser()
-        return folder if folder.is_dir() else None
-    if not accelerator.project_configuration.automatic_checkpoint_naming:
-        return None
-    numbers = {}
-    for path in Path(str(accelerator.project_dir), "checkpoints").glob("*"):
-        if found := re.findall(r"[0-9]+", path.name):
-            numbers[path] = int(found[0])
-    return max(numbers, key=lambda path: numbers[path], default=None)
-
-
-def _is_of_a_run(state: dict[str, Any]) -> bool:
-    return {"step", "scaler", "skipped_steps", "recoveries", "raised"} <= state.keys()
-
-
-def _place_in_older(folder: Path) -> int:
-    """Return the number of this run among the registered objects of a checkpoint in which it is
-    one of them, as earlier versions wrote it.
-
-    Raises:
-        UserError: it is not among them.
-    """
-    for path in folder.glob("custom_checkpoint_*.pkl"):
-        state = load_data(path)
-        if isinstance(state, dict) and _is_of_a_run(state):
-            return int(path.stem.rpartition("_")[2])
-    raise UserError(
-        f"{folder}: holds no lowprec_run.json: it was not saved by an Accelerator with a precision"
-    )

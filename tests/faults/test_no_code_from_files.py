@@ -225,6 +225,7 @@ def test_a_checkpoint_of_an_earlier_version(tmp_path: Path):
     accelerator.save_state(str(tmp_path))
     state = {**json.loads((tmp_path / "lowprec_run.json").read_text()), "skipped_steps": 5}
     (tmp_path / "lowprec_run.json").unlink()
+    (tmp_path / MANIFEST).unlink()
     with pytest.raises(UserError, match=r"holds no lowprec_run\.json"):
         accelerator.load_state(str(tmp_path))
     torch.save({"mine": 1}, tmp_path / "custom_checkpoint_0.pkl")

@@ -422,3 +422,16 @@ def test_the_example_resumes_exactly(tmp_path: Path):
     assert resumed == {step: once[step] for step in resumed}
     assert float(once[30].split()[0]) < float(once[5].split()[0]) - 0.5
     assert [rest.split("'phase': ")[1][0] for rest in once.values()] == ["1", "2", "2", "2", "2", "2"]
+
+
+def test_another_size_of_a_step_is_refused_or_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """A run of two processes that goes on in one has steps of half the size."""
+    Loop("mxfp8", tokens=128).train(1).accelerator.save_state(str(tmp_path))
+    saved = json.loads((tmp_path / "lowprec_run.json").read_text())
+    assert saved["size_of_a_step"] == {"tokens": 128, "accumulation": 1, "processes": 1}
+    with pytest.raises(UserError, match="has 128 tokens, a step of this run 256; resume with 128 tokens"):
+        Loop("mxfp8", tokens=128, accumulate=2).load(tmp_path, 1)
+    Loop("mxfp8", tokens=64, accumulate=2).load(tmp_path, 1)
+    assert not caplog.records
+    Loop("mxfp8", accumulate=2).load(tmp_path, 1)
+    assert "was 1 forward passes over all processes, here it is 2" in caplog.text

@@ -113,7 +113,7 @@ def _read(path: Path, file: Any) -> Any:
     # Tensors are mapped into memory instead of read. Only zip archives can be.
     mapped = isinstance(file, Path) and zipfile.is_zipfile(file)
     try:
-        with torch.serialization.safe_globals(_random_states()):
+        with torch.serialization.safe_globals(list(_random_states())):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: {_what_it_names(error)}; it is not read") from None

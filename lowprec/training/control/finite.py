@@ -154,7 +154,8 @@ def _weights_that_are_not_finite(model: nn.Module) -> int:
     flags = []
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.is_floating_point():
-            local: Any = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            shard: Any = parameter
+            local = shard.to_local() if hasattr(shard, "to_local") else shard
             flags.append(~torch.isfinite(local).all())
     if not flags:
         return 0
