@@ -12,8 +12,9 @@ subclass's own is proven in two ways, without the layer's weights:
 
 import dis
 import inspect
+from abc import ABC, ABCMeta
 from functools import cache
-from typing import Any
+from typing import Any, Generic
 
 import torch
 from torch import Tensor, nn
@@ -52,8 +53,9 @@ def why_not_plain(linear: nn.Module) -> str | None:
 @cache
 def _why_not_subclass(kind: type, base: type) -> str | None:
     """Return why a class can't be combined with LowPrecisionLinear; None if it can."""
-    own = kind.__mro__[: kind.__mro__.index(base)]
-    if type(kind) is not type or any("__init_subclass__" in vars(cls) for cls in own):
+    standard = {*base.__mro__, ABC, Generic}
+    own = [cls for cls in kind.__mro__ if cls not in standard]
+    if type(kind) not in (type, ABCMeta) or any("__init_subclass__" in vars(cls) for cls in own):
         return f"{kind.__name__} does not allow a subclass without a side effect"
     if any(vars(cls).get("__slots__") for cls in own):
         return f"{kind.__name__} has __slots__, so its objects can't change their class"

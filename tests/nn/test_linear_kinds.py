@@ -2,7 +2,8 @@
 
 import copy
 import pickle
-from typing import Any
+from abc import ABC
+from typing import Any, Generic, TypeVar
 
 import pytest
 import torch
@@ -19,10 +20,25 @@ from lowprec.testing import gaussian
 from lowprec.training.checkpoint.peft import is_peft
 from tests.nn.native import on_cpu
 
+T = TypeVar("T")
+
 
 class Inherits(nn.Linear):
     def doubled(self) -> int:
         return 2 * self.out_features
+
+
+class Mixed(nn.Linear, Generic[T], ABC):
+    """A class whose metaclass is another one."""
+
+
+class HasHistories:
+    def histories(self) -> str:
+        return "mine"
+
+
+class Inherited(nn.Linear, HasHistories):
+    """A class that inherits a name of a converted layer's from a mix-in behind nn.Linear."""
 
 
 class CallsSuper(nn.Linear):
@@ -160,7 +176,7 @@ def test_layers_of_other_classes_compile_to_one_graph(kind: Any):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("kind", [Conv1D, Inherits, CallsSuper, Casts, Multiplies])
+@pytest.mark.parametrize("kind", [Conv1D, Inherits, Mixed, CallsSuper, Casts, Multiplies])
 def test_layers_of_other_classes_are_converted_and_reverted(kind: Any):
     torch.manual_seed(0)
     model = nn.Sequential(kind(64, 96), nn.GELU())
@@ -199,7 +215,9 @@ def test_methods_and_attributes_of_a_subclass_stay():
     assert (layer.doubled(), layer.mark) == (24, "kept")
 
 
-@pytest.mark.parametrize("kind", [Halves, Branches, Counts, InFp32, LeavesItsBiasOut, Detaches, Intercepts, Slotted, Registers, NamedAlike])
+@pytest.mark.parametrize(
+    "kind", [Halves, Branches, Counts, InFp32, LeavesItsBiasOut, Detaches, Intercepts, Slotted, Registers, NamedAlike, Inherited]
+)
 def test_subclasses_that_are_not_known_to_be_plain_are_not_changed(kind: Any):
     model = nn.Sequential(kind(8, 12))
     (layer,) = lowprec.convert(model, "mxfp8").layers
