@@ -68,7 +68,9 @@ def set_aside_later(directory: Path, step: int, limit: int | None) -> None:
         ", ".join(path.name for path in reversed(renamed)),
         directory,
     )
-    excess = 0 if not limit else max(0, len(before) + len(renamed) - limit)
+    excess = 0
+    if limit is not None and limit > 0:
+        excess = max(0, len(before) + len(renamed) - limit)
     for path in before[:excess]:
         logger.warning("%s is deleted: save_total_limit is %d", path, limit)
         delete_checkpoint(path)
@@ -85,7 +87,7 @@ def rotate(directory: Path, limit: int | None, best: str | None, *, last: Path) 
         best: Path of the best checkpoint, which is kept. It counts.
         last: The checkpoint that was written just now, which is kept.
     """
-    if not limit or limit <= 0:
+    if limit is None or limit <= 0:
         return
     kept = {last.resolve()}
     if best is not None:

@@ -37,7 +37,7 @@ def test_later_checkpoints_are_renamed_and_none_is_lost(tmp_path: Path, caplog: 
     set_aside_later(tmp_path, 4, None)
     assert names(tmp_path) == {"checkpoint-2", "checkpoint-4", "replaced-checkpoint-6", "replaced-checkpoint-10"}
     make(tmp_path, 6)
-    set_aside_later(tmp_path, 2, None)
+    set_aside_later(tmp_path, 2, 0)  # no limit, as for the Trainer
     again = {"replaced-checkpoint-4", "replaced-checkpoint-6", "replaced-checkpoint-6-2", "replaced-checkpoint-10"}
     assert names(tmp_path) == {"checkpoint-2", *again}
     set_aside_later(tmp_path, 2, None)
