@@ -2,10 +2,8 @@
 
 import errno
 import fcntl
-import multiprocessing
 import os
 import shutil
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +15,7 @@ import pytest
 from lowprec.errors import UserError
 from lowprec.training.data import DataConfig, load_data, tokens
 from lowprec.training.data.cache import MANIFEST, build_once, check_entry, delete_abandoned
+from tests.processes import ROOT, TIMEOUT, Program, start
 from tests.runs import make_corpus
 
 
@@ -124,23 +123,35 @@ def test_large_files_are_checked_at_some_places(tmp_path: Path, monkeypatch: pyt
             check_entry(tmp_path / "entry")
 
 
-def _build_and_wait(entry: Path, ready: Path) -> None:
-    def build(folder: Path) -> None:
-        (folder / "part").write_text("half")
-        ready.write_text("")
-        time.sleep(60)
+BUILDER = """
+import sys
+import time
+from pathlib import Path
 
-    build_once(entry, build)
+from lowprec.training.data.cache import build_once
 
 
-def _start(entry: Path, ready: Path) -> Any:
-    process = multiprocessing.get_context("fork").Process(target=_build_and_wait, args=(entry, ready))
-    process.start()
-    deadline = time.monotonic() + 30
+def build(folder):
+    (folder / "part").write_text("half")
+    Path(sys.argv[2]).write_text("")
+    time.sleep(600)
+
+
+build_once(Path(sys.argv[1]), build)
+"""
+
+
+def _start(entry: Path, ready: Path) -> Program:
+    """Start a builder of `entry`, which has written a part of it and never ends."""
+    script = ready.with_suffix(".py")
+    script.write_text(BUILDER)
+    program = start(str(script), str(entry), str(ready), PYTHONPATH=str(ROOT))
+    deadline = time.monotonic() + TIMEOUT
     while not ready.exists():
+        assert program.poll() is None, program.wait().stderr
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    return process
+    return program
 
 
 def test_what_a_killed_builder_leaves_is_deleted_and_a_living_one_keeps_its_folder(tmp_path: Path):
@@ -155,8 +166,7 @@ def test_what_a_killed_builder_leaves_is_deleted_and_a_living_one_keeps_its_fold
     living = _start(cache / "living", tmp_path / "ready2")
     try:
         assert len(list(cache.glob(".*.*.tmp"))) == 3
-        os.kill(killed.pid, signal.SIGKILL)
-        killed.join()
+        killed.kill()
         assert build_once(cache / "entry", _write_a)
         left, young = sorted(cache.glob(".*.*.tmp"))
         assert young.name.startswith(".young.")
@@ -165,7 +175,6 @@ def test_what_a_killed_builder_leaves_is_deleted_and_a_living_one_keeps_its_fold
         assert (cache / ".mine.tmp").is_dir()
     finally:
         living.kill()
-        living.join()
     delete_abandoned(cache)
     assert sorted(path.name for path in cache.iterdir()) == [".mine.tmp", young.name, "entry"]
 
