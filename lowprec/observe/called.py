@@ -39,6 +39,12 @@ FROZEN = (
 )
 """Reason of a weight that can't get a gradient."""
 
+_places: set[tuple[type, str]] = set()
+"""The places of layers that torch.compile has traced in this process. Code that it has compiled for
+one model serves the next one of the same class, too, which it does not trace then."""
+_alone: set[type] = set()
+"""The classes of layers that were compiled on their own and traced."""
+
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
@@ -150,15 +156,15 @@ class Calls:
         traced = [name for name, layer in layers.items() if layer in calls.traced]
         seen = {name for name, layer in layers.items() if layer in self._notes.seen}
         parents = {self._weights[name].parent for name in traced}
-        places = {self._weights[name].place for name in traced}
-        alone = {type(layers[name]) for name in traced if _is_compiled_alone(layers[name])}
+        _places.update(self._weights[name].place for name in traced)
+        _alone.update(type(layers[name]) for name in traced if _is_compiled_alone(layers[name]))
         shared = {
             name
             for name, found in self._weights.items()
             if self._may_have_run(name)
             and (
-                (found.place in places and found.parent not in parents)
-                or (type(layers[name]) in alone and _is_compiled_alone(layers[name]))
+                (found.place in _places and found.parent not in parents)
+                or (type(layers[name]) in _alone and _is_compiled_alone(layers[name]))
             )
         }
         return seen | shared | set(traced)
