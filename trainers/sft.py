@@ -181,7 +181,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         losses = f"train_loss {summary['train_loss']:.4f}"
         if summary["val_loss"] is not None:
             losses += f", val_loss {summary['val_loss']:.4f}"
-        print(f"{format_shares(summary['ran']['weights'])} of the linear weights")
+        print(f"linear weights: {format_shares(summary['ran']['weights'])}")
         print(f"{summary['steps']} steps, {losses}; written to {run_dir}")
         for warning in summary["warnings"]:
             print(warning)

@@ -45,8 +45,10 @@ def summary_table(summary: dict[str, Any]) -> str:
 def _title(summary: dict[str, Any]) -> str:
     """Return the recipes that a run has run in, each with its share of the linear weights."""
     shares = summary["ran"]["weights"]
-    low = {name: share for name, share in shares.items() if name != HIGH_PRECISION}
-    return f"{format_shares(low)} of the linear weights" if low else HIGH_PRECISION
+    low = [name for name in shares if name != HIGH_PRECISION]
+    low.sort(key=lambda name: -shares[name])
+    told = ", ".join(f"{name} in {shares[name]:.1%}" for name in low)
+    return f"{told} of the linear weights" if low else HIGH_PRECISION
 
 
 def doctor_table(report: dict[str, Any]) -> str:

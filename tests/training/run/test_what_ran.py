@@ -58,7 +58,7 @@ def test_each_step_counts_with_the_recipe_that_it_ran_in(tmp_path: Path, capfd: 
     converted = summary["plan"]["converted_weights"]
     weights = {"high precision": 1 - 0.75 * converted, "mxfp8": 0.5 * converted, "fp8_blockwise": 0.25 * converted}
     assert summary["ran"]["weights"] == pytest.approx(weights)
-    title = f"{0.5 * converted:.1%} mxfp8, {0.25 * converted:.1%} fp8_blockwise of the linear weights: 4 steps in "
+    title = f"mxfp8 in {0.5 * converted:.1%}, fp8_blockwise in {0.25 * converted:.1%} of the linear weights: 4 steps in "
     assert out.splitlines()[0].startswith(title)
     # A resumed run counts the steps before it.
     checkpoint = tmp_path / "run" / "checkpoint-2"
