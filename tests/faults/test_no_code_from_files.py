@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 from lowprec import LowPrecisionCallback, UserError
 from lowprec.config.yaml import load
 from lowprec.training.accelerate import controller, prepare
-from lowprec.training.checkpoint.manifest import MANIFEST
+from lowprec.training.checkpoint.manifest import MANIFEST, write_manifest
 from lowprec.training.checkpoint.no_code import check_no_code
 from lowprec.training.data import load_data
 from lowprec.training.data.config import DataConfig
@@ -118,6 +118,18 @@ def test_a_checkpoint_of_the_trainer(name: str, write: Callable[[Path, Path], No
         shutil.copy(checkpoint / name, tmp_path / "alone.pt")
         with pytest.raises(Exception):  # noqa: B017  (the Trainer's own loaders refuse it in their way)
             torch.load(tmp_path / "alone.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("write", [as_pickle, as_archive])
+def test_a_program_in_the_place_of_weights_that_the_manifest_names(
+    write: Callable[[Path, Path], None], trained: Path, marker: Path, tmp_path: Path
+):
+    checkpoint = copied(trained, tmp_path / "checkpoint-1")
+    write(checkpoint / "model.safetensors", marker)
+    write_manifest(checkpoint, 1)
+    with pytest.raises(UserError) as error:
+        resume(checkpoint)
+    one_line(error, "model.safetensors")
 
 
 def test_what_nothing_reads_does_not_stop_a_run(trained: Path, marker: Path, tmp_path: Path):

@@ -11,6 +11,7 @@ types of data and no function of a file's choice. A file that needs more is refu
     .metadata                   a pickle of the classes in `_IN_METADATA`
     *.distcp                    values that are no tensors are read as data
     *.index.json                names of files inside of the folder
+    *.safetensors               data by its form, which is checked
 """
 
 import functools
@@ -25,6 +26,7 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from lowprec.errors import UserError
+from lowprec.training.checkpoint.structure import check_safetensors
 
 _NEVER_READ = "training_args.bin"
 """File that the Trainer writes and that nothing reads again. It holds classes of transformers."""
@@ -72,6 +74,10 @@ def check_no_code(folder: Path) -> None:
             _check_sharded(path)
         elif path.name.endswith(".index.json"):
             check_index(path)
+        elif path.suffix == ".safetensors":
+            # Another program may have written it, and the manifest beside it.
+            if (problem := check_safetensors(path)) is not None:
+                raise UserError(f"{path}: {problem}")
         elif path.suffix in _PICKLES and path.name != _NEVER_READ:
             load_data(path)
     best = _best_checkpoint(folder)

@@ -158,7 +158,10 @@ def check_same_tokenizer(checkpoint: Path, tokenizer: Any, data: dict[str, Any])
     file = checkpoint / "tokenizer.json"
     if file.is_file():
         here = json.loads(tokenizer.backend_tokenizer.to_str())
-        there = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            there = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{file}: holds no tokenizer: {error}") from None
         parts = ("model", "added_tokens", "normalizer", "pre_tokenizer")
         same = all(here.get(part) == there.get(part) for part in parts)
     else:
