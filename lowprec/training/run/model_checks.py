@@ -7,6 +7,7 @@ shapes meet in the forward pass.
 
 import math
 import re
+import tempfile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,7 +56,25 @@ def build_skeleton(
             tried = _build(model, config)
         attach(tried, mask)
         check_forward(tried, seq_len, mask)
+    _check_saving(tried)
     return skeleton
+
+
+def _check_saving(model: "PreTrainedModel") -> None:
+    """Raise UserError if the configurations of a model can't be saved with a checkpoint.
+
+    transformers checks them once more before it writes them.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            model.config.save_pretrained(folder)
+            if model.can_generate() and model.generation_config is not None:
+                model.generation_config.save_pretrained(folder)
+        except OSError:
+            raise
+        except Exception as error:
+            cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+            raise _wrong_model(model.config, "its configuration can't be saved", cause) from error
 
 
 def _build(model: ModelConfig, config: "PretrainedConfig") -> "PreTrainedModel":

@@ -100,6 +100,7 @@ SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "n
         ({"pad_token_id": 10**6}, "model: the model can't be built (LlamaConfig): Padding_idx"),
         ({"return_dict": False}, "model: its forward pass fails (LlamaConfig): AttributeError"),
         ({"dtype": "float3"}, "model.overrides.dtype: can't be changed here: weights are fp32"),
+        ({"output_attentions": True}, "model: its configuration can't be saved (LlamaConfig): "),
         ({"to_dict": 1}, "model.overrides.to_dict: LlamaConfig has no such field"),
         ({"_attn_implementation": "eager"}, "model.overrides._attn_implementation: LlamaConfig has no such field"),
     ],
