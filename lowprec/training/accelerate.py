@@ -12,6 +12,7 @@ to log.
 """
 
 import functools
+import inspect
 import logging
 import weakref
 from collections.abc import Callable, Iterable
@@ -35,11 +36,8 @@ from lowprec.distributed.fsdp2 import (
 )
 from lowprec.distributed.processes import on_main_process
 from lowprec.errors import UserError
-from lowprec.training.checkpoint.folders import (
-    check_model,
-    files_of_state,
-    write_manifest_of_state,
-)
+from lowprec.training.checkpoint.accelerate_state import save_whole
+from lowprec.training.checkpoint.folders import check_model
 from lowprec.training.checkpoint.no_code import check_no_code
 from lowprec.training.checkpoint.of_accelerate import (
     check_size_of_a_step,
@@ -305,23 +303,18 @@ class _Run:
     def _saving(
         self, accelerator: Accelerator, save_state: Callable[..., Any]
     ) -> Callable[..., Any]:
-        """Return `accelerator.save_state`, after which this run is in the checkpoint."""
+        """Return `accelerator.save_state`, which writes a checkpoint whole, with this run."""
 
         @functools.wraps(save_state)
         def save(*args: Any, **kwargs: Any) -> Any:
             self._prepare_to_save()
-            before = files_of_state(save_state, *args, **kwargs)
-            folder = self._uncounted(save_state, *args, **kwargs)
-            accelerator.wait_for_everyone()
-            if accelerator.project_configuration.save_on_each_node:
-                writes = accelerator.is_local_main_process
-            else:
-                writes = accelerator.is_main_process
-            if writes:
-                save_json(self, Path(folder))
-                write_manifest_of_state(Path(folder), self.step, before)
-            accelerator.wait_for_everyone()
-            return folder
+            return save_whole(
+                accelerator,
+                functools.partial(self._uncounted, save_state),
+                inspect.signature(save_state).bind(*args, **kwargs),
+                add=lambda folder: save_json(self, folder),
+                step=self.step,
+            )
 
         return save
 

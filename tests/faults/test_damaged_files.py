@@ -312,6 +312,32 @@ def test_checkpoints_of_accelerate(tmp_path: Path):
     GradientState._reset_state()
 
 
+def test_a_kill_leaves_the_checkpoint_of_accelerate_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A loop saves to one folder again and again. The folder is exchanged when the new checkpoint is complete."""
+    accelerator = _accelerated()
+    folder = tmp_path / "state"
+    assert accelerator.save_state(str(folder)) == str(folder)
+    first = (folder / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        accelerator._models[0].lm_head.weight.add_(1)
+    with monkeypatch.context() as patch:
+        patch.setattr("accelerate.checkpointing.save", lambda *args, **settings: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            accelerator.save_state(str(folder))
+    check_model(folder, "load_state")
+    assert (folder / "model.safetensors").read_bytes() == first
+    accelerator.save_state(output_dir=folder)
+    check_model(folder, "load_state")
+    assert (folder / "model.safetensors").read_bytes() != first
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+class Killed(BaseException):
+    """An exception that stands for a kill."""
+
+
 # The command, on each case
 
 

@@ -78,7 +78,7 @@ def whole_folder(
     _wait_for_all(args)
     if args.should_save and unfinished.is_dir():
         write_manifest(unfinished, step)
-        _replace(unfinished, target)
+        replace(unfinished, target)
     _wait_for_all(args)
 
 
@@ -87,7 +87,7 @@ def _wait_for_all(args: "TrainingArguments") -> None:
         args.distributed_state.wait_for_everyone()  # pyright: ignore[reportOptionalMemberAccess]
 
 
-def _replace(folder: Path, target: Path) -> None:
+def replace(folder: Path, target: Path) -> None:
     """Move `folder` to `target`, and delete what was there. At each moment `target` is the old
     folder or the new one, if the file system can exchange two names."""
     if os.path.lexists(target) and not _exchange(folder, target):
@@ -155,10 +155,10 @@ class CheckpointWriter:
         if args.push_to_hub or not _saves_as_known(trainer):
             return
         save = trainer._save_checkpoint
-        find_run = trainer._get_output_dir
 
         @functools.wraps(save)
         def save_whole(model: Any, trial: Any) -> None:
+            find_run = trainer._get_output_dir
             run = Path(find_run(trial))
             step = trainer.state.global_step
             target = run / f"checkpoint-{step}"

@@ -158,10 +158,10 @@ def build_model(
     from transformers import AutoModelForCausalLM
 
     if model.path is not None:
-        check_model(Path(model.path), "model.path")
-    if model.path is not None and _has_weights(Path(model.path)):
         for index in Path(model.path).glob("*.safetensors.index.json"):
             check_index(index)
+        check_model(Path(model.path), "model.path")
+    if model.path is not None and _has_weights(Path(model.path)):
         try:
             found: Any = AutoModelForCausalLM.from_pretrained(
                 model.path,
