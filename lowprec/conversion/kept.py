@@ -176,6 +176,10 @@ def _gates(model: nn.Module, weights: Mapping[str, Any]) -> set[str]:
     share: those beside experts that are called so or have an output for each expert."""
     found = set()
     bodies = _bodies(model)
+    owned: dict[nn.Module, list[str]] = {}
+    for name, weight in weights.items():
+        if weight.experts == 1:
+            owned.setdefault(weight.module, []).append(name)
     for name, module in model.named_modules():
         children = {f"{name}.{key}".lstrip("."): child for key, child in module.named_children()}
         inputs = {key: _stacks(part) for key, part in {"": module, **children}.items()}
@@ -190,7 +194,10 @@ def _gates(model: nn.Module, weights: Mapping[str, Any]) -> set[str]:
         named = _GATES if has_experts else {"router"}
         for key in children.keys() - stacked.keys() - listed.keys():
             is_named = key.rpartition(".")[2] in named
-            for inner in _beneath(key, weights) if is_named or stacked or listed else ():
+            if not (is_named or stacked or listed):
+                continue
+            beneath = (inner for part in children[key].modules() for inner in owned.get(part, ()))
+            for inner in beneath:
                 N, K = weights[inner].shape
                 is_share = has_experts and N == 1
                 is_choice = N in listed.values() or (N, K) in choices
@@ -212,12 +219,6 @@ def _lists_experts(name: str, module: nn.Module) -> bool:
         return False
     kinds = [_kind(child) for child in module.children()]
     return name.rpartition(".")[2] == "experts" or (len(kinds) > 1 and len(set(kinds)) == 1)
-
-
-def _beneath(module_name: str, weights: Mapping[str, Any]) -> list[str]:
-    """Return the names of the matrices of a module."""
-    inside = (name for name in weights if _is_inside(name, module_name))
-    return [name for name in inside if weights[name].experts == 1]
 
 
 # What the model keeps in fp32

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from lowprec.nn.known import is_a
+from lowprec.nn.known import known_class
 
 _PEFT = {
     "peft:PeftModel": ("base_model",),
@@ -26,11 +26,15 @@ def name_without_peft(model: nn.Module, name: str, stack: str = "") -> tuple[str
     Args:
         stack: the last part of the name, if that is the name of a parameter.
     """
+    found = ((known_class(path), parts) for path, parts in _PEFT.items())
+    wrappers = [(kind, parts) for kind, parts in found if kind is not None]
+    if not wrappers:  # PEFT is not imported
+        return name, False
     plain: list[str] = []
     added = False
     module = model
     for part in name.removesuffix(stack).strip(".").split("."):
-        kept = next((parts for path, parts in _PEFT.items() if is_a(module, path)), None)
+        kept = next((parts for kind, parts in wrappers if isinstance(module, kind)), None)
         copies = isinstance(module, nn.ModuleDict) and plain[-1:] == ["modules_to_save"]
         added |= kept is not None and part not in kept
         if copies:  # the part is the adapter's name
