@@ -75,7 +75,7 @@ rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step 
 precision = {
     "schedule": [
         {"until": "25%", "recipe": "bf16"},
-        {"until": "7 steps", "recipe": "fp8_delayed"},
+        {"until": f"{7 * 4 * 128} tokens", "recipe": "fp8_delayed"},  # 7 steps, over all ranks
         {"recipe": "mxfp4_aws"},
     ],
     "skip_slow": False,
@@ -111,6 +111,7 @@ for step, batch in enumerate(loader, first + 1):
         accelerator.save_state(str(folder / "checkpoint"))
     if step == steps:
         break
+assert controller(accelerator).tokens_seen.total == steps * 4 * 128
 assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16 if mixed_precision == "no" else torch.float32}
 weights = [parameter.full_tensor().double().sum().item() for parameter in model.parameters()]
 if rank == 0:
