@@ -1,8 +1,13 @@
 """Tests that need two CUDA devices: ranks that talk through NCCL, under FSDP2 and DDP, are killed, resume, and equal one device alone."""
 
 import json
+import os
+import pickle
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lowprec.recipe.state import is_state
-from lowprec.training.checkpoint.files import checkpoints
-from lowprec.training.checkpoint.manifest import damage, has_manifest
+from lowprec.training.checkpoint.files import checkpoints, step_of
+from lowprec.training.checkpoint.manifest import damage, has_manifest, write_manifest
 from tests.gpu.killed_runs import FSDP2, Case, check_ends_again, check_equal, processes, records, start, start_all
 
 pytestmark = [
@@ -72,6 +77,28 @@ def test_a_killed_run_resumes_bit_for_bit(runs: dict[str, Future], name: str):
 @pytest.mark.parametrize("name", ["sharded"])
 def test_an_end_that_a_kill_cut_short_is_done_again(runs: dict[str, Future], name: str):
     check_ends_again(CASES[name], runs[name].result()[1])
+
+
+class Program:
+    """An object whose pickle makes the folder `marker` when it is read."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = str(marker)
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.marker,)
+
+
+@pytest.mark.parametrize("name", ["sharded"])
+def test_code_in_a_sharded_checkpoint_is_not_executed(runs: dict[str, Future], name: str, tmp_path: Path):
+    folder = shutil.copytree(runs[name].result()[0], tmp_path / "resumed")
+    for checkpoint in checkpoints(folder):
+        (checkpoint / "pytorch_model_fsdp_0" / ".metadata").write_bytes(pickle.dumps(Program(tmp_path / "executed")))
+        write_manifest(checkpoint, step_of(checkpoint))
+    result = start(CASES[name], folder, "resume")
+    assert result.returncode != 0
+    assert ".metadata: holds posix.mkdir, which is code, not data" in result.stderr
+    assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("name", ["loop-fp16", "loop-bf16"])

@@ -53,11 +53,14 @@ def rule_environment(args: TrainingArguments, device_type: str, *, compiled: boo
 
 
 def _overrule(variable: str, wanted: str, setting: str) -> None:
-    """Give a variable that is set the value that a run wants."""
+    """Give a variable that is set the value that a run wants. "no" is what `accelerate launch` sets
+    if nobody asks for anything, so it contradicts nothing."""
     value = os.environ.get(variable)
-    if value is None or value.lower() == wanted:
+    if value is None:
         return
     os.environ[variable] = wanted
+    if value.lower() in ("no", wanted):
+        return
     show_log()
     logger.warning(
         "%s=%s is overruled by the configuration: %s (%s)", variable, value, wanted, setting

@@ -1,6 +1,7 @@
 """The environment does not change what a run computes: the configuration rules, and a line says so."""
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,18 @@ def test_mixed_precision_is_overruled(value: str, monkeypatch: pytest.MonkeyPatc
     first, second = (record.getMessage() for record in caplog.records)
     assert first.startswith(f"ACCELERATE_MIXED_PRECISION={value} is overruled by the configuration: no")
     assert second.startswith("ACCELERATE_DYNAMO_BACKEND=INDUCTOR is overruled")
+
+
+def test_no_is_what_the_launcher_sets_and_contradicts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    args = small_trainer(tmp_path).args
+    args.bf16 = True
+    with caplog.at_level(logging.WARNING, "lowprec"):
+        rule_environment(args, "cpu")
+    assert not caplog.records
+    assert args.mixed_precision == os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
 
 
 def test_variables_that_say_the_same_say_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
