@@ -21,7 +21,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DynamoBackend
 from torch import nn
 
@@ -330,7 +330,7 @@ class _Run:
             if folder is None:  # Accelerate says what is wrong.
                 return load_state(input_dir, *args, **kwargs)
             on_main_process(
-                accelerator.state if accelerator.num_processes > 1 else None,
+                PartialState() if accelerator.num_processes > 1 else None,
                 lambda: check_model(folder, "load_state"),
             )
             check_no_code(folder)

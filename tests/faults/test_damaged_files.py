@@ -326,7 +326,7 @@ def test_a_kill_leaves_the_checkpoint_of_accelerate_before(tmp_path: Path, monke
             accelerator.save_state(str(folder))
     check_model(folder, "load_state")
     assert (folder / "model.safetensors").read_bytes() == first
-    accelerator.save_state(output_dir=folder)
+    accelerator.save_state(output_dir=str(folder))
     check_model(folder, "load_state")
     assert (folder / "model.safetensors").read_bytes() != first
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
