@@ -193,11 +193,13 @@ class Prefix(Mask):
         return self.per_document
 
     def bind(self, document_ids: Tensor) -> Mask:
-        return self.within(document(document_ids)) if self.per_document else self
+        if not self.per_document:
+            return self
+        _ = document(document_ids)  # checks the ids
+        return self.within(document_ids)
 
-    def within(self, documents: "Document") -> "Prefix":
-        """Return this prefix, counted from the start of each of these documents."""
-        ids = documents.ids
+    def within(self, ids: Tensor | None) -> "Prefix":
+        """Return this prefix, counted from the start of each document; None binds no ids yet."""
         if self.per_document and self.ids is ids:
             return self
         positions = None if ids is None else _positions(ids)
@@ -268,7 +270,7 @@ class And(Mask):
         documents = [term for term in conjuncts(self) if isinstance(term, Document)]
         if documents:
             for name in ("left", "right"):
-                part = _prefixes_within(getattr(self, name), documents[0])
+                part = _prefixes_within(getattr(self, name), documents[0].ids)
                 object.__setattr__(self, name, part)
 
     def mod(self, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
@@ -311,12 +313,12 @@ def conjuncts(mask: Mask) -> list[Mask]:
     return [*conjuncts(mask.left), *conjuncts(mask.right)] if isinstance(mask, And) else [mask]
 
 
-def _prefixes_within(mask: Mask, documents: Document) -> Mask:
+def _prefixes_within(mask: Mask, ids: Tensor | None) -> Mask:
     """Return the mask with each of its prefixes counted from the start of each document."""
     if isinstance(mask, Prefix):
-        return mask.within(documents)
+        return mask.within(ids)
     parts = {
-        item.name: _prefixes_within(part, documents)
+        item.name: _prefixes_within(part, ids)
         for item in fields(mask)
         if isinstance(part := getattr(mask, item.name), Mask)
     }

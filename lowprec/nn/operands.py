@@ -182,11 +182,11 @@ def from_fprop(operand: Operand, gemm: str, gemms: LinearGemms, state: PassState
     """
     source = gemms.recipe.gemm(gemm).b
     assert isinstance(source, FromFprop)
+    assert not isinstance(operand, StoredOperand)  # only `x` for wgrad alone is stored so
     if source.requantize is None:
         if isinstance(operand, QTensor) and gemms.backend_of(gemm).decoded:
             # Also in compiled code, where a transposed QTensor would need a new spec.
             return operand.dequantize().t()
-        assert not isinstance(operand, StoredOperand)
         return operand.t()
     values = operand.dequantize() if isinstance(operand, QTensor) else operand
     return make(values.t(), (gemm, "b"), gemms, state)

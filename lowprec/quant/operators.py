@@ -195,12 +195,12 @@ def _dequantize_op(
     transposed: bool,
 ) -> Tensor:
     """Return a QTensor's values; its parts are given in the memory order of `data`."""
-    turn = [None if part is None else part.t() for part in (data, scale, zero_point)]
-    parts = turn if transposed else (data, scale, zero_point)
+    turned = [None if part is None else part.t() for part in (scale, zero_point)]
+    scale, zero_point = turned if transposed else (scale, zero_point)
     q = QTensor(
-        data=parts[0],
-        scale_data=parts[1],
-        zero_point=parts[2],
+        data=data.t() if transposed else data,
+        scale_data=scale,
+        zero_point=zero_point,
         tensor_scale=tensor_scale,
         spec=_parse(spec),
         shape=torch.Size((rows, cols)),

@@ -224,3 +224,9 @@ def test_describe():
     assert kernel == "flex"
     assert "'causal & document' on CUDA" in reason
     assert describe("causal & document", "cpu")[0] == "dense"
+
+
+def test_a_mask_negated_twice_shows_what_it_shows():
+    assert describe("~~causal & document", "cpu")[0] == "dense"
+    with pytest.raises(UserError, match="cannot see the future"):
+        describe("~causal", "cpu")

@@ -146,3 +146,10 @@ def test_a_prescale_shrinks_the_codes_under_every_rule():
         assert prescaled.scale is not None
         assert torch.equal(plain.scale, prescaled.scale)
         assert torch.equal(prescaled.values, round_to_format(x / plain.scale * 0.75, E2M1))
+
+
+@pytest.mark.parametrize("block", ["1x128", "128x128"])
+def test_kernels_of_fp8_take_no_prescale(block):
+    """They know codes and scales, and would leave out the factor."""
+    assert OperandSpec.parse(f"e4m3[{block} e8m0]").kind == block
+    assert OperandSpec.parse(f"e4m3[{block} e8m0 prescale:0.75]").kind == ""
