@@ -13,6 +13,14 @@ from lowprec.training.file_names import METRICS
 from lowprec.training.run.machine import peak_flops
 
 
+def rows_per_step(args: TrainingArguments, state: TrainerState) -> int:
+    """Return the number of sequences in a whole optimizer step, over all ranks."""
+    batch = args.train_batch_size
+    if args.auto_find_batch_size and state.train_batch_size:
+        batch = state.train_batch_size  # the Trainer may have halved it
+    return batch * args.gradient_accumulation_steps * args.world_size
+
+
 class ThroughputCallback(TrainerCallback):
     """A callback that adds the throughput to the Trainer's logs.
 
@@ -45,7 +53,7 @@ class ThroughputCallback(TrainerCallback):
         if not logs or "loss" not in logs or state.global_step <= self._step:
             return
         now = time.perf_counter()
-        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        rows = rows_per_step(args, state)
         logs["tokens_per_second"] = (
             (state.global_step - self._step) * rows * self.seq_len / (now - self._time)
         )

@@ -13,6 +13,7 @@ from lowprec.training.control.controller import PrecisionController
 from lowprec.training.data import LoadedData
 from lowprec.training.file_names import MODEL, SUMMARY, UNFINISHED_SUMMARY
 from lowprec.training.run.machine import device_name, peak_memory_bytes
+from lowprec.training.run.progress import rows_per_step
 from lowprec.training.run.setup import RunSetup
 from lowprec.training.run.validation import validate
 
@@ -35,8 +36,7 @@ def summarise(
     """
     args = trainer.args
     steps = trainer.state.global_step - first_step
-    rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    tokens = steps * rows_per_step * setup.config.data.seq_len
+    tokens = steps * rows_per_step(args, trainer.state) * setup.config.data.seq_len
     controller = low_precision.controller
     return {
         **what_ran(controller),
