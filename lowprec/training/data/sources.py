@@ -134,7 +134,7 @@ def _local(name: str, paths: list[Path], none_found: str) -> Source:
     """Return a source of local files. Raise UserError with `none_found` if `paths` is empty."""
     if not paths:
         raise UserError(f"data.source: {none_found}")
-    files = tuple(_with_stat(path.resolve() for path in paths))
+    files = tuple(_with_stat(Path(os.path.realpath(path)) for path in paths))
     if not files:
         raise UserError(f"data.source: {name} is no regular file, or can't be read")
     return Source(name=name, kind="files", files=files)
@@ -157,8 +157,8 @@ def _package_files() -> Iterator[SourceFile]:
     folders += [
         entry for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")
     ]
-    # Two names of one folder, such as lib and lib64, are equal after resolve().
-    for folder in dict.fromkeys(Path(folder).resolve() for folder in folders):
+    # Two names of one folder, such as lib and lib64, are equal after realpath.
+    for folder in dict.fromkeys(Path(os.path.realpath(folder)) for folder in folders):
         yield from _with_stat(_in_folder(folder, lambda found: found.suffix == ".py"))
 
 

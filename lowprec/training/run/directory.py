@@ -99,9 +99,10 @@ def locate(
     resume = trainer.get("resume_from_checkpoint") or False
     output = Path(trainer["output_dir"]) if trainer.get("output_dir") else None
     if output is not None:
-        _check_links(output)
+        _check_links(output, "output_dir")
     if isinstance(resume, str):
         checkpoint = Path(resume)
+        _check_links(checkpoint, "resume_from_checkpoint")
         if not is_whole(checkpoint):
             raise _not_a_checkpoint(checkpoint)
         directory = output or run_of(checkpoint)
@@ -199,13 +200,13 @@ def _lies_in(path: Path, entry: Path) -> bool:
     return passes_entry or (not entry.is_symlink() and path.resolve().is_relative_to(name))
 
 
-def _check_links(directory: Path) -> None:
+def _check_links(directory: Path, setting: str) -> None:
     """Raise UserError if a path has no end, because a link in it leads to itself."""
     try:
         directory.resolve()
     except (OSError, RuntimeError):  # Python raised RuntimeError until version 3.12.
         raise UserError(
-            f"trainer.output_dir: {directory} can't be made: a link leads to itself"
+            f"trainer.{setting}: {directory} can't be used: a link leads to itself"
         ) from None
 
 

@@ -226,7 +226,8 @@ def test_caches_that_cannot_be_written(settings: DataConfig, tmp_path: Path, mon
 def test_sources_that_are_no_files(settings: DataConfig, corpus: Path, tmp_path: Path):
     os.mkfifo(corpus / "pipe.txt")
     (corpus / "zero.txt").symlink_to("/dev/zero")
-    assert load_data(settings).stats["train"]["documents"] > 0  # both are skipped
+    (corpus / "loop.txt").symlink_to(corpus / "loop.txt")
+    assert load_data(settings).stats["train"]["documents"] > 0  # all three are skipped
     for name in ("pipe.txt", "zero.txt"):
         with pytest.raises(UserError, match=r"pipe.txt|zero.txt is no regular file"):
             load_data(settings.model_copy(update={"source": str(corpus / name)}))

@@ -202,8 +202,9 @@ def test_an_override_changes_one_place_of_an_aliased_section(tmp_path: Path):
 def test_a_directory_behind_a_link_to_itself(tmp_path: Path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for path in (tmp_path / "loop", tmp_path / "loop" / "run"):
-        with pytest.raises(UserError, match=r"^trainer\.output_dir: \S+ can't be made: "):
-            directory.prepare("x.yaml", {"output_dir": str(path)})
+        for setting in ("output_dir", "resume_from_checkpoint"):
+            with pytest.raises(UserError, match=rf"^trainer\.{setting}: \S+ can't be used: a link leads to itself"):
+                directory.prepare("x.yaml", {setting: str(path)})
     assert [path.name for path in tmp_path.iterdir()] == ["loop"]
 
 
