@@ -24,6 +24,7 @@ from lowprec.training.checkpoint import manifest
 from lowprec.training.checkpoint.files import damage, is_whole
 from lowprec.training.checkpoint.folders import check_model, check_tokenizer
 from lowprec.training.checkpoint.manifest import MANIFEST
+from lowprec.training.checkpoint.structure import check_safetensors
 from lowprec.training.checkpoint.torn import set_aside_torn
 from lowprec.training.data.tokenizer import _wrap, byte_tokenizer
 from lowprec.training.run.directory import go_on_from, locate
@@ -244,6 +245,8 @@ def test_models_and_tokenizers(with_manifest: bool, tmp_path: Path):
             with pytest.raises(UserError) as refusal:
                 check(copy, "model.path")
             assert is_one_line_about(name, refusal.value), f"{kind}: {refusal.value}"
+            if name == "model.safetensors" and kind in FORM:
+                assert check_safetensors(copy / name) is not None
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "plan.json", "metrics.jsonl", "events.jsonl", "summary.json"])

@@ -122,6 +122,8 @@ def _check_json(path: Path) -> str | None:
 def check_safetensors(path: Path) -> str | None:
     """Return what is wrong with the header of a safetensors file, or with the size that the header
     gives the file; None if nothing is."""
+    if (problem := not_a_file(path)) is not None:
+        return problem
     size = path.stat().st_size
     if not size:
         return "is empty"
