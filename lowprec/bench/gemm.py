@@ -22,7 +22,7 @@ from lowprec.bench.timing import measure
 from lowprec.errors import UserError, nearest
 from lowprec.formats.element import E4M3
 from lowprec.gemm import BACKENDS, GemmBackend, Operand, Support
-from lowprec.quant import OperandSpec, QTensor, quantize
+from lowprec.quant import OperandSpec, QTensor, StoredOperand, quantize
 from lowprec.recipe import GEMMS, FromFprop, Recipe
 
 RIVALS = ("bf16", "torchao")
@@ -140,7 +140,7 @@ def _rows(
 
         def ours(name: str = name) -> tuple[Product, Tensor]:
             a, b = _operands(recipe, gemm, *plain)
-            exact = _exact(*(t.dequantize() if isinstance(t, QTensor) else t for t in (a, b)))
+            exact = _exact(_decoded(a), _decoded(b))
             return _backend_product(BACKENDS[name], recipe, gemm, a, b), exact
 
         kind = product_kind(recipe, gemm)
@@ -298,6 +298,12 @@ def _block_of(spec: OperandSpec | None) -> tuple[int, int] | None:
 def _exact(a_MK: Tensor, b_NK: Tensor) -> Tensor:
     # fp64: [M, K] . [N, K]^T -> [M, N]
     return a_MK.double() @ b_NK.double().t()
+
+
+def _decoded(operand: Operand) -> Tensor:
+    """Return the values of an operand that a benchmark has made."""
+    assert not isinstance(operand, StoredOperand)  # layers alone make those
+    return operand.dequantize() if isinstance(operand, QTensor) else operand
 
 
 def _relative_error(value: Tensor, exact: Tensor) -> float:

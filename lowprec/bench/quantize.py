@@ -18,7 +18,7 @@ from lowprec.bench.ceilings import Ceilings, Floor
 from lowprec.bench.inputs import describe, open_device
 from lowprec.bench.timing import measure
 from lowprec.errors import UserError, nearest
-from lowprec.quant import OperandSpec, fake_quantize
+from lowprec.quant import OperandSpec, QTensor, fake_quantize
 from lowprec.quant.triton_quantize import directions, quantize_both, takes
 
 OPERANDS = {
@@ -130,7 +130,8 @@ def _codes(x: Tensor, ceilings: Ceilings, no_rivals: dict[str, None]) -> list[di
         time = measure(
             lambda wanted=wanted, gate=gate: quantize_both(x, wanted, times_silu_of=gate), x.device
         )
-        moved = inputs * x.nbytes + sum(q.nbytes for q in quantize_both(x, wanted) if q is not None)
+        made = [q for q in quantize_both(x, wanted) if isinstance(q, QTensor)]
+        moved = inputs * x.nbytes + sum(q.nbytes for q in made)
         floor = Floor(quantisers=ceilings.copy(x.nbytes).floor(moved), ceilings=("copy",))
         operand = " ".join(dict.fromkeys(text for text in (a, b) if text))
         rows.append(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lowprec.gemm.base import FP32_SUMS, Accumulation, GemmBackend, Operand, Support
-from lowprec.quant import OperandSpec, QTensor
+from lowprec.quant import OperandSpec, QTensor, StoredOperand
 
 
 class TorchBackend(GemmBackend):
@@ -44,7 +44,8 @@ class TorchBackend(GemmBackend):
     def mm(
         self, a_MK: Operand, b_NK: Operand, out_dtype: torch.dtype, sums: Accumulation = FP32_SUMS
     ) -> Tensor:
-        a, b = (t.data if isinstance(t, QTensor) else t for t in (a_MK, b_NK))
+        a = _values(a_MK)
+        b = _values(b_NK)
         if a.dtype != b.dtype:
             # Both operands are in high precision, in a model of mixed dtypes: the wider dtype holds
             # the values of both.
@@ -55,3 +56,9 @@ class TorchBackend(GemmBackend):
             # Weight gradients keep the accumulator's precision.
             return torch.mm(a, b.t(), out_dtype=torch.float32)
         return torch.mm(a, b.t()).to(out_dtype)
+
+
+def _values(operand: Operand) -> Tensor:
+    """Return the tensor of an operand whose codes are its values, or that has none."""
+    assert not isinstance(operand, StoredOperand)  # only the reference gets those
+    return operand.data if isinstance(operand, QTensor) else operand

@@ -14,12 +14,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainingArguments
 from transformers.training_args import ParallelMode
 
-import lowprec.training.callback
 from lowprec import LowPrecisionCallback, UserError
 from lowprec.config.schema import parse
 from lowprec.distributed.fsdp2 import SUMS_IN_FP32, check_can_shard, offloads, sum_in_fp32
 from lowprec.recipe import library
+from lowprec.training import callback
 from lowprec.training.accelerate import prepare
+from lowprec.training.control import trained_model, trainer_facts
 from lowprec.training.optim.adamw import OptimizerConfig, build
 from lowprec.training.run.training_args import autocast_settings
 from tests.builders import small_trainer, tiny_llama
@@ -82,7 +83,8 @@ def test_nothing_is_done_without_fsdp2_and_mixed_precision(plugin: FullyShardedD
 def test_the_callback_does_it_before_the_trainer_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     plugin = _plugin()
     state = SimpleNamespace(fsdp_plugin=plugin, distributed_type=DistributedType.FSDP, is_fsdp2=True)
-    monkeypatch.setattr(lowprec.training.callback, "AcceleratorState", lambda: state)
+    for module in (trained_model, trainer_facts):
+        monkeypatch.setattr(module, "AcceleratorState", lambda: state)
     with caplog.at_level("INFO", logger="lowprec"):
         small_trainer(tmp_path, LowPrecisionCallback("fp8_blockwise"))
     assert plugin.mixed_precision_policy.reduce_dtype == torch.float32  # pyright: ignore[reportAttributeAccessIssue,reportOptionalMemberAccess]
@@ -92,7 +94,8 @@ def test_the_callback_does_it_before_the_trainer_shards(tmp_path: Path, monkeypa
 @pytest.mark.parametrize(("kind", "name"), [(DistributedType.DEEPSPEED, "DEEPSPEED"), (DistributedType.FSDP, "FSDP version 1")])
 def test_the_callback_refuses_other_strategies(kind: DistributedType, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     state = SimpleNamespace(fsdp_plugin=_plugin(fsdp_version=1), distributed_type=kind, is_fsdp2=False)
-    monkeypatch.setattr(lowprec.training.callback, "AcceleratorState", lambda: state)
+    for module in (trained_model, trainer_facts):
+        monkeypatch.setattr(module, "AcceleratorState", lambda: state)
     with pytest.raises(UserError, match=rf"^low precision needs one process, DDP or FSDP2 \(fsdp_version: 2\), not {name}$"):
         small_trainer(tmp_path, LowPrecisionCallback("fp8_blockwise"))
 
@@ -197,7 +200,8 @@ def test_state_and_low_bit_optimizers_are_not_offloaded(
             trainer.optimizer = optimizer
             return trainer.train()
 
-        monkeypatch.setattr(lowprec.training.callback, "is_offloaded", lambda state: True)
+        for module in (callback, trainer_facts):
+            monkeypatch.setattr(module, "is_offloaded", lambda state: True)
     if refused is None:
         assert start()
         return

@@ -65,7 +65,7 @@ class References:
         wanted = _shapes(model)
         trained = {id(parameter) for parameter in model.parameters()}
         if trainer.optimizer is not None:
-            groups = trainer.optimizer.param_groups
+            groups = trainer.optimizer.param_groups  # pyright: ignore[reportAttributeAccessIssue]
             trained |= {id(parameter) for group in groups for parameter in group["params"]}
         names: list[str] = []
         for name, module in _modules(trainer):

@@ -83,7 +83,8 @@ def check_fp16(args: TrainingArguments, model: nn.Module) -> None:
 
 def called_module(trainer: Trainer | None, model: nn.Module) -> nn.Module:
     """Return the module that the training loop calls: `model`, or what wraps it."""
-    return model if trainer is None else trainer.model_wrapped
+    wrapped = None if trainer is None else trainer.model_wrapped
+    return model if wrapped is None else wrapped
 
 
 def sees_compiled(

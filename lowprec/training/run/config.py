@@ -100,14 +100,14 @@ def read_settings(path: str | Path | None, overrides: Sequence[str] = ()) -> dic
     data = {} if path is None else load_mapping(path)
     for override in overrides:
         key, equals, value = override.partition("=")
-        path = key.split(".")
-        if not equals or not all(path):
+        parts = key.split(".")
+        if not equals or not all(parts):
             raise UserError(
                 f"{shown(override)}: an override is written key=value, e.g. trainer.max_steps=100"
             )
         if len(value) > MAX_BYTES:
             raise UserError(f"{shown(key)}: a value of {len(value)} characters is too long")
-        _set(data, path, load(value, _short(override)), _short(override))
+        _set(data, parts, load(value, _short(override)), _short(override))
     return data
 
 

@@ -95,8 +95,8 @@ def flops_per_token(model: "PreTrainedModel", seq_len: int) -> float:
     config = model.config
     chosen = getattr(config, "num_experts_per_tok", None)
     if chosen is not None:
-        stacks = [weight.data for _, weight in find_weights(model) if weight.stack]
-        weights -= sum(stack.numel() * (1 - chosen / len(stack)) for stack in stacks)
+        stacks = [weight for _, weight in find_weights(model) if weight.experts > 1]
+        weights -= sum(stack.data.numel() * (1 - chosen / stack.experts) for stack in stacks)
     return 6.0 * weights + 12.0 * config.num_hidden_layers * config.hidden_size * seq_len
 
 
