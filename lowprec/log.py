@@ -1,4 +1,4 @@
-"""What lowprec says to its user: the logger "lowprec", and lines that are seen in any program.
+"""The logger "lowprec", and lines that the user sees in any program.
 
 A program decides where logs go. Many set up logging at the level WARNING, or for a file, and then
 nobody sees which precision a model got. `tell` therefore writes its line to stderr as well, unless

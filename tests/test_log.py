@@ -68,7 +68,7 @@ def disabled() -> None:
 
 
 def existing_loggers_disabled() -> None:
-    """What logging.config.dictConfig does by default."""
+    """Disable loggers as logging.config.dictConfig does by default."""
     logger.disabled = True
 
 

@@ -1,4 +1,4 @@
-"""What a plan says about the shares of weights and operations, and its warning where little runs in the recipe."""
+"""Shares of weights and operations in a plan, and its warning where little runs in the recipe."""
 
 from typing import Any
 

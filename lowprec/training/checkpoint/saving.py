@@ -41,7 +41,7 @@ UNFINISHED = "unfinished"
 """Name of the folder, in the directory of a run, that holds what is not complete yet."""
 
 BEST = "load_best_model_at_end (false keeps the last weights)"
-"""What asks for the best checkpoint."""
+"""The setting of the Trainer that asks for the best checkpoint, as an error names it."""
 
 _NOT_WRITTEN = "PytorchStreamWriter failed|IoError|I/O error"
 """Words in the errors of torch and of safetensors when a file can't be written."""

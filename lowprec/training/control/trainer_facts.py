@@ -1,4 +1,4 @@
-"""What a callback needs to know of its Trainer, and the Trainer's events do not say."""
+"""Facts about a Trainer that its events do not hand to a callback."""
 
 import logging
 import sys

@@ -16,11 +16,8 @@ model/ is written whole, and summary.json after it: summary.json means that the 
 process that writes a run holds the lock of its directory (`lowprec.training.checkpoint.run_lock`).
 """
 
-import json
 import logging
 import os
-import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,38 +37,22 @@ from lowprec.training.checkpoint.files import (
 )
 from lowprec.training.checkpoint.folders import check_files
 from lowprec.training.checkpoint.history import (
-    REPLACED,
     delete_rest,
-    deleted_checkpoints,
     is_replaced,
-    replaced_checkpoints,
     set_aside_later,
 )
-from lowprec.training.checkpoint.saving import UNFINISHED
 from lowprec.training.checkpoint.torn import no_checkpoint, set_aside_torn
-from lowprec.training.file_names import (
-    CONFIG,
-    END_OF_TRAINING,
-    EVENTS,
-    METRICS,
-    MODEL,
-    PLAN,
-    SUMMARY,
-    UNFINISHED_SUMMARY,
+from lowprec.training.file_names import CONFIG, END_OF_TRAINING, METRICS, MODEL, SUMMARY
+from lowprec.training.run.contents import (
+    FILES,
+    delete_run,
+    holds_run,
+    model_is_of_a_run,
+    set_result_aside,
+    written_by_runs,
 )
 
 logger = logging.getLogger("lowprec")
-
-_FILES = (
-    CONFIG,
-    PLAN,
-    METRICS,
-    EVENTS,
-    REPLACED + SUMMARY,
-    UNFINISHED_SUMMARY,
-    SUMMARY,
-)
-_PAST_CONFIG = re.compile(rf"({REPLACED})?config-(\d+)\.yaml")
 
 
 def locate(
@@ -124,7 +105,7 @@ def locate(
         return None, None
     _check_writable(directory)
     if checkpoint is not None:
-        check_files([directory / name for name in _FILES], "trainer.output_dir")
+        check_files([directory / name for name in FILES], "trainer.output_dir")
         if (directory / CONFIG).is_file():
             load_mapping(directory / CONFIG)
     run_lock.check_not_held(directory)
@@ -171,7 +152,7 @@ def _is_another_run(directory: Path, checkpoint: Path | None) -> bool:
 def _check_free(output: Path, trainer: Mapping[str, Any], reads: Sequence[Path]) -> None:
     """Raise UserError if `output` holds a run that must not be overwritten, or a path in `reads`
     that would be deleted with it."""
-    if not _holds_run(output):
+    if not holds_run(output):
         return
     run_lock.check_not_held(output)
     if not trainer.get("overwrite_output_dir"):
@@ -180,7 +161,7 @@ def _check_free(output: Path, trainer: Mapping[str, Any], reads: Sequence[Path])
             "trainer.resume_from_checkpoint=true to resume it or trainer.overwrite_output_dir=true "
             "to delete it"
         )
-    for entry in _written_by_runs(output):
+    for entry in written_by_runs(output):
         if needed := next((path for path in reads if _lies_in(path, entry)), None):
             raise UserError(
                 f"trainer.overwrite_output_dir: this run reads {needed}, and {entry} would be "
@@ -223,7 +204,7 @@ def _check_model(directory: Path, trainer: Mapping[str, Any]) -> None:
     """Raise UserError if a run would overwrite a model in `directory` that no run wrote."""
     if trainer.get("save_strategy") == "no":
         return
-    if os.path.lexists(directory / MODEL) and not _model_is_of_a_run(directory):
+    if os.path.lexists(directory / MODEL) and not model_is_of_a_run(directory):
         summary = directory / SUMMARY
         reason = f" ({summary.name} there is no summary)" if summary.is_file() else ""
         raise UserError(
@@ -261,8 +242,8 @@ def prepare(
     try:
         # Once more: another process may have changed the directory until it was locked.
         _, checkpoint = locate(config_path, {**trainer, "output_dir": str(directory)}, root, reads)
-        if _is_another_run(directory, checkpoint) and _holds_run(directory):
-            _delete_run(directory)
+        if _is_another_run(directory, checkpoint) and holds_run(directory):
+            delete_run(directory)
     except UserError:
         release(directory)
         raise
@@ -290,112 +271,8 @@ def go_on_from(directory: Path, checkpoint: Path, limit: int | None) -> None:
     delete_rest(directory)
     set_aside_torn(directory, is_held=True)
     set_aside_later(directory, step, limit)
-    _set_result_aside(directory, step)
+    set_result_aside(directory, step)
     keep_lines_until(directory / METRICS, step, end=END_OF_TRAINING)
-
-
-def past_configs(directory: Path) -> list[tuple[int, Path]]:
-    """Return the configurations that the run in `directory` had before, config-<N>.yaml, each with
-    its N, in the order of these."""
-    named = ((_PAST_CONFIG.fullmatch(path.name), path) for path in directory.glob("config-*.yaml"))
-    return sorted((int(match.group(2)), path) for match, path in named if match is not None)
-
-
-def is_finished(directory: Path) -> bool:
-    """Return whether the run in `directory` has finished: it has its summary."""
-    return (directory / SUMMARY).is_file()
-
-
-def _set_result_aside(directory: Path, step: int) -> None:
-    """Rename the model and the summary of an end of the run, unless it is the unfinished end after
-    `step` steps, which is written anew.
-
-    The summary tells that model/ is of a run (`_model_is_of_a_run`), so it has a name of its own
-    until the model is renamed.
-    """
-    ending = directory / UNFINISHED_SUMMARY
-    if (directory / SUMMARY).is_file():
-        os.replace(directory / SUMMARY, ending)
-    elif _steps_in(ending) == step:
-        return
-    if not ending.is_file():
-        return
-    model = directory / MODEL
-    if os.path.lexists(model) and _model_is_of_a_run(directory):
-        replaced = directory / (REPLACED + MODEL)
-        remove(replaced)
-        model.rename(replaced)
-        logger.warning("the model of the run's end before is set aside as %s", replaced)
-    os.replace(ending, directory / (REPLACED + SUMMARY))
-
-
-def _steps_in(summary: Path) -> int | None:
-    """Return the number of steps in a summary; None if it is none."""
-    try:
-        content = json.loads(summary.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content.get("steps") if isinstance(content, dict) else None
-
-
-def remove(path: Path) -> None:
-    """Remove a folder with its contents, a file or a link, if it is there."""
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    elif path.exists():
-        shutil.rmtree(path)
-
-
-def _holds_run(directory: Path) -> bool:
-    """Return True if a run has written to `directory`."""
-    return any((directory / name).exists() for name in _FILES) or bool(checkpoints(directory))
-
-
-def _model_is_of_a_run(directory: Path) -> bool:
-    """Return True if model/ was written by a run that finished in `directory`, or that was about to
-    finish, not by the user."""
-    steps = [_steps_in(directory / name) for name in (SUMMARY, UNFINISHED_SUMMARY)]
-    try:
-        config = load_mapping(directory / CONFIG) if (directory / CONFIG).is_file() else {}
-    except (OSError, ValueError):
-        return False
-    trainer = config.get("trainer")
-    saves = not isinstance(trainer, dict) or trainer.get("save_strategy") != "no"
-    return saves and any(number is not None for number in steps)
-
-
-def _written_by_runs(directory: Path) -> list[Path]:
-    """Return the paths in `directory` that runs have written."""
-    named = [
-        path for path in directory.glob("checkpoint-*") if CHECKPOINT_NAME.fullmatch(path.name)
-    ]
-    paths = [path for path in named if path.is_dir() or path.is_symlink()]
-    paths += [path for path in directory.glob("torn-checkpoint-*") if path.is_dir()]
-    paths += replaced_checkpoints(directory)
-    paths += deleted_checkpoints(directory)
-    made = (directory / name for name in (REPLACED + MODEL, UNFINISHED))
-    paths += [path for path in made if os.path.lexists(path)]
-    if os.path.lexists(directory / MODEL) and _model_is_of_a_run(directory):
-        paths.append(directory / MODEL)
-    paths += [path for path in directory.glob("*.yaml") if _PAST_CONFIG.fullmatch(path.name)]
-    paths += [directory / name for name in _FILES if os.path.lexists(directory / name)]
-    return paths
-
-
-def _delete_run(directory: Path) -> None:
-    """Delete what runs have written to `directory`. Other files stay, and so do targets of
-    links."""
-    for path in _written_by_runs(directory):
-        try:
-            if path.is_symlink() or path.name in _FILES or not path.is_dir():
-                path.unlink()
-            else:
-                shutil.rmtree(path)
-        except OSError as error:
-            raise UserError(
-                f"trainer.overwrite_output_dir: {error.filename or path} can't be deleted: "
-                f"{error.strerror}"
-            ) from None
 
 
 def _numbered(family: Path) -> list[Path]:

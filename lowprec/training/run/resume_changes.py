@@ -1,4 +1,4 @@
-"""What becomes of each setting that a run changes when it resumes: a table.
+"""A table of the settings that a run may change when it resumes: applied, refused or harmless.
 
     APPLIED    the run goes on with the new value from the first step on
     REFUSED    one line says which value to resume with
@@ -21,7 +21,7 @@ from lowprec.errors import UserError
 
 
 class Change(enum.Enum):
-    """What becomes of a setting that changes."""
+    """The treatment of a setting that changes."""
 
     APPLIED = enum.auto()
     REFUSED = enum.auto()

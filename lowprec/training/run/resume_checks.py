@@ -20,7 +20,7 @@ from lowprec.training.control.data_order import DataOrder, processes_of
 from lowprec.training.file_names import CONFIG
 from lowprec.training.log import show_log
 from lowprec.training.optim.adamw import OptimizerConfig
-from lowprec.training.run.directory import is_finished, past_configs
+from lowprec.training.run.contents import is_finished, past_configs
 from lowprec.training.run.models import differences
 from lowprec.training.run.resume_changes import changes, check_changes
 from lowprec.training.run.training_args import check_trainer

@@ -47,7 +47,7 @@ def test_later_checkpoints_are_renamed_and_none_is_lost(tmp_path: Path, caplog: 
 
 
 def test_the_limit_holds_for_replaced_checkpoints_too(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    """Those that are set aside now all stay; older ones go, which is said."""
+    """Checkpoints that are set aside now all stay; older ones go, which is said."""
     make(tmp_path, 2, 4, 6, 8)
     set_aside_later(tmp_path, 2, 2)
     assert names(tmp_path) == {"checkpoint-2", "replaced-checkpoint-4", "replaced-checkpoint-6", "replaced-checkpoint-8"}

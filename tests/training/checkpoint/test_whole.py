@@ -55,7 +55,7 @@ def flip(path: Path) -> None:
 
 
 def test_the_last_checkpoint_is_damaged(finished: tuple[Path, dict[int, float]], tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    """By either way to train, the previous one is taken, which is said, and the losses are the same."""
+    """The previous one is taken by either way to train, which is said, and the losses are the same."""
     for plain in (False, True):
         folder = tmp_path / str(plain)
         shutil.copytree(finished[0], folder)

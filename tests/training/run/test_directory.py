@@ -9,6 +9,7 @@ from lowprec import UserError
 from lowprec.files import keep_lines_until
 from lowprec.training.checkpoint import files as checkpoint_files
 from lowprec.training.checkpoint import run_lock
+from lowprec.training.run import contents
 from lowprec.training.run import directory as run_directory
 
 
@@ -217,7 +218,7 @@ def test_a_path_that_cannot_be_deleted_is_an_error(tmp_path: Path, monkeypatch: 
     def fail(path: Path) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(run_directory.shutil, "rmtree", fail)
+    monkeypatch.setattr(contents.shutil, "rmtree", fail)
     with pytest.raises(UserError, match=r"trainer.overwrite_output_dir: .*checkpoint-4 can't be deleted: Permission denied"):
         run_directory.prepare("x.yaml", {"output_dir": str(run), "overwrite_output_dir": True})
     assert (run / run_directory.CONFIG).is_file()

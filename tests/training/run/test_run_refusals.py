@@ -14,6 +14,7 @@ from lowprec.cli.main import main
 from lowprec.files import keep_lines_until
 from lowprec.training.checkpoint import files as checkpoint_files
 from lowprec.training.checkpoint.torn import set_aside_torn
+from lowprec.training.file_names import EVENTS
 from lowprec.training.run import arguments as run_arguments
 from lowprec.training.run import directory as run_directory
 from lowprec.training.run.models import ModelConfig, build_config
@@ -231,7 +232,7 @@ def test_a_run_that_resumes_with_another_configuration_logs_it(corpus: Path, tmp
 
 
 def test_an_events_file_of_another_origin(tmp_path: Path):
-    path = tmp_path / run_directory.EVENTS
+    path = tmp_path / EVENTS
     path.write_text('{"my": 1}\n[2]\n{"step": 5}\n')
     with pytest.raises(UserError, match="holds another run"):
         run_directory.locate("x.yaml", {"output_dir": str(tmp_path)})
