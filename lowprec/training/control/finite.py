@@ -156,7 +156,9 @@ def _weights_that_are_not_finite(model: nn.Module) -> int:
         if parameter.requires_grad and parameter.is_floating_point():
             shard: Any = parameter
             local = shard.to_local() if hasattr(shard, "to_local") else shard
-            flags.append(~torch.isfinite(local).all())
+            flag = ~torch.isfinite(local).all()
+            # A model may be spread over several devices.
+            flags.append(flag.to(flags[0].device) if flags else flag)
     if not flags:
         return 0
     found = torch.stack(flags).int()
